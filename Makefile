@@ -1,0 +1,29 @@
+# Each target makes .venv first if it is not there: on a fresh machine any of them is the only command.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help run test lint clean
+
+help:  ## explain the targets (default)
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if at hand, else drawn digits)
+	$(BIN)/python dipddpm.py --mode prior --limit 10000 --epochs 5 --samples 400
+
+test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
+	$(BIN)/python -m pytest -q --durations=5 test_dipddpm.py
+
+lint: .venv/dev  ## ruff over all files
+	$(BIN)/ruff check .
+
+clean:  ## remove caches and .venv, but no runs and no data
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ kernels/__pycache__
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@

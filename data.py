@@ -1,0 +1,487 @@
+"""Images as one uint8 tensor [N, C, H, W]: MNIST and Fashion-MNIST (IDX, fetched when absent),
+CIFAR-10 and STL-10 (their binary formats), a folder of images, one photo, and digits drawn here.
+
+`load(name)` is the way in. Whatever is wrong with a file is a ValueError or OSError of one line
+that names it; only `auto` ever replaces one data set by another, and says so.
+
+Contents: load · IDX · MNIST and Fashion-MNIST · CIFAR-10 and STL-10 · folders and photos · digits
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import http.client
+import io
+import math
+import os
+import queue
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+import uuid
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageOps
+
+
+class Images(NamedTuple):
+    pixels: torch.Tensor  # uint8 [N, C, H, W]
+    labels: torch.Tensor | None  # int64 [N]
+    name: str
+    sha256: str  # of the pixel bytes, hex
+
+
+def load(name="auto", root=None, split="train", limit=None) -> Images:
+    """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
+    auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder of images or to one image;
+    data sets live under `root`, by default `default_root()`. ValueError for a bad argument or a
+    damaged file, FileNotFoundError that says what to put where."""
+    name, root = str(name), Path(root).expanduser() if root else default_root()
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is neither 'train' nor 'test'")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit} is less than 1")
+    if name == "auto":
+        name = _mnist_or_digits(root)
+    if name in SETS:
+        pixels, labels = SETS[name](root, split, limit)
+    elif (path := Path(name).expanduser()).exists():
+        pixels, labels = load_files(path, split, limit), None
+    else:
+        raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
+    pixels = np.array(pixels[:limit], order="C")  # a copy: nothing else is kept alive
+    digest = hashlib.sha256(pixels).hexdigest()
+    if labels is not None:
+        labels = torch.from_numpy(labels[:limit].astype(np.int64))
+    return Images(torch.from_numpy(pixels), labels, name, digest)
+
+
+def default_root() -> Path:
+    """Where data sets live: $DIPDDPM_DATA, else the user's cache folder."""
+    if root := os.environ.get("DIPDDPM_DATA"):
+        return Path(root).expanduser()
+    return cache_root()
+
+
+def cache_root() -> Path:
+    """`dipddpm` in the user's cache folder, for what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dipddpm"
+
+
+# ---- IDX -----------------------------------------------------------------------------------------
+
+IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+IDX_LIMIT = 2**31  # bytes; a header can declare any size, so it is not believed beyond this
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def read_idx(path) -> np.ndarray:
+    """The array in an IDX file, plain or gzip, of the type and shape it declares, in native byte
+    order. ValueError names the file and what is wrong: magic, type, rank, size (too short or too
+    long), gzip; OSError where it cannot be opened."""
+    with open(path, "rb") as file:
+        # By content, not by name: browsers unpack a .gz and keep its name.
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        try:
+            return _parse_idx(gzip.GzipFile(fileobj=file) if packed else file, path)
+        except GZIP_ERRORS as error:
+            raise ValueError(f"{path}: damaged gzip file ({_line(error)})") from error
+
+
+def _parse_idx(stream, path):
+    magic = _read(stream, 4)
+    if len(magic) < 4:
+        raise ValueError(f"{path}: truncated IDX header ({len(magic)} of 4 bytes)")
+    if magic[:2] != b"\0\0":
+        raise ValueError(f"{path}: not an IDX file (magic number {magic.hex()})")
+    if magic[2] not in IDX_TYPES:
+        raise ValueError(f"{path}: unknown IDX type 0x{magic[2]:02x}")
+    dtype, rank = np.dtype(IDX_TYPES[magic[2]]), magic[3]
+    if rank > 32:
+        raise ValueError(f"{path}: IDX rank {rank} is more than 32")
+    header = _read(stream, 4 * rank)
+    if len(header) < 4 * rank:
+        found = f"{4 + len(header)} of {4 + 4 * rank} bytes"
+        raise ValueError(f"{path}: truncated IDX header ({found})")
+    shape = tuple(np.frombuffer(header, ">u4").tolist())
+    # Empty dimensions count as one: NumPy refuses an empty array whose other sides overflow.
+    if math.prod(max(side, 1) for side in shape) * dtype.itemsize > IDX_LIMIT:
+        raise ValueError(f"{path}: IDX shape {shape} is more than {IDX_LIMIT} bytes")
+    size = math.prod(shape) * dtype.itemsize
+    body = _read(stream, size + 1)  # one byte more shows both a cut file and a trailing byte
+    if len(body) != size:
+        found = f"only {len(body)}" if len(body) < size else "more"
+        raise ValueError(f"{path}: IDX shape {shape} needs {size} bytes, the file holds {found}")
+    return np.frombuffer(body, dtype).astype(dtype.newbyteorder("=")).reshape(shape)
+
+
+def _read(stream, size):
+    """Up to `size` bytes, by pieces: memory follows what a file holds, not what its header says."""
+    body = bytearray()
+    while len(body) < size and (piece := stream.read(min(size - len(body), 2**20))):
+        body += piece
+    return body
+
+
+def _line(error):
+    """An error's reason in one line."""
+    return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+
+
+# ---- MNIST and Fashion-MNIST ---------------------------------------------------------------------
+
+MIRRORS = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    "fashion": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    ),
+}
+# What a download must be: MNIST's mirrors differ in compression, so SHA-256 of the unpacked
+# content; Fashion-MNIST publishes the MD5 of its packed files.
+DIGESTS = {
+    "mnist": {
+        "train-images-idx3-ubyte":
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte":
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte":
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte":
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "fashion": {
+        "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+}
+ANSWER_SECONDS, DOWNLOAD_SECONDS, DOWNLOAD_LIMIT = 10, 300, 2**26  # the last in bytes
+
+
+def load_mnist(root, split, limit, name="mnist"):
+    """Pixels uint8 [N, 1, H, W] and labels [N] of MNIST, or of Fashion-MNIST: one format."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images_path = _find_or_fetch(root, name, f"{prefix}-images-idx3-ubyte")
+    labels_path = _find_or_fetch(root, name, f"{prefix}-labels-idx1-ubyte")
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.dtype != np.uint8 or images.ndim != 3 or 0 in images.shape:
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"{images_path}: images must be uint8 [N, H, W], not {found}")
+    if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        found = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"{labels_path}: labels must be uint8 [{len(images)}], not {found}")
+    return images[:, None], labels
+
+
+def _mnist_or_digits(root):
+    """What `auto` means. It asks for all four files, so that both splits come from one data set."""
+    try:
+        for file in DIGESTS["mnist"]:
+            _find_or_fetch(root, "mnist", file)
+        return "mnist"
+    except OSError as error:
+        print(f"data: using the built-in digits, not MNIST: {_line(error)}", file=sys.stderr)
+        return "digits"
+
+
+def _find_or_fetch(root, name, file):
+    """Path of a file of a data set, plain or .gz; fetched from the first mirror that has the right
+    one. It is renamed into place once complete and checked: a half file is never taken for data."""
+    folder = root / name
+    for path in (folder / file, folder / f"{file}.gz"):
+        if path.is_file():
+            return path
+    reasons = []
+    for mirror in MIRRORS[name]:
+        part = folder / f".{file}.{uuid.uuid4().hex}.part"
+        try:
+            content = _download(f"{mirror}{file}.gz", DIGESTS[name][file])
+            folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            os.replace(part, path)
+            return path
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reasons.append(f"{urllib.parse.urlsplit(mirror).hostname}: {_line(error)}")
+        finally:
+            if part.exists():  # a bare unlink fails on a read-only disk even where nothing is there
+                part.unlink()
+    raise FileNotFoundError(
+        f"{folder / file} is missing and could not be downloaded ({'; '.join(reasons)}); "
+        f"put {', '.join(DIGESTS[name])} (plain or .gz) into {folder}"
+    )
+
+
+def _download(url, digest):
+    """The bytes of a .gz file whose content has this SHA-256, or which itself has this MD5. OSError
+    or HTTPException where the network fails, ValueError for wrong content."""
+    give_up, content = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
+    with _open(url) as response:
+        # read1 returns what has come, so that neither a slow nor an endless answer holds this loop.
+        while piece := response.read1(2**16):
+            content += piece
+            if len(content) > DOWNLOAD_LIMIT:
+                raise ValueError(f"more than {DOWNLOAD_LIMIT} bytes")
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} s")
+    if len(digest) == 32:
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    else:
+        try:
+            unpacked = _read(gzip.GzipFile(fileobj=io.BytesIO(content)), DOWNLOAD_LIMIT)
+        except GZIP_ERRORS as error:
+            raise ValueError(f"damaged gzip file ({_line(error)})") from error
+        found = hashlib.sha256(unpacked).hexdigest()
+    if found != digest:
+        raise ValueError("wrong checksum")
+    return content
+
+
+def _open(url):
+    """urlopen that answers in time. Its own timeout covers neither a name's look-up nor the sum
+    over a host's addresses, minutes behind a silent firewall; so a thread waits, or is left."""
+    answer = queue.SimpleQueue()
+
+    def connect():
+        try:
+            answer.put(urllib.request.urlopen(url, timeout=ANSWER_SECONDS))
+        except (OSError, http.client.HTTPException, ValueError) as error:  # raised below
+            answer.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        response = answer.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {ANSWER_SECONDS} s") from None
+    if isinstance(response, Exception):
+        raise response
+    return response
+
+
+# ---- CIFAR-10 and STL-10 -------------------------------------------------------------------------
+
+
+def load_cifar10(root, split, limit):
+    """Pixels uint8 [N, 3, 32, 32] and labels [N] from records of 1 label and 3072 planar RGB bytes;
+    of data_batch_1.bin … data_batch_5.bin those that are there."""
+    folder = root / "cifar-10-batches-bin"
+    training = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    paths = [folder / file for file in (training if split == "train" else ["test_batch.bin"])]
+    if not any(path.is_file() for path in paths):
+        raise FileNotFoundError(
+            f"{paths[0]} is missing; put {', '.join(training)} and test_batch.bin of CIFAR-10's "
+            f"binary version (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"
+        )
+    pixels, labels = [], []
+    for path in filter(Path.is_file, paths):
+        records = _records(path, 3073)
+        pixels.append(records[:, 1:].reshape(-1, 3, 32, 32))
+        labels.append(_labels(path, records[:, 0], first=0))
+    return np.concatenate(pixels), np.concatenate(labels)
+
+
+def load_stl10(root, split, limit):
+    """Pixels uint8 [N, 3, 96, 96] and labels 0 … 9 [N]; the files go down columns and count labels
+    from 1."""
+    folder = root / "stl10_binary"
+    images_path, labels_path = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
+    for path in (images_path, labels_path):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; put train_X.bin, train_y.bin, test_X.bin and test_y.bin of "
+                f"STL-10's binary version (https://cs.stanford.edu/~acoates/stl10/) into {folder}"
+            )
+    images = _records(images_path, 3 * 96 * 96).reshape(-1, 3, 96, 96)
+    labels = _labels(labels_path, _records(labels_path, 1)[:, 0], first=1)
+    if len(labels) != len(images):
+        raise ValueError(f"{labels_path}: {len(labels)} labels for {len(images)} images")
+    return images.swapaxes(2, 3), labels
+
+
+def _records(path, size):
+    """Bytes [N, size] of a file of equal records, mapped: only what is used is read."""
+    total = path.stat().st_size
+    if total == 0 or total % size:
+        raise ValueError(f"{path}: {total} bytes is not a positive multiple of {size}")
+    return np.memmap(path, np.uint8, "r", shape=(total // size, size))
+
+
+def _labels(path, stored, first):
+    """Labels counted from 0 of labels stored from `first`."""
+    labels = stored.astype(np.int64) - first
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path}: a label is not in {first} … {first + 9}")
+    return labels
+
+
+# ---- folders and photos --------------------------------------------------------------------------
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+def load_files(path, split="train", limit=None):
+    """Pixels uint8 [N, C, H, W] of the images directly in a folder, by name, or of one image; C is
+    1 where all are grey, else 3, without alpha. Of ten or more every tenth is test; fewer are both
+    splits. FileNotFoundError for an empty folder, ValueError for an unreadable image or a second
+    size."""
+    paths = [path]
+    if path.is_dir():
+        visible = (p for p in path.iterdir() if p.name[0] != "." and p.is_file())
+        paths = sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise FileNotFoundError(f"{path}: no images here ({' '.join(sorted(SUFFIXES))})")
+    # Colour and size are the whole folder's, whatever part of it is asked for: splits must agree.
+    grey = {_is_grey(p) for p in paths} == {True}
+    height, width = _decode(paths[0], grey).shape[:2]
+    chosen = paths
+    if len(paths) >= 10:
+        chosen = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
+    pixels = []
+    for p in chosen[:limit]:
+        image = _decode(p, grey)
+        if image.shape[:2] != (height, width):
+            found = f"{image.shape[1]}×{image.shape[0]}"
+            raise ValueError(f"{p}: {found} pixels, but {paths[0].name} has {width}×{height}")
+        pixels.append(image)
+    pixels = np.stack(pixels)  # [N, H, W] or [N, H, W, 3]
+    return pixels[:, None] if grey else pixels.transpose(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """The Pillow image in a file, its format told from the content; whatever a decoder raises
+    inside, from SyntaxError to struct.error, becomes a ValueError that names the file."""
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield Image.open(file)
+        except Image.UnidentifiedImageError as error:
+            raise ValueError(f"{path}: not an image that can be read") from error
+        except Exception as error:
+            raise ValueError(f"{path}: cannot be read as an image ({_line(error)})") from error
+
+
+def _is_grey(path):
+    with _opened(path) as image:
+        return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
+
+
+def _decode(path, grey):
+    """One image, upright, as uint8 [H, W] if grey, else [H, W, 3]; of a GIF the first frame."""
+    with _opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"samples of mode {image.mode} have no known range")
+        return np.asarray(image.convert("L" if grey else "RGB"))
+
+
+# ---- digits --------------------------------------------------------------------------------------
+
+DIGITS = {"train": 10_000, "test": 2_000}
+# Strokes through these points, x to the right and y down, smooth except where a point is repeated.
+# Points at one place are one point: they move together.
+SKELETONS = (
+    ([(50, 0), (14, 18), (3, 55), (20, 88), (50, 100), (84, 85), (97, 48), (84, 12), (50, 0)],),
+    ([(52, 0), (50, 50), (48, 100)],),
+    ([(22, 24), (40, 14), (54, 0), (54, 0), (53, 50), (52, 100)],),
+    ([(8, 24), (32, 2), (66, 4), (78, 28), (56, 62), (8, 98), (8, 98), (50, 94), (96, 97)],),
+    ([(10, 20), (40, 0), (74, 14), (66, 50), (22, 94), (6, 84), (26, 74), (58, 92), (96, 92)],),
+    ([(8, 12), (42, 0), (78, 18), (66, 40), (36, 48), (36, 48), (76, 56), (84, 80), (48, 100),
+      (4, 88)],),
+    ([(16, 4), (10, 34), (12, 54), (44, 57), (84, 50)], [(84, 2), (80, 50), (74, 100)]),
+    ([(66, 0), (36, 36), (6, 66), (6, 66), (50, 66), (94, 64)], [(66, 0), (66, 50), (64, 100)]),
+    ([(88, 2), (56, 2), (26, 4), (26, 4), (22, 24), (18, 44), (18, 44), (50, 36), (84, 54),
+      (78, 88), (44, 100), (6, 90)],),
+    ([(70, 0), (34, 26), (10, 66), (28, 97), (64, 95), (80, 70), (58, 52), (28, 60), (14, 80)],),
+    ([(4, 10), (44, 8), (86, 4), (86, 4), (62, 46), (40, 100)],),
+    ([(6, 14), (8, 4), (44, 5), (86, 4), (86, 4), (60, 50), (44, 100)],
+     [(30, 52), (56, 50), (84, 48)]),
+    ([(80, 14), (48, 0), (18, 16), (32, 40), (66, 58), (80, 82), (48, 100), (16, 82), (32, 58),
+      (66, 40), (80, 14)],),
+    ([(80, 20), (46, 0), (12, 22), (34, 48), (66, 42), (80, 20), (80, 20), (78, 60), (66, 100)],),
+)
+VARIANTS = ((0,), (1, 2), (3, 4), (5,), (6, 7), (8,), (9,), (10, 11), (12,), (13,))
+
+
+def load_digits(root, split, limit, seed=0):
+    """Pixels uint8 [N, 1, 28, 28] and labels [N] of the built-in digits; only N are drawn."""
+    n = min(limit or DIGITS[split], DIGITS[split])
+    pixels = np.stack([draw_digit(seed, i, split) for i in range(n)])
+    return pixels[:, None], np.arange(n) % 10
+
+
+def draw_digit(seed, index, split="train"):
+    """The digit index % 10 as handwriting, uint8 [28, 28]: a pure function of its arguments. A
+    skeleton is bent, stretched, slanted and turned, then normalised as MNIST is: into a box of
+    20×20 pixels, its shape kept, and centred by mass; drawn four times as large and averaged."""
+    # The index is the counter's second word: one picture uses less than 2^64 numbers of the first.
+    philox = np.random.Philox(key=seed, counter=[0, index, split == "test", 0])
+    uniform = (philox.random_raw(64) >> 11) * 2.0**-53
+    variants = VARIANTS[index % 10]
+    nodes, curves = _splines(variants[int(uniform[0] * len(variants))])
+    # Sums of two uniforms: bounded, so no digit is bent beyond recognition. Unit variance.
+    normal = (uniform[2::2] + uniform[3::2] - 1) * math.sqrt(6)
+    slant, turn, aspect = 0.12 + 0.2 * normal[0], 0.1 * normal[1], 0.66 * math.exp(0.18 * normal[2])
+    shape = np.array([[aspect, -slant], [0, 1]])
+    turned = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    bent = nodes + 0.045 * normal[4 : 4 + 2 * len(nodes)].reshape(-1, 2)
+    bent = bent @ (turned @ shape).T
+    strokes = [curve @ bent for curve in curves]
+    width = round(4 * min(max(2.5 + 0.55 * normal[3], 1.5), 4.0))  # in quarters of pixels
+    low = np.min([stroke.min(0) for stroke in strokes], 0)
+    high = np.max([stroke.max(0) for stroke in strokes], 0)
+    scale = (80 - width) / (high - low).max()
+    canvas = Image.new("L", (112, 112))
+    draw = ImageDraw.Draw(canvas)
+    for stroke in strokes:
+        points = (56 + scale * (stroke - (low + high) / 2)).ravel().tolist()
+        draw.line(points, 255, width)
+        for x, y in zip(points[::2], points[1::2], strict=True):  # round joints and ends
+            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), 255)
+    ink = np.asarray(canvas.reduce(4), np.float32)
+    across, down = (56 - 4 * (ink.sum(axis) @ np.arange(0.5, 28) / ink.sum()) for axis in (0, 1))
+    return np.asarray(ImageChops.offset(canvas, round(across), round(down)).reduce(4))
+
+
+@functools.cache
+def _splines(index):
+    """A skeleton's distinct points [n, 2] in 0 … 1 and, per stroke, the matrix [m, n] that maps
+    them, wherever they have moved, to points along Catmull-Rom curves: linear in their nodes."""
+    nodes = sorted({node for stroke in SKELETONS[index] for node in stroke})
+    s = np.linspace(0, 1, 5, endpoint=False)
+    weights = 0.5 * np.stack(
+        [-s + 2 * s**2 - s**3, 2 - 5 * s**2 + 3 * s**3, s + 4 * s**2 - 3 * s**3, s**3 - s**2]
+    )
+    curves = []
+    for stroke in SKELETONS[index]:
+        ids = [nodes.index(node) for node in stroke]
+        ids = [ids[0], *ids, ids[-1]]
+        rows = []
+        for i in range(len(stroke) - 1):
+            if ids[i + 1] != ids[i + 2]:  # a repeated point is a corner, not a span
+                rows.append(weights.T @ np.eye(len(nodes))[ids[i : i + 4]])
+        curves.append(np.concatenate([*rows, np.eye(len(nodes))[ids[-1:]]]))
+    return np.array(nodes) / 100, curves
+
+
+SETS = {
+    "mnist": load_mnist,
+    "fashion": functools.partial(load_mnist, name="fashion"),
+    "cifar10": load_cifar10,
+    "stl10": load_stl10,
+    "digits": load_digits,
+}
