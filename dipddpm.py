@@ -1,0 +1,1230 @@
+"""Deep Image Prior, DDPM, and a DIP prior that shortens DDPM's way back, in one readable file.
+
+    python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
+    python dipddpm.py --mode ddpm                 the DDPM alone
+    python dipddpm.py --mode dip --sigma 0.2      fit DIPs to noisy images: PSNR peaks, then falls
+    python dipddpm.py --mode sample               new images from the newest trained network
+
+Papers      Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine),
+            Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Ulyanov et al. 2018 (DIP).
+Notation    x_0 image, x_t noised image, eps noise, alpha_bar_t (ab) = prod (1 - beta), T steps,
+            z and theta a DIP's input and weights; *_hat is predicted.
+Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs to x after t + 1
+            noise steps. Whatever counts steps (t_start, a grid's tau) runs from T to 0 and asks the
+            network at t = tau - 1; tau = 0 is the clean image, where alpha_bar is 1.
+Ranges      images are in [-1, 1] inside the diffusion, in [0, 1] inside DIP and every metric.
+Contents    Config and command line - schedule and tables - U-Net - DIP network - DDPM training -
+            sampling - DIP fitting - method 1: priors - runs and main
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import ctypes
+import io
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import eval as measure
+import kernels
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_SECONDS = 60.0
+SAMPLE_BATCH = 250  # images that go through the sampler together: larger leaves the CPU's cache
+
+# ------------------------------------------------------------------ Config and command line
+
+
+def flag(default, help, group, choices=None, low=None, type=None):
+    """One line of Config is one flag: its default, help, group, choices and smallest value."""
+    return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low,
+                                                type=type))
+
+
+def int_list(text):
+    """'3,5,10' -> (3, 5, 10)."""
+    return tuple(int(part) for part in str(text).split(","))
+
+
+def float_list(text):
+    """'0,1' -> (0.0, 1.0)."""
+    return tuple(float(part) for part in str(text).split(","))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every tunable of a run. None means: chosen from the data and the mode by `resolve`."""
+
+    mode: str = flag(MISSING, "what to do", "run", ("dip", "ddpm", "prior", "sample"))
+    data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder "
+                     "of images or to one image", "run")
+    data_dir: str = flag(None, "where data sets live (or DIPDDPM_DATA)", "run")
+    seed: int = flag(0, "seed of every random number of the run", "run", low=0)
+    device: str = flag(None, "cpu, cuda, cuda:1, ...; automatic when absent", "run")
+    precision: str = flag("auto", "networks' arithmetic; auto is bf16 where the hardware has "
+                          "matrix units for it", "run", ("auto", "fp32", "bf16"))
+    out: str = flag(None, "folder for results (default: a new one in runs/)", "run")
+    resume: str = flag(None, "folder of a run to continue, or to sample from", "run")
+    sweep: str = flag(None, "NAME=V1,V2,...: one run for each value of a flag", "run")
+
+    epochs: int = flag(30, "passes over the training data", "training", low=1)
+    limit: int = flag(None, "use only the first N training images", "training", low=1)
+    batch: int = flag(128, "images in a training step", "training", low=1)
+    lr: float = flag(2e-3, "AdamW's peak learning rate", "training", low=0)
+    timesteps: int = flag(1000, "T, the number of noise steps", "training", low=2)
+    schedule: str = flag("cosine", "noise schedule", "training", ("linear", "cosine"))
+    predict: str = flag("v", "what the network predicts", "training", ("eps", "v", "x0"))
+    width: int = flag(32, "channels of the U-Net's upper level", "training", low=8)
+    train: str = flag("full", "full: one network for all t; truncated: a second network that "
+                      "learns t < t_start only, for the arms with a prior", "training",
+                      ("full", "truncated"))
+
+    dip_source: str = flag("images", "images: one DIP for each image", "prior", ("images",))
+    dip_arch: str = flag("skip", "DIP's network", "prior", ("skip",))
+    dip_width: int = flag(None, "DIP's channels (16 up to 64 pixels, else 128)", "prior", low=1)
+    dip_iters: int = flag(None, "iterations of a DIP fit", "prior", low=1)
+    dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit", "prior", low=0)
+    dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
+
+    t_start: int = flag(None, "steps of noise on a prior (default 0.6 T)", "sampling", low=1)
+    nfe: tuple = flag((3, 5, 10, 20, 50), "network evaluations, a list", "sampling", low=1,
+                      type=int_list)
+    eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
+                      type=float_list)
+    samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16)", "sampling",
+                        low=1)
+    sigma: float = flag(0.1, "noise that --mode dip adds to its images, which are in [0, 1]",
+                        "sampling", low=0)
+
+
+# What a checkpoint depends on: resuming may not change these.
+TRAINING_FIELDS = ("data", "seed", "epochs", "limit", "batch", "lr", "timesteps", "schedule",
+                   "predict", "width", "train", "t_start")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the page of usage before an error: one line, exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"dipddpm: {message}\n")
+
+
+def parser():
+    """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
+    so that the caller can tell a flag that was given from one that was not."""
+    p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                      description=__doc__.split("\n")[0])
+    groups = {}
+    for f in fields(Config):
+        m = f.metadata
+        group = groups.setdefault(m["group"], p.add_argument_group(m["group"]))
+        shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
+        group.add_argument("--" + f.name.replace("_", "-"), type=m["type"] or f.type,
+                           choices=m["choices"], help=m["help"].replace("%", "%%") + shown,
+                           metavar=None if m["choices"] else f.name.upper())
+    return p
+
+
+def show(value):
+    """(3, 5) -> '3,5': a list as it is written on the command line."""
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def read_config(argv):
+    """Command line -> Config. With --resume the saved run's flags are the defaults, and flags that
+    its checkpoint depends on may not differ. ValueError says what is wrong."""
+    given = vars(parser().parse_args(argv))
+    saved = {}
+    if given.get("mode") == "sample" and "resume" not in given:
+        given["resume"] = str(newest_run())
+    if "resume" in given:
+        given["resume"] = str(run_folder(given["resume"]))
+        saved = json.loads((Path(given["resume"]) / "config.json").read_text())
+        known = {f.name for f in fields(Config)}
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+        for name in TRAINING_FIELDS:
+            if name in given and given[name] != saved.get(name):
+                raise ValueError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} in "
+                                 f"{given['resume']} and cannot become {given[name]}")
+        if given.get("mode", saved["mode"]) == "sample":
+            # A sampling run is a new run with a folder of its own.
+            saved |= {"out": None, "samples": None}
+    if "mode" not in given | saved:
+        raise ValueError("--mode is required: dip, ddpm, prior or sample")
+    return check(Config(**(saved | given)))
+
+
+def check(cfg):
+    """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
+    for f in fields(cfg):
+        values, low = getattr(cfg, f.name), f.metadata["low"]
+        for value in values if isinstance(values, tuple) else (values,):
+            name = "--" + f.name.replace("_", "-")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
+            if low is not None and value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, not {value}")
+    for name in ("lr", "dip_lr"):
+        if getattr(cfg, name) == 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    if cfg.width % 8:
+        raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
+    if max(cfg.eta) > 1:
+        raise ValueError(f"--eta must lie between 0 and 1, not {show(cfg.eta)}")
+    if cfg.timesteps > 100_000:
+        raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
+    if steps_of_prior(cfg) > cfg.timesteps:
+        raise ValueError(f"--t-start {cfg.t_start} is beyond T = --timesteps {cfg.timesteps}")
+    start = steps_of_prior(cfg) if cfg.mode == "prior" else cfg.timesteps
+    if cfg.mode != "dip" and max(cfg.nfe) > start:
+        raise ValueError(f"--nfe {max(cfg.nfe)} is above --t-start {start}: "
+                         "a step cannot be shorter than one")
+    return cfg
+
+
+def steps_of_prior(cfg):
+    """t_start, the steps of noise that are put on a prior; 0.6 T unless it is given."""
+    return cfg.t_start if cfg.t_start is not None else max(1, round(0.6 * cfg.timesteps))
+
+
+# ------------------------------------------------------------------ schedule and tables
+
+
+class Schedule(NamedTuple):
+    """alpha_bar: float64 [T], the share of the image's variance that is left after t + 1 steps."""
+
+    alpha_bar: torch.Tensor
+
+    @property
+    def T(self):
+        return len(self.alpha_bar)
+
+    def at(self, tau):
+        """alpha_bar after tau steps, float64; tau = 0 is the clean image."""
+        return 1.0 if tau == 0 else self.alpha_bar[tau - 1].item()
+
+
+def linear_schedule(T):
+    """beta from 1e-4 to 0.02 over T = 1000 (Ho et al. 2020, section 4). Other T keep the same total
+    noise by scaling beta with 1000 / T."""
+    scale = 1000 / T
+    beta = torch.linspace(1e-4 * scale, 0.02 * scale, T, dtype=torch.float64).clamp(max=0.999)
+    return Schedule(torch.cumprod(1 - beta, 0))
+
+
+def cosine_schedule(T):
+    """ab_t = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + 0.008) / 1.008), beta clipped at 0.999 (Nichol &
+    Dhariwal 2021, eq. 17)."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos(math.pi / 2 * (t / T + 0.008) / 1.008) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return Schedule(torch.cumprod(1 - beta, 0))
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+# The three things that a network can be asked for, as (target, its inverse, min-SNR weight), each
+# of alpha_bar `ab`. target = p x_0 + q eps; x_0 = a x_t + b target; Hang et al. 2023, gamma = 5,
+# with S = ab / (1 - ab) the signal-to-noise ratio.
+GAMMA = 5.0
+
+
+def predict_eps(ab):
+    """eps itself (Ho et al. 2020, eq. 12); x_0 = (x_t - sqrt(1-ab) eps) / sqrt(ab)."""
+    S = ab / (1 - ab)
+    return (0 * ab, 0 * ab + 1), (ab**-0.5, -((1 / ab - 1) ** 0.5)), S.clamp(max=GAMMA) / S
+
+
+def predict_v(ab):
+    """v = sqrt(ab) eps - sqrt(1-ab) x_0; x_0 = sqrt(ab) x_t - sqrt(1-ab) v (Salimans & Ho 2022)."""
+    S = ab / (1 - ab)
+    signal, noise = ab**0.5, (1 - ab) ** 0.5
+    return (-noise, signal), (signal, -noise), S.clamp(max=GAMMA) / (S + 1)
+
+
+def predict_x0(ab):
+    """x_0 itself."""
+    return (0 * ab + 1, 0 * ab), (0 * ab, 0 * ab + 1), (ab / (1 - ab)).clamp(max=GAMMA)
+
+
+PREDICTIONS = {"eps": predict_eps, "v": predict_v, "x0": predict_x0}
+
+
+def forward_table(schedule, predict):
+    """What training needs at each t: float32 [T, 5] with columns (signal, noise, p, q, weight), in
+    x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
+    loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last."""
+    ab = schedule.alpha_bar
+    (p, q), _, weight = PREDICTIONS[predict](ab)
+    return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight], dim=1).float()  # [T, 5]
+
+
+def time_grid(t_start, nfe):
+    """nfe + 1 step counts from t_start to 0, uniform, both ends exact and none repeated."""
+    return [round(t_start * (nfe - i) / nfe) for i in range(nfe + 1)]
+
+
+def reverse_table(schedule, predict, taus, eta):
+    """The five numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 5] with
+    columns (a, b, c0, ct, sigma) in
+
+        x0_hat = clip(a x_t + b out, -1, 1),    x_s = c0 x0_hat + ct x_t + sigma z.
+
+    This is Song et al. 2021 (DDIM), eq. 12, with sigma from eq. 16 and eps_hat eliminated. With
+    eta = 1 and s = t - 1 it is DDPM's posterior (Ho et al. 2020, eq. 6-7); with eta = 0, DDIM. In
+    float32 the difference 1 - ab would lose four digits at small t: hence float64, cast last."""
+    rows = []
+    for tau, next_tau in zip(taus, taus[1:]):
+        ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
+        sigma = eta * math.sqrt((1 - ab_s) / (1 - ab_t)) * math.sqrt(1 - ab_t / ab_s)
+        ct = math.sqrt(max(0.0, 1 - ab_s - sigma**2) / (1 - ab_t))
+        c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
+        _, (a, b), _ = PREDICTIONS[predict](torch.tensor(ab_t, dtype=torch.float64))
+        rows.append([float(a), float(b), c0, ct, sigma])
+    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 5]
+
+
+# ------------------------------------------------------------------ U-Net
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x, t): two 3x3 convolutions, each after GroupNorm and SiLU; the time embedding scales
+    and shifts the second norm (Dhariwal & Nichol 2021). The last convolution starts at zero, so
+    that a new block is the identity. [B, C, H, W] -> [B, C, H, W]."""
+
+    def __init__(self, channels, embedding):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.time = nn.Linear(embedding, 2 * channels)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1] each
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return x + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """x + self-attention over pixels, four heads. [B, C, H, W] -> [B, C, H, W]."""
+
+    def __init__(self, channels, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # [B, heads, HW, C / heads] each
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """The denoiser: x_t [B, C, H, W] and t int64 [B] -> out [B, C, H, W], for H and W divisible
+    by 4. Space-to-depth by 2 comes first: on small images most of a U-Net's time is spent at full
+    resolution, where there is least to decide. Skip connections are added, not concatenated, which
+    keeps every block at one width. Two levels of widths w and 2 w, attention on the lower one."""
+
+    def __init__(self, channels, width=32, blocks=(1, 2)):
+        super().__init__()
+        self.width = width
+        emb = 4 * width
+        self.embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.down1 = nn.ModuleList(ResidualBlock(width, emb) for _ in range(blocks[0]))
+        self.shrink = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.down2 = nn.ModuleList(ResidualBlock(2 * width, emb) for _ in range(blocks[1]))
+        self.attention = Attention(2 * width)
+        self.middle = ResidualBlock(2 * width, emb)
+        self.up2 = nn.ModuleList(ResidualBlock(2 * width, emb) for _ in range(blocks[1]))
+        self.grow = nn.Conv2d(2 * width, 4 * width, 1)
+        self.up1 = nn.ModuleList(ResidualBlock(width, emb) for _ in range(blocks[0]))
+        self.norm = nn.GroupNorm(8, width)
+        self.leave = nn.Conv2d(width, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def time_embedding(self, t):
+        """Sines and cosines of t at geometric frequencies (Vaswani et al. 2017). -> [B, width]."""
+        frequency = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
+        angle = t[:, None] * torch.exp(-math.log(1e4) * frequency)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    def forward(self, x_t, t):
+        emb = self.embed(self.time_embedding(t))  # [B, 4w]
+        h = self.enter(F.pixel_unshuffle(x_t, 2))  # [B, w, H/2, W/2]
+        skips = []
+        for block in self.down1:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.shrink(h)  # [B, 2w, H/4, W/4]
+        for block in self.down2:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle(self.attention(h), emb)
+        for block in self.up2:
+            h = block(h + skips.pop(), emb)
+        h = F.pixel_shuffle(self.grow(h), 2)  # [B, w, H/2, W/2]
+        for block in self.up1:
+            h = block(h + skips.pop(), emb)
+        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # [B, C, H, W]
+
+
+def make_unet(cfg, channels, device):
+    """A U-Net whose initial weights depend on the seed alone, not on global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return UNet(channels, cfg.width).to(device)
+
+
+# ------------------------------------------------------------------ DIP network
+
+
+class GroupedConv(nn.Module):
+    """K independent convolutions as one with groups = K: [1, K Ci, H, W] -> [1, K Co, H', W'].
+    Reflection padding keeps the size at stride 1. PyTorch's default initial distribution,
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn for each of `members` from its own number, so that a
+    network does not depend on which others share its group."""
+
+    def __init__(self, members, layer, c_in, c_out, size, seed, stride=1):
+        super().__init__()
+        K, bound = len(members), (c_in * size * size) ** -0.5
+        shape = (K, c_out * (c_in * size * size + 1))
+        u = kernels.uniform(shape, seed, members, layer, kernels.WEIGHTS, members.device)
+        weight, bias = (u * 2 - 1).mul(bound).split([c_out * c_in * size * size, c_out], dim=1)
+        self.weight = nn.Parameter(weight.reshape(K * c_out, c_in, size, size))
+        self.bias = nn.Parameter(bias.reshape(K * c_out))
+        self.K, self.stride, self.pad = K, stride, size // 2
+
+    def forward(self, x):
+        if self.pad:
+            x = F.pad(x, (self.pad,) * 4, mode="reflect")
+        return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.K)
+
+
+class NormAct(nn.Module):
+    """BatchNorm in training mode, then LeakyReLU(0.2), over [1, K C, H, W]: with a batch of one,
+    K C channels are K separate BatchNorms."""
+
+    def __init__(self, channels, device, act=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, device=device))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device))
+        self.act = act
+
+    def forward(self, x):
+        x = F.batch_norm(x, None, None, self.weight, self.bias, training=True)
+        return F.leaky_relu(x, 0.2) if self.act else x
+
+
+class SkipDIP(nn.Module):
+    """K of Ulyanov et al.'s hourglasses (2018, supplementary) as one grouped network:
+    z [1, K Cz, H, W] -> x [K, C, H, W] in [0, 1]. Each scale has a 4-channel 1x1 skip, a stride-2
+    and a plain 3x3 convolution on the way down, bilinear upsampling, a 3x3 and a 1x1 convolution on
+    the way up."""
+
+    def __init__(self, members, channels, height, width_px, width, z_channels, seed):
+        super().__init__()
+        K, device = len(members), members.device
+        self.K, self.channels, skip = K, channels, 4
+        self.scales = min(5, max(1, int(math.log2(min(height, width_px))) - 2))
+        numbers = iter(range(10_000))  # each layer draws its weights under a number of its own
+
+        def conv_norm(c_in, c_out, size, stride=1):
+            conv = GroupedConv(members, next(numbers), c_in, c_out, size, seed, stride)
+            return nn.Sequential(conv, NormAct(K * c_out, device))
+
+        def each_scale(make):
+            return nn.ModuleList(make(z_channels if s == 0 else width) for s in range(self.scales))
+
+        self.skips = each_scale(lambda c: conv_norm(c, skip, 1))
+        self.downs = each_scale(lambda c: nn.Sequential(conv_norm(c, width, 3, stride=2),
+                                                        conv_norm(width, width, 3)))
+        self.norms = each_scale(lambda c: NormAct(K * (skip + width), device, act=False))
+        self.ups = each_scale(lambda c: nn.Sequential(conv_norm(skip + width, width, 3),
+                                                      conv_norm(width, width, 1)))
+        self.last = GroupedConv(members, next(numbers), width, channels, 1, seed)
+
+    def forward(self, z):
+        h, skips = z, []
+        for skip, down in zip(self.skips, self.downs):
+            skips.append(skip(h))
+            h = down(h)
+        for norm, up in zip(reversed(self.norms), reversed(self.ups)):
+            skip = skips.pop()
+            H, W = skip.shape[-2:]
+            h = F.interpolate(h, size=(H, W), mode="bilinear", align_corners=False)
+            h = torch.cat([skip.view(self.K, -1, H, W), h.view(self.K, -1, H, W)], dim=1)
+            h = up(norm(h.view(1, -1, H, W)))
+        x = torch.sigmoid(self.last(h))
+        return x.view(self.K, self.channels, *x.shape[-2:])
+
+
+# ------------------------------------------------------------------ DDPM training
+
+
+def epoch_order(cfg, N, epoch, device):
+    """A permutation of 0 ... N-1 for this epoch, int64 [N]: a function of seed and epoch alone."""
+    numbers = torch.arange(N, device=device)
+    keys = kernels.uniform((N,), cfg.seed, numbers, epoch, kernels.DATA_ORDER, device)
+    return keys.argsort(stable=True)
+
+
+def timesteps(cfg, position, B, t_max, step):
+    """t uniform in 0 ... t_max-1, one draw in each of B equal strata: int64 [B]. The loss varies
+    much with t, and strata take that out of the gradient's variance (Kingma et al. 2021, VDM,
+    appendix I.1)."""
+    u = kernels.uniform((len(position),), cfg.seed, position, step, kernels.TRAIN_TIME,
+                        position.device)
+    return ((position + u) / B * t_max).long().clamp(max=t_max - 1)
+
+
+def learning_rate(cfg, step, steps):
+    """Linear warm-up over the first 3 % of the steps, then half a cosine down to zero."""
+    warmup = max(1, round(0.03 * steps))
+    return cfg.lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train_ddpm(cfg, x_0, t_max, run, name):
+    """Minimise E_t w_t |out(x_t, t) - target|^2 over t < t_max (Ho et al. 2020, algorithm 1 and
+    eq. 14, with the targets and weights of `forward_table`). x_0: uint8 [N, C, H, W]. Returns the
+    network with exponentially averaged weights, and log rows (step, epoch, seconds, loss, lr).
+    Continues from run.state where that has a beginning; leaves checkpoints in run.folder."""
+    N, C = x_0.shape[:2]
+    B = min(cfg.batch, N)
+    per_epoch = N // B
+    steps = cfg.epochs * per_epoch
+    schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
+    coef = forward_table(schedule, cfg.predict).to(run.device)
+    net = make_unet(cfg, C, run.device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
+    step, seconds, rows = restore(run.state.get(name), net, ema, optimizer)
+    position = torch.arange(B, device=run.device)  # of an image in the batch
+    loss_sum, loss_count = torch.zeros((), device=run.device), 0
+    order, order_epoch = None, None
+    progress, clock = Progress(f"train {name}", steps, B, step), Clock(seconds)
+    saved_at = time.time()
+
+    while step < steps:
+        if order_epoch != step // per_epoch:
+            order_epoch = step // per_epoch
+            order = epoch_order(cfg, N, order_epoch, run.device)
+        first = step % per_epoch * B
+        index = order[first:first + B]
+        t = timesteps(cfg, position, B, t_max, step)
+        x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, position, step)
+        with run.autocast():
+            out = net(x_t, t)
+        loss = kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, position, step).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, steps)
+        optimizer.step()
+        update_average(ema, net, step)
+
+        step += 1
+        loss_sum += loss.detach()
+        loss_count += 1
+        if loss_count == 50 or step == steps:  # the only place where the host waits for the device
+            mean = loss_sum.item() / loss_count
+            if not math.isfinite(mean):
+                raise RuntimeError(f"loss is {mean} at step {step} with --lr {cfg.lr}; the last "
+                                   f"good checkpoint is kept")
+            rows.append([name, step, round(step / per_epoch, 4), round(clock(), 2), mean,
+                         learning_rate(cfg, step - 1, steps)])
+            loss_sum.zero_()
+            loss_count = 0
+            progress(step, f"loss {mean:.4f}")
+        if run.stop or step == steps or (loss_count == 0
+                                         and time.time() - saved_at > CHECKPOINT_SECONDS):
+            run.state[name] = {"step": step, "seconds": clock(), "rows": rows,
+                               "net": net.state_dict(), "ema": ema.state_dict(),
+                               "optimizer": optimizer.state_dict()}
+            save_checkpoint(run)
+            saved_at = time.time()
+            if run.stop:
+                raise KeyboardInterrupt
+    return ema.eval(), rows, clock()
+
+
+def update_average(ema, net, n, decay=0.999):
+    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)): without the warm-up an early
+    average would be mostly initial weights."""
+    d = min(decay, (1 + n) / (10 + n))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
+
+
+# ------------------------------------------------------------------ sampling
+
+
+@torch.no_grad()
+def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast):
+    """The reverse process from x_init (after t_start steps of noise) to x_0 in nfe network
+    evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start).
+    x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
+    image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]."""
+    schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
+    taus = time_grid(t_start, nfe)
+    coef = reverse_table(schedule, cfg.predict, taus, eta).to(x_init.device)
+    done = []
+    for x_t, numbers in zip(x_init.split(SAMPLE_BATCH), sample_numbers.split(SAMPLE_BATCH)):
+        for i, tau in enumerate(taus[:-1]):
+            t = torch.full((len(x_t),), tau - 1, device=x_t.device)
+            with autocast():
+                out = net(x_t, t)
+            x_t = kernels.posterior_step(x_t, out, coef, i, cfg.seed, numbers)
+        done.append(x_t)
+    return torch.cat(done)
+
+
+# ------------------------------------------------------------------ DIP fitting
+
+
+def fit_dips(cfg, y, members, iters, progress, truth=None):
+    """Fit one DIP to each image: minimise |f_theta(z + jitter) - y|^2 over theta from random
+    theta, z ~ U(0, 0.1) fixed, Adam, jitter N(0, (1/30)^2) fresh at every iteration (Ulyanov et al.
+    2018, eq. 2 and supplementary). y [K, C, H, W] in [0, 1], not clipped; members int64 [K] number
+    the images, and with the seed decide theta. z and jitter are shared: the fits never meet, so
+    they need not differ. The loss is the sum of the images' means, so each gets the gradient that
+    it would get alone. Returns the exponential average of the outputs [K, C, H, W], and with a
+    truth [(iteration, PSNR in dB of each image's average [K])]."""
+    K, C, H, W = y.shape
+    width = cfg.dip_width or (16 if max(H, W) <= 64 else 128)
+    Cz = min(width, 32)
+    net = SkipDIP(members, C, H, W, width, Cz, cfg.seed).to(y.dtype)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True)
+    z = 0.1 * kernels.uniform((1, Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, y.device)
+    average, curve = torch.zeros_like(y), []
+    for i in range(iters):
+        jitter = kernels.normal((1, Cz, H, W), cfg.seed, 0, i, kernels.DIP_JITTER, y.device)
+        z_i = (z + jitter / 30).to(y.dtype).expand(K, -1, -1, -1)
+        x = net(z_i.reshape(1, K * Cz, H, W))  # [K, C, H, W]
+        loss = (x - y).square().mean(dim=(1, 2, 3)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.lerp_(x.detach(), 1 - min(0.9, (1 + i) / (10 + i)))
+        if truth is not None and ((i + 1) % 10 == 0 or i + 1 == iters):
+            curve.append((i + 1, measure.psnr(average, truth)))
+        progress(i + 1)
+    return average, curve
+
+
+# ------------------------------------------------------------------ method 1: priors
+#
+# x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps, then the reverse process from t_start. Each
+# prior is a function (cfg, x_0 uint8 [N, C, H, W], n, run) -> x_prior [n, C, H, W] in [-1, 1].
+
+
+def prior_dip_images(cfg, x_0, n, run):
+    """One DIP for each of the first n training images, fitted shortly."""
+    y = x_0[:n].float() / 255
+    iters = dip_iterations(cfg, y)
+    members = torch.arange(n, device=run.device)
+    groups = list(zip(y.split(cfg.dip_group), members.split(cfg.dip_group)))
+    progress = Progress("fit DIPs", len(groups) * iters, min(n, cfg.dip_group))
+    priors = []
+    for g, (y_g, members_g) in enumerate(groups):
+        average, _ = fit_dips(cfg, y_g, members_g, iters,
+                              lambda i, g=g: progress(g * iters + i))
+        priors.append(average)
+        if run.stop:
+            raise KeyboardInterrupt
+    return torch.cat(priors) * 2 - 1
+
+
+def prior_gauss(cfg, x_0, n, run):
+    """Draws from one Gaussian with the training data's mean and full covariance: what can be had
+    with no DIP at all."""
+    x = x_0[:20_000].flatten(1).double() / 127.5 - 1  # [N, D]
+    mean = x.mean(0)
+    variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    z = kernels.normal((n, len(mean)), cfg.seed, 0, 0, kernels.DIP_CODE, x_0.device).double()
+    x = mean + z * variance.clamp(min=0).sqrt() @ axes.T
+    return x.float().view(n, *x_0.shape[1:])
+
+
+def prior_blur(cfg, x_0, n, run):
+    """The first n training images through a 5x5 box: all the structure and more of a leak than a
+    DIP; if this does as well, the DIP adds nothing."""
+    x = x_0[:n].float() / 127.5 - 1
+    return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+
+
+PRIORS = {"dip-images": prior_dip_images, "gauss": prior_gauss, "blur": prior_blur}
+
+
+def dip_iterations(cfg, y):
+    """--dip-iters, or what was found best: a short fit as a prior, to the peak as a denoiser."""
+    if cfg.dip_iters is not None:
+        return cfg.dip_iters
+    if cfg.mode == "prior":
+        return 60
+    return 150 if max(y.shape[-2:]) <= 64 else 600
+
+
+def start_from_prior(cfg, prior, t_start, numbers):
+    """x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps (Ho et al. 2020, eq. 4)."""
+    table = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict).to(prior.device)
+    t = torch.full((len(prior),), t_start - 1, device=prior.device)
+    return kernels.q_sample(prior, None, t, table, cfg.seed, numbers, 0, kernels.INIT_NOISE)
+
+
+def run_prior(cfg, run):
+    """--mode prior and --mode ddpm: train, then let every arm sample with the same network, seeds
+    and count, and measure it against the test split."""
+    train = data.load(cfg.data, cfg.data_dir, "train")
+    test = data.load(train.name if cfg.data == "auto" else cfg.data, cfg.data_dir, "test")
+    x_0 = train.pixels[:cfg.limit].to(run.device)
+    N, C, H, W = x_0.shape
+    if H % 4 or W % 4:
+        raise ValueError(f"--data {cfg.data}: images of {W}x{H} pixels; the U-Net needs sizes that "
+                         "are multiples of 4")
+    n = min(cfg.samples or 1000, N)
+    t_start = steps_of_prior(cfg)
+    about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
+    run.about = {"shape": [C, H, W], "data": about}
+    say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
+        f"{run.device}, {run.precision}")
+
+    net, rows, seconds = train_ddpm(cfg, x_0, cfg.timesteps, run, "full")
+    nets = {"full": net}
+    if cfg.mode == "prior" and cfg.train == "truncated":
+        nets["truncated"], more, more_seconds = train_ddpm(cfg, x_0, t_start, run, "truncated")
+        rows, seconds = rows + more, seconds + more_seconds
+    run.seconds["train"] = seconds
+    write_log(run, rows)
+
+    judge = Judge(cfg, run, train, test, n)
+    numbers = torch.arange(n, device=run.device)
+    arms, curves, pictures, starts = [], loss_curves(rows), {}, {}
+    for arm in ["ddpm"] + (list(PRIORS) if cfg.mode == "prior" else []):
+        began = time.time()
+        if arm == "ddpm":
+            network, steps = nets["full"], cfg.timesteps
+            x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE,
+                                    run.device)
+        else:
+            network, steps = nets.get("truncated", nets["full"]), t_start
+            starts[arm] = PRIORS[arm](cfg, x_0, n, run)
+            x_init = start_from_prior(cfg, starts[arm], t_start, numbers)
+        synchronize(run.device)
+        prior_seconds = time.time() - began
+        run.seconds["dip"] += prior_seconds if arm.startswith("dip") else 0.0
+        for eta in cfg.eta:
+            for nfe in cfg.nfe:
+                began = time.time()
+                x = sample(cfg, network, x_init, steps, nfe, eta, numbers, run.autocast)
+                synchronize(run.device)
+                took = time.time() - began
+                run.seconds["sample"] += took
+                row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "eta": eta, "t_start": steps,
+                       "seconds": round(took + prior_seconds, 3),
+                       "prior_seconds": round(prior_seconds, 3)} | judge(x)
+                arms.append(row)
+                pictures[arm, nfe, eta] = x[:16].cpu()
+                say(describe(row))
+                if run.stop:
+                    raise KeyboardInterrupt
+    for row in arms:
+        if "fid_lenet" in row:
+            series = row["name"] + (f" eta={row['eta']:g}" if len(cfg.eta) > 1 else "")
+            curves.setdefault(f"quality/{series}", []).append([row["nfe"], row["fid_lenet"]])
+            curves.setdefault(f"seconds/{series}", []).append(
+                [row["seconds"] * 1000 / n, row["fid_lenet"]])
+    result = judge.summary() | {
+        "data": about, "parameters": sum(p.numel() for p in net.parameters()),
+        "arms": arms, "curves": curves,
+        "pictures": draw_arms(cfg, run, pictures, starts, x_0)}
+    finish(cfg, run, result)
+    print_table(arms, result.get("floor"))
+
+
+class Judge:
+    """Measures sets of n samples against the test split in the features of a LeNet that is trained
+    on the whole training split, where there are labels for it. Its time goes to seconds["eval"]."""
+
+    def __init__(self, cfg, run, train, test, n):
+        began = time.time()
+        self.run, self.lenet, self.n = run, None, n
+        if train.labels is not None and min(n, len(test.pixels)) > 1:
+            root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
+            self.lenet = measure.feature_network(
+                train.pixels, train.labels, train.name, [root, data.cache_root(), run.folder],
+                device=run.device, test=(test.pixels, test.labels))
+            self.features = measure.features(self.lenet, test.pixels)
+            # as many real images as generated ones, from the whole split: its halves differ
+            self.manifold = self.features[torch.arange(min(n, len(test.pixels)))
+                                          * len(test.pixels) // min(n, len(test.pixels))]
+            self.floor = measure.floor(self.lenet, train.pixels, test.pixels, n)
+        run.seconds["eval"] += time.time() - began
+
+    def __call__(self, x):
+        """x [n, C, H, W] in [-1, 1] -> the set's measures, a flat dictionary."""
+        if self.lenet is None:
+            return {}
+        began = time.time()
+        f, g = measure.features(self.lenet, (x + 1) / 2), self.features
+        kid, kid_std = measure.kid(f, g)
+        precision, recall = measure.precision_recall(f, self.manifold)
+        row = {"fid_lenet": round(measure.frechet_distance(f, g), 3), "kid": round(kid, 5),
+               "kid_std": round(kid_std, 5), "precision": round(precision, 4),
+               "recall": round(recall, 4)}
+        self.run.seconds["eval"] += time.time() - began
+        return row
+
+    def summary(self):
+        if self.lenet is None:
+            return {"notes": ["no labels, or too few images: no LeNet features, no fid_lenet"]}
+        return {"floor": {"fid_lenet": round(self.floor, 3), "samples": self.n},
+                "features": {"name": self.lenet.name, "accuracy": self.lenet.accuracy,
+                             "checksum": self.lenet.checksum, "dimension": self.lenet.dimension}}
+
+
+# ------------------------------------------------------------------ other runs
+
+
+def run_dip(cfg, run):
+    """--mode dip: add N(0, sigma^2) to test images, fit one DIP to each, and follow PSNR: it rises,
+    peaks and falls back as the network learns the noise (Ulyanov et al. 2018, figure 2)."""
+    test = data.load(cfg.data, cfg.data_dir, "test")
+    n = min(cfg.samples or 16, len(test.pixels))
+    truth = test.pixels[:n].to(run.device).float() / 255
+    members = torch.arange(n, device=run.device)
+    z = kernels.normal(truth.shape, cfg.seed, members, 0, kernels.CORRUPTION, run.device)
+    y = truth + cfg.sigma * z  # not clipped: clipping would bias black pixels by 0.4 sigma
+    iters = dip_iterations(cfg, y)
+    say(f"data: {test.name}, {n} images; sigma {cfg.sigma}; {iters} iterations; {run.device}")
+    began, fits = time.time(), []
+    for y_g, truth_g, members_g in zip(*(v.split(cfg.dip_group) for v in (y, truth, members))):
+        progress = Progress("fit DIPs", iters, len(y_g))
+        fits.append(fit_dips(cfg, y_g, members_g, iters, progress, truth_g))
+        if run.stop:
+            raise KeyboardInterrupt
+    run.seconds["dip"] = took = time.time() - began
+    x = torch.cat([average for average, _ in fits])
+    psnr = torch.stack([torch.cat(p) for p in zip(*([p for _, p in curve] for _, curve in fits))])
+    iterations = [i for i, _ in fits[0][1]]
+    best, where = psnr.max(0)  # psnr: [checks, n]
+    curves = {"psnr/mean over images": [[i, round(p.mean().item(), 3)]
+                                        for i, p in zip(iterations, psnr)]}
+    arms = [{"name": name, "seed": cfg.seed} | measures(image, truth)
+            for name, image in (("noisy", y.clamp(0, 1)), ("dip", x))]
+    arms[1] |= {"seconds": round(took, 3), "iterations": iters,
+                "psnr_oracle": round(best.mean().item(), 3),
+                "iterations_oracle": sum(iterations[w] for w in where) / n}
+    for row in arms:
+        say(describe(row))
+    rows = torch.stack([truth[:16], y[:16].clamp(0, 1), x[:16]]).flatten(0, 1).cpu()
+    measure.save_png(measure.grid(rows, columns=min(n, 16), scale=zoom(truth)),
+                     run.folder / "dip.png")
+    finish(cfg, run, {
+        "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256}, "arms": arms,
+        "curves": curves, "pictures": [{"file": "dip.png", "caption": "top to bottom: truth, "
+                                        f"noisy, DIP after {iters} iterations"}]})
+
+
+def run_sample(cfg, run):
+    """--mode sample: pictures from a finished run's network, from noise; needs no data."""
+    saved = load_checkpoint(Path(cfg.resume))
+    if "full" not in saved["networks"]:
+        raise ValueError(f"{cfg.resume} holds no network for all t")
+    C, H, W = saved["shape"]
+    net = make_unet(cfg, C, run.device)
+    load_weights(net, saved["networks"]["full"]["ema"], cfg.resume)
+    n = cfg.samples or 64
+    numbers = torch.arange(n, device=run.device)
+    x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
+    arms, pictures = [], []
+    for eta in cfg.eta:
+        for nfe in cfg.nfe:
+            began = time.time()
+            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast)
+            synchronize(run.device)
+            took = time.time() - began
+            run.seconds["sample"] += took
+            file = f"samples-nfe{nfe}-eta{eta:g}.png"
+            picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=zoom(x))
+            measure.save_png(picture, run.folder / file)
+            pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
+                                                      f"eta = {eta:g}"})
+            arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "eta": eta,
+                         "t_start": cfg.timesteps, "seconds": round(took, 3)})
+            say(describe(arms[-1]) + f"   {run.folder / file}")
+    finish(cfg, run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
+                      "parameters": sum(p.numel() for p in net.parameters())})
+
+
+MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "sample": run_sample}
+
+
+# ------------------------------------------------------------------ results and pictures
+
+
+def measures(image, truth):
+    """Mean and standard deviation over images of each image measure, as a flat dictionary."""
+    row = {}
+    for name in ("psnr", "ssim", "mse", "mae"):
+        v = getattr(measure, name)(image, truth)
+        row[name] = round(v.mean().item(), 5)
+        row[f"{name}_std"] = round(v.std(correction=0).item(), 5)
+    return row
+
+
+def describe(row):
+    """One row of results as one line of text."""
+    keys = ("nfe", "eta", "fid_lenet", "kid", "precision", "recall", "psnr", "ssim", "psnr_oracle",
+            "seconds")
+    return f"{row['name']:<12}" + "  ".join(f"{k} {row[k]:g}" for k in keys if k in row)
+
+
+def print_table(arms, floor):
+    """fid_lenet of every arm (rows) at every number of evaluations (columns), seconds beside."""
+    rows = [r for r in arms if "fid_lenet" in r]
+    if not rows:
+        return
+    nfes = sorted({r["nfe"] for r in rows})
+    say(f"\nfid_lenet (seconds, the prior's included); floor {floor['fid_lenet']:g}")
+    say(f"{'evaluations':<16}" + "".join(f"{n:>18}" for n in nfes))
+    for arm, eta in dict.fromkeys((r["name"], r["eta"]) for r in rows):
+        cells = {r["nfe"]: f"{r['fid_lenet']:.1f} ({r['seconds']:.1f} s)" for r in rows
+                 if (r["name"], r["eta"]) == (arm, eta)}
+        say(f"{arm + f' eta={eta:g}':<16}" + "".join(f"{cells[n]:>18}" for n in nfes))
+
+
+def loss_curves(rows):
+    """log.csv's rows -> {"loss/network": [[step, loss], ...]}, thinned to about 200 points."""
+    curves = {}
+    for name, step, _, _, loss, _ in rows:
+        curves.setdefault(f"loss/{name}", []).append([step, round(loss, 5)])
+    return {k: v[::max(1, len(v) // 200)] for k, v in curves.items()}
+
+
+def zoom(images):
+    """Enlargement that makes a small image visible in a grid."""
+    return max(1, 64 // max(images.shape[-2:]))
+
+
+def draw_arms(cfg, run, pictures, starts, x_0):
+    """Save one picture for each number of evaluations, a row for each arm, and one of the priors;
+    returns their files and captions."""
+    listed = []
+    for eta in cfg.eta:
+        for nfe in cfg.nfe:
+            rows = {arm: x for (arm, n, e), x in pictures.items() if (n, e) == (nfe, eta)}
+            file = f"samples-nfe{nfe}-eta{eta:g}.png"
+            x = torch.cat([((x + 1) / 2).clamp(0, 1) for x in rows.values()])
+            picture = measure.grid(x, columns=len(next(iter(rows.values()))), scale=zoom(x))
+            measure.save_png(picture, run.folder / file)
+            listed.append({"file": file, "caption": f"{nfe} network evaluations, eta = {eta:g}; "
+                                                    f"rows: {', '.join(rows)}"})
+    if starts:
+        x = torch.cat([x_0[:16].float() / 255]
+                      + [((x[:16] + 1) / 2).clamp(0, 1) for x in starts.values()]).cpu()
+        picture = measure.grid(x, columns=min(16, len(x_0)), scale=zoom(x))
+        measure.save_png(picture, run.folder / "priors.png")
+        listed.append({"file": "priors.png", "caption": "what the arms start from, before noise; "
+                       f"rows: training images, {', '.join(starts)}"})
+    return listed
+
+
+def finish(cfg, run, result):
+    """Write results.json and report.html; say where they are."""
+    run.seconds["total"] = run.clock()
+    result = {"mode": cfg.mode, "config": asdict(cfg), "command": run.command,
+              "device": run.device_name, "precision": run.precision, "torch": torch.__version__,
+              "commit": commit(), "seconds": {k: round(v, 2) for k, v in run.seconds.items()},
+              } | result
+    measure.write_json(result, run.folder / "results.json")
+    measure.report(run.folder)
+    say(f"report: {run.folder / 'report.html'}")
+
+
+def write_log(run, rows):
+    """log.csv, written whole: rows are few, and a half-written line is impossible."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["network", "step", "epoch", "seconds", "loss", "lr"])
+    writer.writerows(rows)
+    measure.write_text(text.getvalue(), run.folder / "log.csv")
+
+
+# ------------------------------------------------------------------ the edge: runs, checkpoints
+
+
+def say(line):
+    print(line, flush=True)
+
+
+class Clock:
+    """Seconds since it was made, plus what an earlier part of the run had already taken."""
+
+    def __init__(self, before=0.0):
+        self.start = time.time() - before
+
+    def __call__(self):
+        return time.time() - self.start
+
+
+class Progress:
+    """One line that rewrites itself on a terminal, a new line each half minute elsewhere: done of
+    total, rate in images (or fits x iterations) a second, time left."""
+
+    def __init__(self, label, total, per_step, done=0):
+        self.label, self.total, self.per_step, self.first = label, total, per_step, done
+        self.start, self.live = time.time(), sys.stdout.isatty()
+        self.shown = 0.0 if self.live else self.start
+
+    def __call__(self, done, note=""):
+        now, last = time.time(), done == self.total
+        if not last and now - self.shown < (0.2 if self.live else 30):
+            return
+        self.shown = now
+        rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
+        left = round((self.total - done) / rate)
+        line = (f"{self.label}: {done}/{self.total}  {rate * self.per_step:.0f}/s  "
+                f"{left // 60}:{left % 60:02d} left  {note}")
+        print(f"\r{line:<78}" if self.live else line, end="\n" if last or not self.live else "",
+              flush=True)
+
+
+class Run:
+    """What surrounds the mathematics: a folder, a device, a precision, clocks, a wish to stop."""
+
+    def __init__(self, cfg, argv):
+        self.clock = Clock()
+        self.device = pick_device(cfg.device)
+        self.device_name = device_name(self.device)
+        self.precision = pick_precision(cfg.precision, self.device)
+        self.command = "python dipddpm.py " + " ".join(argv)
+        self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
+        self.stop, self.state, self.about = False, {}, {}
+        resumed = cfg.resume and cfg.mode != "sample"
+        self.folder = Path(cfg.resume) if resumed else open_folder(cfg)
+        if resumed and (self.folder / "checkpoint.pt").exists():
+            self.state = load_checkpoint(self.folder)["networks"]
+        measure.write_json(asdict(cfg), self.folder / "config.json")
+
+    def autocast(self):
+        """bf16 inside the networks where asked for; the mathematics around them stays float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
+
+
+def open_folder(cfg):
+    """--out, or a new folder in runs/. One that holds something is never written to."""
+    stem = Path(cfg.data).stem if cfg.data else "data"
+    folder = Path(cfg.out) if cfg.out else Path("runs") / (
+        f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
+                         f"{folder} or name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_folder(path):
+    """--resume's folder, given as itself or as its checkpoint.pt; ValueError if it is no run."""
+    folder = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--resume {path}: no run there (no {folder / 'config.json'})")
+    return folder
+
+
+def newest_run():
+    """The run in runs/ with the newest checkpoint."""
+    found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError("--mode sample needs a trained network: none in runs/; train one with "
+                         "--mode ddpm or name a run with --resume")
+    return found[-1].parent
+
+
+def save_checkpoint(run):
+    """checkpoint.pt, written beside, synced, renamed: the old one stays until the new is whole."""
+    path = run.folder / "checkpoint.pt"
+    beside = path.with_suffix(".pt.tmp")
+    with open(beside, "wb") as f:
+        torch.save({"format": CHECKPOINT_FORMAT, "networks": run.state} | run.about, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(folder):
+    """checkpoint.pt's content, tensors and plain values only. ValueError in one line if it is not
+    one of ours."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no checkpoint there")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a broken file leads it into
+        raise ValueError(f"{path}: not a readable checkpoint "
+                         f"({type(error).__name__})") from error
+    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
+    return saved
+
+
+def load_weights(module, state, where):
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: its network has another architecture: "
+                         f"{str(error).splitlines()[-1].strip()}") from error
+
+
+def restore(saved, net, ema, optimizer):
+    """A training state from a checkpoint, or a beginning: -> step, seconds, rows."""
+    if saved is None:
+        return 0, 0.0, []
+    load_weights(net, saved["net"], "checkpoint")
+    load_weights(ema, saved["ema"], "checkpoint")
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["seconds"], list(saved["rows"])
+
+
+def pick_device(name):
+    """--device, or CUDA where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def pick_precision(name, device):
+    """--precision, or bf16 where there are matrix units for it: elsewhere it is slowly emulated."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    with contextlib.suppress(OSError):
+        return "bf16" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "fp32"
+    return "fp32"
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed blocks for the next step instead of returning them to the kernel,
+    which would zero each page again."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def commit():
+    """The commit that the code was at, with a + if changed since; None outside a checkout."""
+    def git(*args):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], check=True,
+                              capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def sweep(cfg):
+    """--sweep NAME=V1,V2,... -> one Config for each value, each with a folder of its own."""
+    if not cfg.sweep:
+        return [cfg]
+    name, _, values = cfg.sweep.partition("=")
+    known = {f.name.replace("_", "-"): f for f in fields(Config)}
+    f = known.get(name)
+    if f is None or not values or name in ("sweep", "out", "resume"):
+        raise ValueError(f"--sweep {cfg.sweep}: want NAME=V1,V2,... with NAME a flag's name")
+    if f.metadata["type"]:  # one value of a list-valued flag at a time
+        values = [f.metadata["type"](v) for v in values.split(",")]
+    else:
+        values = [f.type(v) for v in values.split(",")]
+    parent = Path(cfg.out) if cfg.out else Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    for v in values:
+        choices = f.metadata["choices"]
+        if choices and v not in choices:
+            raise ValueError(f"--sweep {cfg.sweep}: {v} is none of {', '.join(choices)}")
+    return [check(replace(cfg, sweep=None, out=str(parent / f"{name}={show(v)}"),
+                          **{f.name: v})) for v in values]
+
+
+def main(argv=None):
+    """The command line. Exit status: 0 done, 1 the run failed, 2 misuse or bad input, 130
+    interrupted (after a checkpoint)."""
+    argv = sys.argv[1:] if argv is None else argv
+    keep_freed_memory()
+    try:
+        for cfg in sweep(read_config(argv)):
+            run = Run(cfg, argv)
+
+            def stop_soon(*_, run=run):
+                """First signal: at the next safe place. Second: at once."""
+                if run.stop:
+                    raise KeyboardInterrupt
+                run.stop = True
+
+            signal.signal(signal.SIGINT, stop_soon)
+            signal.signal(signal.SIGTERM, stop_soon)
+            MODES[cfg.mode](cfg, run)
+    except (ValueError, OSError) as error:
+        sys.exit(fail(error, 2))
+    except RuntimeError as error:
+        sys.exit(fail(error, 1))
+    except KeyboardInterrupt:
+        print(f"\ndipddpm: interrupted; continue with --resume {run.folder}", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(error, status):
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"dipddpm: {first}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,784 @@
+"""Measures, pictures and the report: everything that looks at a result and nothing that makes one.
+
+    image against image    mse, mae, psnr, ssim                    [N, C, H, W] in [0, 1] -> [N]
+    set against set        frechet_distance, kid, precision_recall, nearest
+    LeNet features         feature_network, features, floor
+    files                  grid, save_png, write_text, write_json, report
+
+`python eval.py A.png B.png` prints the image measures of two pictures;
+`python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json.
+
+`fid_lenet` is the Fréchet distance in the features of a LeNet trained here on the data set's own
+training split. It is comparable between results that carry the same network checksum and sample
+count, is read beside its floor (real against real), and is not the Inception FID of the papers.
+"""
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import statistics
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+# ---------------------------------------------------------------- image against image
+
+
+def _pair(a, b):
+    """Both image batches in float64; ValueError unless they are finite float [N, C, H, W] alike."""
+    if a.shape != b.shape or a.dim() != 4 or a.numel() == 0:
+        raise ValueError("two image batches of one shape [N, C, H, W] expected, "
+                         f"not {list(a.shape)} and {list(b.shape)}")
+    for which, x in (("first", a), ("second", b)):
+        if not x.is_floating_point():
+            raise ValueError(f"the {which} images are {x.dtype}: scale them to floats in [0, 1]")
+        if not x.isfinite().all():
+            raise ValueError(f"the {which} images hold NaN or infinite values")
+    return a.double(), b.double()
+
+
+def mse(a, b, data_range=1.0):
+    """Mean of ((a - b) / data_range)² over C, H, W: [N, C, H, W] twice -> [N], no unit."""
+    a, b = _pair(a, b)
+    return ((a - b) / data_range).square().mean((1, 2, 3)).float()
+
+
+def mae(a, b, data_range=1.0):
+    """Mean of |a - b| / data_range over C, H, W: [N, C, H, W] twice -> [N], no unit."""
+    a, b = _pair(a, b)
+    return ((a - b) / data_range).abs().mean((1, 2, 3)).float()
+
+
+def psnr(a, b, data_range=1.0):
+    """-10 log10 mean ((a - b) / data_range)²: [N, C, H, W] twice -> [N] in dB, inf where equal."""
+    a, b = _pair(a, b)
+    return (-10 * ((a - b) / data_range).square().mean((1, 2, 3)).log10()).float()
+
+
+def ssim(a, b, data_range=1.0):
+    """Structural similarity (Wang et al. 2004, eq. 13): [N, C, H, W] twice -> [N] in [-1, 1].
+
+    (2 μa μb + c1)(2 σab + c2) / ((μa² + μb² + c1)(σa² + σb² + c2)), c = (K data_range)², K1 = 0.01,
+    K2 = 0.03; moments under a Gaussian of σ = 1.5 in an 11×11 window, population covariance,
+    averaged over the pixels whose window lies inside the image, then over channels. The window
+    shrinks to the largest odd size that fits smaller images.
+    """
+    a, b = _pair(a, b)
+    C, H, W = a.shape[1:]
+    size = min(11, H, W)
+    size -= 1 - size % 2
+    w = torch.arange(size, dtype=torch.float64, device=a.device) - size // 2
+    w = torch.exp(-w.square() / (2 * 1.5**2))
+    w = w / w.sum()
+
+    def mean(x):
+        x = x.reshape(-1, 1, H, W)
+        x = F.conv2d(F.conv2d(x, w.view(1, 1, size, 1)), w.view(1, 1, 1, size))
+        return x.view(-1, C, H - size + 1, W - size + 1)
+
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
+    c1, c2 = (0.01 * data_range)**2, (0.03 * data_range)**2
+    value = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
+             / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2)))
+    return value.mean((1, 2, 3)).float()
+
+
+# ---------------------------------------------------------------- set against set
+
+
+def _two_sets(f, g, least):
+    """Both feature sets in float64; ValueError unless finite [N, D] of one D, N >= `least`."""
+    if f.dim() != 2 or g.dim() != 2 or f.shape[1] != g.shape[1] or min(len(f), len(g)) < least:
+        raise ValueError(f"two feature sets [N, D] of one D and N >= {least} expected, "
+                         f"not {list(f.shape)} and {list(g.shape)}")
+    for which, x in (("first", f), ("second", g)):
+        if not x.isfinite().all():
+            raise ValueError(f"the {which} features hold NaN or infinite values")
+    return f.double(), g.double()
+
+
+def frechet_distance(f, g):
+    """|μf - μg|² + tr(Σf + Σg - 2 (Σf Σg)^½), Heusel et al. 2017, eq. 6; [N, D], [M, D] -> float.
+
+    The square root has the trace of (Σf^½ Σg Σf^½)^½, which is symmetric, so nothing turns complex.
+    It is biased upwards for few samples: compare equal counts.
+    """
+    f, g = _two_sets(f, g, 2)
+    D = f.shape[1]
+    S_f, S_g = torch.cov(f.T).view(D, D), torch.cov(g.T).view(D, D)  # a scalar where D = 1
+    value, vector = torch.linalg.eigh(S_f)
+    root = (vector * value.clamp(min=0).sqrt()) @ vector.T
+    cross = torch.linalg.eigvalsh(root @ S_g @ root).clamp(min=0).sqrt().sum()
+    distance = (f.mean(0) - g.mean(0)).square().sum() + S_f.trace() + S_g.trace() - 2 * cross
+    return max(distance.item(), 0.0)  # rounding can leave -1e-12 for equal sets
+
+
+def kid(f, g, subsets=100, size=1000):
+    """Kernel distance (Bińkowski et al. 2018, §4): [N, D], [M, D] -> (mean, standard deviation).
+
+    The unbiased MMD² under k(x, y) = (x·y / D + 1)³, over fixed random subsets of at most `size`
+    rows and half a set, so that small sets show a spread too: that of one subset's estimate. The
+    mean is near 0, and may be negative, for equal laws.
+    """
+    f, g = _two_sets(f, g, 4)
+    m = min(size, len(f) // 2, len(g) // 2)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(x):
+        return x[torch.randperm(len(x), generator=generator)[:m].to(x.device)]
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1)**3
+
+    estimates = []
+    for _ in range(subsets):
+        x, y = draw(f), draw(g)
+        xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1))
+        estimates.append((within - 2 * xy.mean()).item())
+    return statistics.mean(estimates), statistics.pstdev(estimates)
+
+
+def precision_recall(f, g, k=3):
+    """Share of generated `f` inside the manifold of real `g`, and of `g` inside that of `f`.
+
+    [N, D], [M, D] -> (precision, recall). A manifold is the union of balls around its points, each
+    reaching to the point's k-th neighbour in its own set (Kynkäänniemi et al. 2019, eq. 1–2).
+    """
+    f, g = _two_sets(f, g, k + 1)
+
+    def radii(x):  # the nearest of all is the point itself, hence k + 1
+        return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(1000)])
+
+    radius_f, radius_g = radii(f), radii(g)
+    inside_f, inside_g = [], torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    for rows, radius in zip(f.split(1000), radius_f.split(1000)):
+        distance = torch.cdist(rows, g)  # [rows, M]
+        inside_f.append((distance <= radius_g).any(1))
+        inside_g |= (distance <= radius[:, None]).any(0)
+    return torch.cat(inside_f).double().mean().item(), inside_g.double().mean().item()
+
+
+def nearest(images, others, block=10000):
+    """Distance from each image to its nearest one in `others`, which shows copying.
+
+    L2 over pixels in [0, 1]: [N, C, H, W], [M, C, H, W], uint8 or float -> float32 [N].
+    """
+    if images.shape[1:] != others.shape[1:] or not len(others):
+        raise ValueError(f"images of one shape expected, not {list(images.shape)} and "
+                         f"{list(others.shape)}")
+    x = _unit(images).flatten(1)
+    best = torch.full((len(x),), math.inf, device=x.device)
+    for part in others.split(block):
+        y = _unit(part.to(x.device)).flatten(1)
+        for rows in torch.arange(len(x), device=x.device).split(1000):
+            index = torch.cdist(x[rows], y).argmin(1)
+            # once more for the winner: cdist's matrix product loses digits of small distances
+            best[rows] = best[rows].minimum((x[rows] - y[index]).norm(dim=1))
+    return best
+
+
+def _unit(images):
+    """uint8 [N, C, H, W] scaled to float32 in [0, 1]; floats pass if they lie there already."""
+    if images.dim() != 4:
+        raise ValueError(f"images [N, C, H, W] expected, not {list(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not ((images >= -1e-3) & (images <= 1 + 1e-3)).all():  # false for NaN as well
+        raise ValueError("images must be uint8, or floats in [0, 1] without NaN")
+    return images.float()
+
+
+# ---------------------------------------------------------------- LeNet features
+
+LENET_VERSION = 1  # part of a cache's name: raise it when the network or its training changes
+LENET_STEPS = 500  # at least, since small sets need more than `epochs` passes
+
+
+class LeNet(nn.Module):
+    """After LeCun et al. 1998: pixels [N, C, H, W] in [0, 1] -> (features [N, 84], logits).
+
+    The features are the penultimate layer before its ReLU: nearer to a Gaussian, which is all that
+    a Fréchet distance sees, and no unit is constant.
+    """
+
+    def __init__(self, channels, classes, dimension=84):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 5, padding=2)
+        self.conv2 = nn.Conv2d(8, 24, 3, padding=1)
+        self.fc1 = nn.Linear(24 * 7 * 7, dimension)
+        self.fc2 = nn.Linear(dimension, classes)
+
+    def forward(self, x):
+        h = F.relu(F.max_pool2d(self.conv1(2 * x - 1), 2))     # [N, 8, H/2, W/2]
+        h = F.relu(F.adaptive_max_pool2d(self.conv2(h), 7))    # [N, 24, 7, 7]
+        feature = self.fc1(h.flatten(1))                       # [N, 84]
+        return feature, self.fc2(F.relu(feature))
+
+
+class FeatureNet(NamedTuple):
+    """A trained LeNet with what a result has to say about it."""
+    net: LeNet
+    name: str
+    accuracy: float | None  # on the test split, in [0, 1]; None if it was never given
+    checksum: str           # sha256 of the weights
+    dimension: int
+
+
+def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", test=None, epochs=3):
+    """The LeNet of a data set, from the first cache that holds it, else trained on the whole split.
+
+    `pixels` uint8 [N, C, H, W], `labels` int64 [N], `test` an optional (pixels, labels) for the
+    accuracy. `seed` fixes initialisation, order and shifts; no global random state changes. The
+    file is features-NAME-HASH.pt in the first writable folder of `cache_dirs`. A part of a data set
+    gives another network than the whole, hence distances that do not compare.
+    """
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or labels is None or (
+            labels.shape != pixels.shape[:1]):
+        raise ValueError("features need uint8 pixels [N, C, H, W] and a label for each, not "
+                         f"{pixels.dtype} {list(pixels.shape)} and "
+                         f"{None if labels is None else list(labels.shape)}")
+    digest = hashlib.sha256(f"{LENET_VERSION} {seed} {epochs} {list(pixels.shape)}".encode())
+    for x in (pixels, labels.long()):
+        digest.update(x.cpu().contiguous().numpy())
+    file = f"features-{name}-{digest.hexdigest()[:16]}.pt"
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        net = LeNet(pixels.shape[1], int(labels.max()) + 1)
+    cached = next((c for d in cache_dirs if (c := _load_cache(Path(d) / file, net))), None)
+    if cached:
+        net.to(device).eval()
+    else:
+        _fit(net.to(device), pixels.to(device), labels.to(device), seed, epochs)
+    accuracy = cached["accuracy"] if cached else None
+    if test is not None:
+        accuracy = _accuracy(net, *test)
+    if not cached:
+        state = {key: value.cpu() for key, value in net.state_dict().items()}
+        content = io.BytesIO()
+        torch.save({"state": state, "accuracy": accuracy, "checksum": _checksum(net)}, content)
+        for folder in map(Path, cache_dirs):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _replace(folder / file, content.getvalue())
+                break
+            except OSError:
+                continue  # read-only: try the next one; a missing cache only costs time
+    return FeatureNet(net, name, accuracy, _checksum(net), net.fc1.out_features)
+
+
+def _fit(net, pixels, labels, seed, epochs, batch=128):
+    """Cross-entropy, Adam, one-cycle rate, in place; ends in evaluation mode.
+
+    Smoothed labels and shifts by up to 2 pixels keep the network from knowing its training images:
+    without them the floor on MNIST is four times as high and degraded images stand out less. On a
+    CPU one thread, so that the weights do not depend on the number of cores.
+    """
+    n, threads = len(pixels), torch.get_num_threads()
+    epochs = max(epochs, math.ceil(LENET_STEPS / math.ceil(n / batch)))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(net.parameters())
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * math.ceil(n / batch))
+    torch.set_num_threads(1)
+    try:
+        for _ in range(epochs):
+            for index in torch.randperm(n, generator=generator).to(pixels.device).split(batch):
+                shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+                x = _unit(pixels[index]).roll(shift, (2, 3))
+                loss = F.cross_entropy(net(x)[1], labels[index], label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                rate.step()
+    finally:
+        torch.set_num_threads(threads)
+    net.eval().requires_grad_(False)
+
+
+def _load_cache(path, net):
+    """Weights of a cache file into `net`; its content, or None for a missing or a damaged file."""
+    if not path.is_file():
+        return None
+    try:
+        cached = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict(cached["state"])
+        if cached["checksum"] != _checksum(net):
+            raise ValueError("checksum")
+    except Exception as error:  # a damaged file can raise nearly anything
+        warnings.warn(f"{path} is damaged ({type(error).__name__}) and is made again",
+                      stacklevel=3)
+        return None
+    net.requires_grad_(False)
+    return cached
+
+
+def _checksum(net):
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _accuracy(net, pixels, labels):
+    device = net.fc1.weight.device
+    hits = [(net(_unit(x.to(device)))[1].argmax(1) == y.to(device)).sum().item()
+            for x, y in zip(pixels.split(1000), labels.split(1000))]
+    return sum(hits) / len(pixels)
+
+
+@torch.no_grad()
+def features(net, images, batch=1000):
+    """FeatureNet, images [N, C, H, W] (uint8, or floats in [0, 1]) -> float32 [N, D]."""
+    device = net.net.fc1.weight.device
+    return torch.cat([net.net(_unit(part.to(device)))[0] for part in images.split(batch)])
+
+
+def floor(net, train_pixels, test_pixels, samples):
+    """fid_lenet of `samples` training images, evenly spread, against the test split.
+
+    The same count as the generated ones, since the distance falls with the count: what a perfect
+    generator would score. ValueError if the training split is smaller than that.
+    """
+    if not 2 <= samples <= len(train_pixels):
+        raise ValueError(f"a floor of {samples} images from a split of {len(train_pixels)}")
+    index = torch.arange(samples, device=train_pixels.device) * len(train_pixels) // samples
+    return frechet_distance(features(net, train_pixels[index]), features(net, test_pixels))
+
+
+# ---------------------------------------------------------------- files
+
+
+def _replace(path, content):
+    """Write bytes under a temporary name and move them: a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text, path):
+    _replace(path, text.encode())
+
+
+def write_json(value, path):
+    """Strict JSON: NaN and infinities, which it cannot hold, become null."""
+    def plain(x):
+        if isinstance(x, dict):
+            return {str(key): plain(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", path)
+
+
+def grid(images, columns=None, pad=2, scale=1):
+    """A contact sheet: [N, C, H, W] in [0, 1] (clipped) or uint8, C = 1 or 3 -> PIL.Image.
+
+    Row by row, `columns` wide (default: nearly square; the number of steps makes each row a film
+    strip), grey lines of `pad` pixels between, each pixel drawn `scale` times.
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"a grid needs images [N, 1 or 3, H, W], not {list(images.shape)}")
+    if images.dtype != torch.uint8:
+        images = images.float().nan_to_num(0).clamp(0, 1).mul(255).round().byte()
+    N, C, H, W = images.shape
+    columns = min(columns or math.ceil(math.sqrt(N)), N)
+    rows = math.ceil(N / columns)
+    sheet = np.full((rows * (H + pad) - pad, columns * (W + pad) - pad, C), 127, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):  # [H, W, C]
+        y, x = i // columns * (H + pad), i % columns * (W + pad)
+        sheet[y:y + H, x:x + W] = image
+    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(sheet[..., 0] if C == 1 else sheet)
+
+
+def save_png(image, path):
+    content = io.BytesIO()
+    image.save(content, "PNG", optimize=True)
+    _replace(path, content.getvalue())
+
+
+# ---------------------------------------------------------------- report
+
+
+class Axes(NamedTuple):
+    title: str
+    x: str = ""
+    y: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    floor: bool = False  # draw the floor of fid_lenet
+
+
+QUALITY = "fid_lenet, lower is better"
+CHARTS = {  # the part of a curve's name before "/" -> how it is drawn; others are linear
+    "quality": Axes("Quality against evaluations", "network evaluations",
+                    QUALITY, True, True, True),
+    "seconds": Axes("Quality against time", "sampling seconds per 1,000 images, prior included",
+                    QUALITY, True, True, True),
+    "loss": Axes("Training loss", "training step", "weighted loss", False, True),
+    "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
+}
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2")  # colours: --s0 … --s6 below
+MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4.8 8.4h-9.6z",
+         "M0-5.2l5.2 5.2-5.2 5.2-5.2-5.2z", "M0 5l4.8-8.4h-9.6z", "M-1.5-4.5h3v9h-3z",
+         "M-4.5-1.5h9v3h-9z")
+CSS = """
+:root{--bg:#fdfdfb;--ink:#1c1c1a;--soft:#63635e;--line:#dcdbd5;--card:#f4f3ee;
+--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b8578f;--s4:#c98500;--s5:#3a93c9;--s6:#1c1c1a}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#15171a;--ink:#e9e7e1;--soft:#a3a19a;
+--line:#35383d;--card:#1e2125;
+--s0:#56b4e9;--s1:#f07f2e;--s2:#1fbf91;--s3:#cc79a7;--s4:#e69f00;--s5:#3d8fd1;--s6:#e9e7e1}}
+*{box-sizing:border-box}
+body{max-width:66rem;margin:0 auto;padding:2rem 1.25rem 4rem;background:var(--bg);color:var(--ink);
+font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 .25rem;letter-spacing:-.01em}
+h2{font-size:1.15rem;margin:2.75rem 0 .9rem;padding-top:.7rem;border-top:1px solid var(--line)}
+p,figcaption{max-width:44rem;margin:.4rem 0}.soft,small,figcaption{color:var(--soft)}
+small,figcaption{font-size:.85rem}figure{margin:0}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr));gap:.75rem;
+margin:.75rem 0 1.5rem}
+.cards div{background:var(--card);border-radius:.5rem;padding:.65rem .8rem}
+.cards b{display:block;font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums}
+.cards b small{font-weight:400}.cards b,.cards span{white-space:nowrap}.cards span{font-size:.9rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:2rem}
+.charts svg{display:block;width:100%;max-width:38rem;height:auto;margin-top:.5rem}
+.charts text{fill:var(--soft);font-size:13px;font-variant-numeric:tabular-nums}
+ul{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.3rem 0 0;padding:0;
+font-size:.9rem}
+svg.key{display:inline-block;width:34px;height:12px;margin:0 .4rem 0 0;vertical-align:-1px}
+.pictures{display:flex;flex-wrap:wrap;gap:1.75rem}.pictures figure{max-width:100%}
+.pictures img{display:block;width:100%;height:auto}.crisp{image-rendering:pixelated}
+.scroll{overflow-x:auto;margin:0 -1.25rem;padding:0 1.25rem}
+table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .9rem .35rem 0;text-align:right;vertical-align:top;white-space:nowrap;
+border-bottom:1px solid var(--line)}th{font-weight:600}td small{display:block}
+th:first-child,td:first-child,.pairs td{text-align:left}
+.pairs td{white-space:normal;overflow-wrap:anywhere}.pairs td:first-child{color:var(--soft)}
+pre{background:var(--card);border-radius:.5rem;padding:.8rem 1rem;overflow-x:auto;font-size:.88rem}
+@media(max-width:34rem){body{padding-top:1.25rem}h1{font-size:1.45rem}.cards{gap:.5rem}
+.cards b{font-size:1.3rem}.charts text{font-size:14.5px}}
+@media print{body{max-width:none;padding:0;font-size:10pt}h2{break-after:avoid}
+figure,.cards div,tr{break-inside:avoid}.scroll{overflow:visible}.cards div{border:1px solid #ccc}
+pre{white-space:pre-wrap}table{font-size:7.5pt}th,td{padding-right:.5rem}}
+"""
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
+<style>{css}</style>
+<body>{body}</body></html>
+"""
+
+
+def esc(value):
+    return html.escape(str(value))
+
+
+def _number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _values(rows, key):
+    return [row[key] for row in rows if _number(row.get(key))]
+
+
+def show(x):
+    """A value as a reader wants it, escaped: three or four digits, a dash for nothing."""
+    if x is None:
+        return "–"
+    if not _number(x):
+        return esc(json.dumps(x) if isinstance(x, (list, dict, bool)) else x)
+    if isinstance(x, int) or abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
+
+
+def spread(values):
+    """What the seeds gave: mean ± standard deviation, to two digits of that; or the one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    if not deviation:
+        return show(statistics.fmean(values)) if values else "–"
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return (f"{statistics.fmean(values):,.{digits}f} "
+            f"<small>± {deviation:,.{digits}f}</small>")
+
+
+def duration(seconds):
+    if seconds < 120:
+        return f"{seconds:.3g}\u00a0s"  # a number and its unit stay on one line
+    if seconds < 7200:
+        return f"{seconds / 60:.0f}\u00a0min"
+    return f"{seconds / 3600:.1f}\u00a0h"
+
+
+def table(head, rows, kind=""):
+    """Rows of cells that are HTML already, in a box that scrolls where the page is narrow."""
+    head = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" if head else ""
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}">{head}{rows}</table></div>'
+
+
+def swatch(i):
+    """Line, dash and marker of series `i`, for keys and tables: colour alone never tells."""
+    return (f'<svg class="key" viewBox="0 0 34 12" style="color:var(--s{i})" aria-hidden="true">'
+            '<path d="M1 6h32" stroke="currentColor" stroke-width="2" '
+            f'stroke-dasharray="{DASHES[i]}"/>'
+            f'<path d="{MARKS[i]}" transform="translate(17 6)" fill="currentColor"/></svg>')
+
+
+def place(values, log, a, b):
+    """An axis drawn from pixel a to b: (function from a value to its pixel, ticks)."""
+    f = math.log10 if log else float
+    lo, hi = f(min(values)), f(max(values))
+    margin = .05 * (hi - lo) or .5 * (1 if log else abs(lo) or 1)
+    lo, hi = lo - margin, hi + margin
+    if log:
+        ticks = [m * 10.0**e for e in range(math.floor(lo), math.ceil(hi)) for m in (1, 2, 5)]
+        if hi - lo > 3:
+            ticks = ticks[::3]  # whole decades
+    else:
+        step = 10**math.floor(math.log10((hi - lo) / 4))
+        step *= next((m for m in (1, 2, 5) if hi - lo <= 6 * m * step), 10)
+        ticks = [round(i * step, 12) for i in range(math.ceil(lo / step), math.ceil(hi / step))]
+    ticks = [v for v in ticks if lo <= f(v) <= hi]
+    few = sorted(set(values)) if len(set(values)) <= 6 else []  # evaluations: 3, 5, 10, 20, 50
+    return lambda v: a + (f(v) - lo) / (hi - lo) * (b - a), few or ticks
+
+
+def chart(name, series, style, bound=None):
+    """One SVG figure of {label: [[x, y], ...]}, or "" where nothing can be drawn.
+
+    What is no number, or not positive on a log axis, is left out; more than 400 points become means
+    of runs of equal length; `bound` is a dashed line.
+    """
+    axes = CHARTS.get(name, Axes(name))
+    bound = bound if axes.floor and _number(bound) and bound > 0 else None
+    lines = {}
+    for label, points in series.items():
+        points = [p for p in points if _number(p[0]) and _number(p[1])
+                  and (p[0] > 0 or not axes.log_x) and (p[1] > 0 or not axes.log_y)]
+        run = math.ceil(len(points) / 400) or 1
+        lines[label] = [tuple(map(statistics.fmean, zip(*points[i:i + run])))
+                        for i in range(0, len(points), run)]
+    lines = {label: line for label, line in lines.items() if line}
+    if not lines:
+        return ""
+    left, right, top, bottom = 62, 466, 12, 262
+    at_x, x_ticks = place([x for line in lines.values() for x, _ in line], axes.log_x, left, right)
+    at_y, y_ticks = place([y for line in lines.values() for _, y in line]
+                          + [bound] * (bound is not None), axes.log_y, bottom, top)
+    svg, free = [], 0
+    for v in y_ticks:
+        svg.append(f'<path d="M{left} {at_y(v):.1f}H{right}" stroke="var(--line)"/>'
+                   f'<text x="{left - 7}" y="{at_y(v) + 4.5:.1f}" text-anchor="end">{v:,g}'
+                   "</text>")
+    for v in x_ticks:
+        half = 4 * len(f"{v:,g}") + 4
+        if at_x(v) - half > free:
+            svg.append(f'<path d="M{at_x(v):.1f} {bottom}v5" stroke="var(--soft)"/><text '
+                       f'x="{at_x(v):.1f}" y="{bottom + 20}" text-anchor="middle">{v:,g}</text>')
+            free = at_x(v) + half
+    svg.append(f'<path d="M{left} {bottom}H{right}" stroke="var(--soft)"/>'
+               f'<text x="264" y="{bottom + 42}" text-anchor="middle">{esc(axes.x)}</text>'
+               f'<text transform="translate(14 137) rotate(-90)" text-anchor="middle">{axes.y}'
+               "</text>")
+    if bound is not None:
+        svg.append(f'<path d="M{left} {at_y(bound):.1f}H{right}" stroke="var(--ink)" '
+                   f'stroke-dasharray="3 4"/><text x="{right}" y="{at_y(bound) - 5:.1f}" '
+                   f'text-anchor="end">floor {show(bound)}</text>')
+    for label, line in lines.items():
+        i, path = style[label], "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in line)
+        marks = [f'<path d="{MARKS[i]}" transform="translate({at_x(x):.1f} {at_y(y):.1f})" '
+                 f'fill="currentColor"><title>{esc(label)}: {show(x)}, {show(y)}</title></path>'
+                 for x, y in line if len(line) <= 30]
+        svg.append(f'<g style="color:var(--s{i})"><path d="M{path}" fill="none" stroke-width="2" '
+                   'stroke="currentColor" stroke-linejoin="round" stroke-dasharray='
+                   f'"{DASHES[i]}"/>{"".join(marks)}</g>')
+    key = "".join(f"<li>{swatch(style[label])}{esc(label)}</li>" for label in lines
+                  if label != name)
+    return (f'<figure><b>{esc(axes.title)}</b><svg viewBox="0 0 480 312" role="img" aria-label='
+            f'"{esc(axes.title)}">{"".join(svg)}</svg><ul>{key}</ul></figure>')
+
+
+def _groups(arms):
+    """Rows that differ only in their seed, together: {(name, nfe, t_start, eta): [row, ...]}."""
+    groups = {}
+    for arm in arms:
+        key = (str(arm.get("name", "–")), *map(arm.get, ("nfe", "t_start", "eta")))
+        groups.setdefault(key, []).append(arm)
+    return groups
+
+
+def _cards(results, arms, style):
+    """Headlines: each arm's best setting, by fid_lenet if there is one, else PSNR; the cost."""
+    key, sign = ("fid_lenet", 1) if _values(arms, "fid_lenet") else ("psnr", -1)
+    best, cards = {}, []  # (small title, number, small print)
+    for (name, nfe, *_), rows in _groups(arms).items():
+        if values := _values(rows, key):
+            best.setdefault(name, []).append((sign * statistics.fmean(values), nfe, rows))
+    for name, settings in best.items():
+        _, nfe, rows = min(settings, key=lambda setting: setting[0])
+        seconds = _values(rows, "seconds")
+        detail = [f"{show(nfe)} evaluations" if nfe else "",
+                  duration(statistics.fmean(seconds)) if seconds else ""]
+        cards.append((swatch(style[name]) + esc(name), spread(_values(rows, key)),
+                      " · ".join(filter(None, detail))))
+    bound, seconds = results.get("floor") or {}, results.get("seconds") or {}
+    if _number(bound.get("fid_lenet")):
+        cards.append(("floor", show(bound["fid_lenet"]),
+                      f"fid_lenet of {show(bound.get('samples'))} training images"))
+    if _number(results.get("parameters")):
+        cards.append(("parameters", show(results["parameters"]), "in the diffusion network"))
+    if _number(seconds.get("total")):
+        parts = [f"{esc(k)} {duration(v)}" for k, v in seconds.items()
+                 if k != "total" and _number(v) and v > 0]
+        cards.append(("time in all", duration(seconds["total"]), " · ".join(parts)))
+    cards = [f"<div><span>{a}</span><b>{b}</b><small>{c}</small></div>" for a, b, c in cards]
+    note = f"Best setting of each arm by {key}, mean ± standard deviation over its seeds."
+    return ((f'<p class="soft">{note}</p>' if best else "")
+            + (f'<div class="cards">{"".join(cards)}</div>' if cards else ""))
+
+
+def _picture(picture, folder):
+    path, caption = folder / str(picture.get("file")), esc(picture.get("caption") or "")
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            width, height = image.size
+    except OSError:
+        return f"<figure><figcaption>{esc(path.name)} is missing. {caption}</figcaption></figure>"
+    # small pictures are enlarged by whole factors, so that every pixel is drawn alike
+    scale = max(1, min(3, 960 // width, 480 // height))
+    return (f'<figure style="width:{width * scale}px"><img alt="{caption}" '
+            f'class="{"crisp" if width <= 700 else ""}" src="data:image/png;base64,'
+            f'{base64.b64encode(content).decode()}"><figcaption>{caption}</figcaption></figure>')
+
+
+def _pivot(arms, style):
+    """Arms × evaluations with fid_lenet and seconds in a cell; without those arms × measures."""
+    by_nfe = _values(arms, "nfe") and _values(arms, "fid_lenet")
+    rows, heads = {}, {}
+    for (name, nfe, t_start, eta), group in _groups(arms).items():
+        if by_nfe:
+            seconds = _values(group, "seconds")
+            below = f"<small>{duration(statistics.fmean(seconds))}</small>" if seconds else ""
+            cells = {nfe: spread(_values(group, "fid_lenet")) + below}
+        else:
+            cells = {k: spread(_values(group, k)) for k in group[0]
+                     if k not in ("seed", "t_start", "eta") and _values(group, k)}
+        rows.setdefault((name, t_start, eta), {}).update(cells)
+        heads.update(dict.fromkeys(cells))
+    if not heads:
+        return ""
+    heads = sorted(heads, key=lambda k: (k is None, k)) if by_nfe else list(heads)
+    body = []
+    for (name, t_start, eta), cells in rows.items():
+        which = [f"t_start {show(t_start)}"] * (t_start is not None) + [f"η {show(eta)}"] * (
+            eta is not None)
+        body.append([f"{swatch(style[name])}{esc(name)} <small>{', '.join(which)}</small>",
+                     *(cells.get(k, "–") for k in heads)])
+    seeds = len({str(arm.get("seed")) for arm in arms})
+    caption = ("fid_lenet by network evaluations, with the sampling time. " if by_nfe else "") + (
+        f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed.")
+    return f'<h2>Arms</h2><p class="soft">{caption}</p>' + table(["arm", *map(show, heads)], body)
+
+
+def report(folder):
+    """FOLDER/results.json -> FOLDER/report.html: one file, no script, nothing fetched.
+
+    Any key may be missing; its part of the page is then left out. Headline numbers are means over
+    the seeds of one setting, never the best seed. ValueError if results.json is no JSON object.
+    """
+    folder = Path(folder)
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'results.json'} is not JSON: {error}") from None
+    if not isinstance(results, dict):
+        raise ValueError(f"{folder / 'results.json'} holds no JSON object")
+    arms, charts = results.get("arms") or [], {}
+    for name, points in (results.get("curves") or {}).items():
+        title, _, label = name.partition("/")
+        charts.setdefault(title, {})[label or title] = points or []
+    names = [name for name, *_ in _groups(arms)] + [label for c in charts.values() for label in c]
+    style = {name: i % len(MARKS) for i, name in enumerate(dict.fromkeys(names))}
+    bound, data = (results.get("floor") or {}).get("fid_lenet"), results.get("data") or {}
+    figures = "".join(chart(name, series, style, bound) for name, series in charts.items())
+    pictures = "".join(_picture(picture, folder) for picture in results.get("pictures") or [])
+    columns = list(dict.fromkeys(key for arm in arms for key in arm))
+    setting = {k: results.get(k) for k in ("device", "precision", "torch", "commit")}
+    for part in ("data", "features"):
+        setting |= {f"{part} {k}": v for k, v in (results.get(part) or {}).items()}
+    setting |= results.get("config") or {}
+    setting = [(esc(k), esc(v)) for k, v in setting.items() if v is not None]
+    title = esc(f"{results.get('mode', 'results')} · {data.get('name', folder.resolve().name)}")
+    where = " · ".join(str(results[k]) for k in ("device", "precision") if results.get(k))
+    page = "".join((
+        f'<h1>{title}</h1><p class="soft">{esc(where)}</p>{_cards(results, arms, style)}',
+        *(f"<p>{esc(note)}</p>" for note in results.get("notes") or []),
+        f'<h2>Pictures</h2><div class="pictures">{pictures}</div>' if pictures else "",
+        f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else "",
+        _pivot(arms, style),
+        "<h2>Every row</h2>" + table(map(esc, columns), [[show(arm.get(k)) for k in columns]
+                                                         for arm in arms]) if columns else "",
+        f"<h2>Command</h2><pre>{esc(results['command'])}</pre>" if results.get("command") else "",
+        "<h2>Configuration</h2>" + table((), setting, "pairs") if setting else ""))
+    write_text(PAGE.format(title=title, css=CSS, body=page), folder / "report.html")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def _open(path):
+    """A picture file -> [1, 1 or 3, H, W] in [0, 1]."""
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)[None].double() / 255
+
+
+def main(arguments=None):
+    """Exit status 0, or 2 and one line on stderr."""
+    paths = [Path(p) for p in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        if paths and str(paths[0]) in ("-h", "--help"):
+            print(__doc__)
+        elif missing := [p for p in paths if not p.exists()]:
+            raise ValueError(f"{missing[0]} does not exist")
+        elif len(paths) == 2 and all(path.is_file() for path in paths):
+            a, b = map(_open, paths)
+            for measure in (mse, mae, psnr, ssim):
+                print(f"{measure.__name__:5}{measure(a, b).item():.6g}")
+        elif paths and all(path.is_dir() for path in paths):
+            for path in paths:
+                report(path)
+                print(path / "report.html")
+        else:
+            raise ValueError("two pictures or some run folders expected")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        print("eval:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The per-pixel operations of diffusion, each a Triton kernel on CUDA and plain torch elsewhere."""
+
+from .noising import noise_loss, q_sample
+from .posterior import posterior_step
+from .rng import (
+    CORRUPTION,
+    DATA_ORDER,
+    DIP_CODE,
+    DIP_JITTER,
+    INIT_NOISE,
+    STEP_NOISE,
+    TRAIN_NOISE,
+    TRAIN_TIME,
+    WEIGHTS,
+    normal,
+    uniform,
+)
+
+__all__ = [
+    "CORRUPTION", "DATA_ORDER", "DIP_CODE", "DIP_JITTER", "INIT_NOISE", "STEP_NOISE",
+    "TRAIN_NOISE", "TRAIN_TIME", "WEIGHTS",
+    "noise_loss", "normal", "posterior_step", "q_sample", "uniform",
+]

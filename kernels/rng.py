@@ -1,0 +1,205 @@
+"""Random numbers that depend on where they are used and on nothing else.
+
+Philox4x32-10 (Salmon et al. 2011) enciphers the counter (quad, sample, draw, stream) with a 64-bit
+seed as its key: four 32-bit words for the four neighbouring elements 4 quad ... 4 quad + 3 of one
+sample's flattened tensor. `draw` is the training or the sampling step, `stream` the purpose. There
+is no state, so batch size, device, number of processes and resuming cannot change a result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # macOS and Windows: the references serve everything, the kernels lie unused
+    triton = tl = None
+
+    def jit(function=None, **_):
+        return function or jit
+
+
+(TRAIN_NOISE, TRAIN_TIME, INIT_NOISE, STEP_NOISE, DIP_CODE, DIP_JITTER, DATA_ORDER, CORRUPTION,
+ WEIGHTS) = range(9)
+
+WORD = 0xFFFFFFFF
+BLOCK = 256  # quads to a program: two to a lane of four warps, which share the work on the key
+
+
+def fused(tensor_or_device) -> bool:
+    """Whether the Triton kernels serve this tensor or device."""
+    device = getattr(tensor_or_device, "device", tensor_or_device)
+    return triton is not None and torch.device(device).type == "cuda"
+
+
+# ------------------------------------------------------------------------------------- torch
+
+
+def philox_ref(quad, sample, draw, stream, seed):
+    """Philox4x32-10: four int64 tensors of exact 32-bit words, of the counters' broadcast shape.
+
+    A product of two words wraps in int64 but keeps its 64 bits, so the high word is a shift. It is
+    masked after the exclusive or, which lets the low word stay unmasked until the end. The first
+    rounds see [1, Q], [N, 1] and scalars, and only from the third on is there work per counter.
+    """
+    c0, c1, c2, c3 = quad, sample, draw & WORD, stream
+    k0, k1 = seed & WORD, (seed >> 32) & WORD
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, c3 = p1, p0
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c0, c1 & WORD, c2, c3 & WORD
+
+
+def _counters(shape, sample, draw, device):
+    """(quad [1, Q], sample [N, 1], draw) of a float tensor of `shape`, int64 on `device`."""
+    N, Q = shape[0], -(-math.prod(shape[1:]) // 4)
+    if not isinstance(sample, torch.Tensor):
+        sample = torch.arange(sample, sample + N, device=device)
+    assert sample.shape == (N,), f"sample numbers {tuple(sample.shape)} for a batch of {N}"
+    quad, draw = torch.arange(Q, device=device), torch.as_tensor(draw, device=device)
+    return quad[None], sample[:, None], draw
+
+
+def _circle(u):
+    """(cos 2 pi u, sin 2 pi u) to 4e-7 for u in [0, 1] turns, by one body for torch and for Triton.
+
+    With x = u - 1/2 they are (x^2 - 1/16) and x (x^2 - 1/4), which hold the zeros, times minimax
+    polynomials in x^2: no quadrants and no signs. Augmented assignment is in place in torch only.
+    """
+    x = u - 0.5
+    y = x * x
+    cos = y * -6.54001
+    cos += 25.567091
+    cos *= y
+    cos += -58.571854
+    cos *= y
+    cos += 81.78964
+    cos *= y
+    cos += -59.827274
+    cos *= y
+    cos += 16.0
+    cos *= y - 0.0625
+    sin = y * 12.233301
+    sin += -38.123196
+    sin *= y
+    sin += 67.0439
+    sin *= y
+    sin += -64.83468
+    sin *= y
+    sin += 25.13273
+    x *= y - 0.25
+    sin *= x
+    return cos, sin
+
+
+def uniform(shape, seed, sample, draw, stream, device="cpu"):
+    """U[0, 1) as multiples of 2^-24: float32 of `shape`, one word for an element.
+
+    `sample` holds the N = shape[0] global sample numbers (int64 [N]) or is the first of them; shape
+    (N,) takes element 0 of each sample. `draw` is an integer or an int64 scalar tensor. A pure
+    function of (seed, sample, draw, stream, position); AssertionError if `sample` does not fit.
+    """
+    w = torch.stack(philox_ref(*_counters(shape, sample, draw, device), stream, seed), -1)
+    u = (w >> 8).float().mul_(2**-24).flatten(1)  # [N, 4 Q]
+    return u[:, : math.prod(shape[1:])].reshape(shape)
+
+
+def normal_ref(shape, seed, sample, draw, stream, device="cpu"):
+    """See `normal`."""
+    quad, sample, draw = _counters(shape, sample, draw, device)
+    N, Q = len(sample), quad.numel()
+    z = torch.empty((N, Q, 2, 2), device=device)  # [sample, quad, pair, cos or sin]
+    # A hundred passes stay in the cache and below the size at which torch wakes a second thread for
+    # each of them, which costs a time slice a pass where other processes hold the cores.
+    rows = max(1, 2**14 // (Q + 1)) if z.device.type == "cpu" else max(1, N)
+    for block, numbers in zip(z.split(rows), sample.split(rows)):
+        w0, w1, w2, w3 = philox_ref(quad, numbers, draw, stream, seed)
+        u = torch.empty((4, *w0.shape), device=device)  # planar, so that every pass is dense
+        for plane, word in zip(u, (w0, w2, w1, w3)):
+            plane.copy_(word)
+        radius = u[:2].mul_(2**-32).add_(2**-33).log_().mul_(-2).sqrt_()  # [pair, sample, quad]
+        cos, sin = _circle(u[2:].mul_(2**-32))
+        block[..., 0] = cos.mul_(radius).movedim(0, -1)
+        block[..., 1] = sin.mul_(radius).movedim(0, -1)
+    return z.flatten(1)[:, : math.prod(shape[1:])].reshape(shape)
+
+
+# ------------------------------------------------------------------------------------ Triton
+
+
+@jit
+def at(x, n):
+    """x[n] of a vector on the device, or x + n of a plain integer: a scalar is at(x, 0)."""
+    if x.dtype.is_ptr():
+        return tl.load(x + n)
+    else:
+        return x + n
+
+
+_circle_jit = jit(_circle)
+
+
+@jit
+def _box_muller(w0, w1):
+    u = w0.to(tl.float32) * 2.0**-32 + 2.0**-33
+    radius = tl.sqrt(-2.0 * tl.log(u))
+    cos, sin = _circle_jit(w1.to(tl.float32) * 2.0**-32)
+    return radius * cos, radius * sin
+
+
+@jit
+def normal_quads(quad, sample, draw, stream, seed):
+    """The normals of a block of quads of one sample, in registers: float32 [BLOCK, 4]."""
+    w0, w1, w2, w3 = tl.philox(seed, quad, sample.to(tl.uint32), draw.to(tl.uint32), stream)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (quad.shape[0], 4))
+
+
+@jit
+def elements(quad):
+    """Positions of a block of quads' elements in the flattened sample: [BLOCK, 4]."""
+    return quad[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+# Writes 4 bytes an element and reads nothing.
+@jit(do_not_specialize=["seed", "sample", "draw"])
+def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = elements(quad)
+
+    z = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
+
+    tl.store(z_ptr + n * numel + i, z, mask=i < numel)
+
+
+def normal_triton(shape, seed, sample, draw, stream, device="cuda"):
+    """See `normal`."""
+    z = torch.empty(shape, device=device)
+    numel = math.prod(shape[1:])
+    with torch.cuda.device_of(z):
+        grid = (shape[0], triton.cdiv(numel, 4 * BLOCK))
+        normal_kernel[grid](z, seed % 2**64, sample, draw, stream, numel, BLOCK)
+    return z
+
+
+def normal(shape, seed, sample, draw, stream, device="cpu"):
+    """z ~ N(0, 1): float32 of `shape`, by Box & Muller (1958) from words 0, 1 and 2, 3 of a quad.
+
+    z = sqrt(-2 ln u) (cos, sin)(2 pi v), u = word 2^-32 + 2^-33 > 0, so that the tail reaches 6.7.
+    `sample` holds the N = shape[0] global sample numbers (int64 [N]) or is the first of them;
+    `draw` is an integer or an int64 scalar tensor; both count modulo 2^32, `seed` modulo 2^64. A
+    pure function of (seed, sample, draw, stream, position), equal on CPU and GPU to rounding;
+    AssertionError if `sample` does not fit.
+    """
+    return (normal_triton if fused(device) else normal_ref)(
+        shape, seed, sample, draw, stream, device)
