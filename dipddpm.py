@@ -27,6 +27,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -112,9 +113,9 @@ class Config:
                         "sampling", low=0)
 
 
-# What a checkpoint depends on: resuming may not change these.
-TRAINING_FIELDS = ("data", "seed", "epochs", "limit", "batch", "lr", "timesteps", "schedule",
-                   "predict", "width", "train", "t_start")
+# What a network's meaning depends on, and what its training does: resuming may not change these.
+NETWORK_FIELDS = ("timesteps", "schedule", "predict", "width")
+TRAINING_FIELDS = NETWORK_FIELDS + ("data", "seed", "epochs", "limit", "batch", "lr", "train")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -128,15 +129,15 @@ def parser():
     """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
     so that the caller can tell a flag that was given from one that was not."""
     p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                       description=__doc__.split("\n")[0])
-    groups = {}
+    names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
+    groups = {name: p.add_argument_group(name) for name in names}
     for f in fields(Config):
         m = f.metadata
-        group = groups.setdefault(m["group"], p.add_argument_group(m["group"]))
+        group = groups[m["group"]]
         shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
         group.add_argument("--" + f.name.replace("_", "-"), type=m["type"] or f.type,
-                           choices=m["choices"], help=m["help"].replace("%", "%%") + shown,
+                           choices=m["choices"], help=m["help"] + shown,
                            metavar=None if m["choices"] else f.name.upper())
     return p
 
@@ -147,27 +148,37 @@ def show(value):
 
 
 def read_config(argv):
-    """Command line -> Config. With --resume the saved run's flags are the defaults, and flags that
-    its checkpoint depends on may not differ. ValueError says what is wrong."""
+    """Command line -> Config. With --resume the saved run's flags are the defaults, and those that
+    its networks depend on may not differ; --mode sample resumes the newest run unless another is
+    named. ValueError says what is wrong."""
     given = vars(parser().parse_args(argv))
-    saved = {}
-    if given.get("mode") == "sample" and "resume" not in given:
-        given["resume"] = str(newest_run())
-    if "resume" in given:
-        given["resume"] = str(run_folder(given["resume"]))
-        saved = json.loads((Path(given["resume"]) / "config.json").read_text())
-        known = {f.name for f in fields(Config)}
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
-        for name in TRAINING_FIELDS:
-            if name in given and given[name] != saved.get(name):
-                raise ValueError(f"--resume: --{name.replace('_', '-')} was {saved.get(name)} in "
-                                 f"{given['resume']} and cannot become {given[name]}")
-        if given.get("mode", saved["mode"]) == "sample":
-            # A sampling run is a new run with a folder of its own.
+    if "resume" in given or given.get("mode") == "sample":
+        folder = run_folder(given["resume"]) if "resume" in given else newest_run()
+        saved = read_saved_flags(folder / "config.json")
+        sampling = given.get("mode", saved["mode"]) == "sample"
+        fixed = NETWORK_FIELDS if sampling else TRAINING_FIELDS
+        if saved["train"] == "truncated" and not sampling:
+            fixed += ("t_start",)
+        for name in fixed:
+            if name in given and given[name] != saved[name]:
+                raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
+                                 f"and cannot become {given[name]}")
+        if sampling:  # a new run, in a folder of its own
             saved |= {"out": None, "samples": None}
-    if "mode" not in given | saved:
+        given = saved | given | {"resume": str(folder)}
+    if "mode" not in given:
         raise ValueError("--mode is required: dip, ddpm, prior or sample")
-    return check(Config(**(saved | given)))
+    return check(Config(**given))
+
+
+def read_saved_flags(path):
+    """config.json -> the flags of the run that wrote it; ValueError if it is damaged."""
+    try:
+        saved = json.loads(path.read_text())
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return asdict(check(Config(**saved)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error}") from error
 
 
 def check(cfg):
@@ -498,8 +509,8 @@ def epoch_order(cfg, N, epoch, device):
 
 def timesteps(cfg, position, B, t_max, step):
     """t uniform in 0 ... t_max-1, one draw in each of B equal strata: int64 [B]. The loss varies
-    much with t, and strata take that out of the gradient's variance (Kingma et al. 2021, VDM,
-    appendix I.1)."""
+    much with t, and strata take that out of the gradient's variance (after the low-discrepancy
+    sampler of Kingma et al. 2021, VDM, which shares one draw among the strata)."""
     u = kernels.uniform((len(position),), cfg.seed, position, step, kernels.TRAIN_TIME,
                         position.device)
     return ((position + u) / B * t_max).long().clamp(max=t_max - 1)
@@ -666,13 +677,13 @@ def prior_dip_images(cfg, x_0, n, run):
 
 def prior_gauss(cfg, x_0, n, run):
     """Draws from one Gaussian with the training data's mean and full covariance: what can be had
-    with no DIP at all."""
-    x = x_0[:20_000].flatten(1).double() / 127.5 - 1  # [N, D]
-    mean = x.mean(0)
-    variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-    z = kernels.normal((n, len(mean)), cfg.seed, 0, 0, kernels.DIP_CODE, x_0.device).double()
-    x = mean + z * variance.clamp(min=0).sqrt() @ axes.T
-    return x.float().view(n, *x_0.shape[1:])
+    with no DIP at all. w (X - mean) / sqrt(N) with w ~ N(0, I) of N numbers has that covariance."""
+    X = x_0.flatten(1).float() / 127.5 - 1  # [N, D]
+    mean = X.mean(0)
+    X -= mean
+    N = len(X)
+    w = kernels.normal((n, N), cfg.seed, 0, 0, kernels.DIP_CODE, x_0.device)
+    return (mean + w @ X / math.sqrt(N)).view(n, *x_0.shape[1:])
 
 
 def prior_blur(cfg, x_0, n, run):
@@ -714,7 +725,10 @@ def run_prior(cfg, run):
     n = min(cfg.samples or 1000, N)
     t_start = steps_of_prior(cfg)
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
-    run.about = {"shape": [C, H, W], "data": about}
+    if run.about and run.about["data"] != about:
+        raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
+    run.about = {"data": about, "shape": [C, H, W]}
+    run.begin()
     say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
         f"{run.device}, {run.precision}")
 
@@ -767,7 +781,7 @@ def run_prior(cfg, run):
         "data": about, "parameters": sum(p.numel() for p in net.parameters()),
         "arms": arms, "curves": curves,
         "pictures": draw_arms(cfg, run, pictures, starts, x_0)}
-    finish(cfg, run, result)
+    finish(run, result)
     print_table(arms, result.get("floor"))
 
 
@@ -778,7 +792,7 @@ class Judge:
     def __init__(self, cfg, run, train, test, n):
         began = time.time()
         self.run, self.lenet, self.n = run, None, n
-        if train.labels is not None and min(n, len(test.pixels)) > 1:
+        if train.labels is not None and min(n, len(test.pixels)) > 3:  # three neighbours and itself
             root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
             self.lenet = measure.feature_network(
                 train.pixels, train.labels, train.name, [root, data.cache_root(), run.folder],
@@ -825,6 +839,7 @@ def run_dip(cfg, run):
     z = kernels.normal(truth.shape, cfg.seed, members, 0, kernels.CORRUPTION, run.device)
     y = truth + cfg.sigma * z  # not clipped: clipping would bias black pixels by 0.4 sigma
     iters = dip_iterations(cfg, y)
+    run.begin()
     say(f"data: {test.name}, {n} images; sigma {cfg.sigma}; {iters} iterations; {run.device}")
     began, fits = time.time(), []
     for y_g, truth_g, members_g in zip(*(v.split(cfg.dip_group) for v in (y, truth, members))):
@@ -849,7 +864,7 @@ def run_dip(cfg, run):
     rows = torch.stack([truth[:16], y[:16].clamp(0, 1), x[:16]]).flatten(0, 1).cpu()
     measure.save_png(measure.grid(rows, columns=min(n, 16), scale=zoom(truth)),
                      run.folder / "dip.png")
-    finish(cfg, run, {
+    finish(run, {
         "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256}, "arms": arms,
         "curves": curves, "pictures": [{"file": "dip.png", "caption": "top to bottom: truth, "
                                         f"noisy, DIP after {iters} iterations"}]})
@@ -863,6 +878,7 @@ def run_sample(cfg, run):
     C, H, W = saved["shape"]
     net = make_unet(cfg, C, run.device)
     load_weights(net, saved["networks"]["full"]["ema"], cfg.resume)
+    run.begin()
     n = cfg.samples or 64
     numbers = torch.arange(n, device=run.device)
     x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
@@ -882,7 +898,7 @@ def run_sample(cfg, run):
             arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "eta": eta,
                          "t_start": cfg.timesteps, "seconds": round(took, 3)})
             say(describe(arms[-1]) + f"   {run.folder / file}")
-    finish(cfg, run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
+    finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
                       "parameters": sum(p.numel() for p in net.parameters())})
 
 
@@ -950,21 +966,22 @@ def draw_arms(cfg, run, pictures, starts, x_0):
             listed.append({"file": file, "caption": f"{nfe} network evaluations, eta = {eta:g}; "
                                                     f"rows: {', '.join(rows)}"})
     if starts:
-        x = torch.cat([x_0[:16].float() / 255]
-                      + [((x[:16] + 1) / 2).clamp(0, 1) for x in starts.values()]).cpu()
-        picture = measure.grid(x, columns=min(16, len(x_0)), scale=zoom(x))
+        n = min(16, *map(len, starts.values()))
+        x = torch.cat([x_0[:n].float() / 255]
+                      + [((x[:n] + 1) / 2).clamp(0, 1) for x in starts.values()]).cpu()
+        picture = measure.grid(x, columns=n, scale=zoom(x))
         measure.save_png(picture, run.folder / "priors.png")
         listed.append({"file": "priors.png", "caption": "what the arms start from, before noise; "
                        f"rows: training images, {', '.join(starts)}"})
     return listed
 
 
-def finish(cfg, run, result):
+def finish(run, result):
     """Write results.json and report.html; say where they are."""
     run.seconds["total"] = run.clock()
-    result = {"mode": cfg.mode, "config": asdict(cfg), "command": run.command,
+    result = {"mode": run.config["mode"], "config": run.config, "command": run.command,
               "device": run.device_name, "precision": run.precision, "torch": torch.__version__,
-              "commit": commit(), "seconds": {k: round(v, 2) for k, v in run.seconds.items()},
+              "commit": run.commit, "seconds": {k: round(v, 2) for k, v in run.seconds.items()},
               } | result
     measure.write_json(result, run.folder / "results.json")
     measure.report(run.folder)
@@ -1027,29 +1044,38 @@ class Run:
         self.device = pick_device(cfg.device)
         self.device_name = device_name(self.device)
         self.precision = pick_precision(cfg.precision, self.device)
-        self.command = "python dipddpm.py " + " ".join(argv)
+        self.command = "python dipddpm.py " + shlex.join(argv)
+        self.commit = commit()
         self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
-        self.stop, self.state, self.about = False, {}, {}
+        self.stop = False
+        self.state = {}  # what a checkpoint holds of each network's training
+        self.about = {}  # its data's name, counts, checksum, and an image's shape
+        self.config = asdict(cfg)
         resumed = cfg.resume and cfg.mode != "sample"
-        self.folder = Path(cfg.resume) if resumed else open_folder(cfg)
+        self.folder = Path(cfg.resume) if resumed else new_folder(cfg)
         if resumed and (self.folder / "checkpoint.pt").exists():
-            self.state = load_checkpoint(self.folder)["networks"]
-        measure.write_json(asdict(cfg), self.folder / "config.json")
+            saved = load_checkpoint(self.folder)
+            self.state = saved["networks"]
+            self.about = {key: saved[key] for key in ("data", "shape")}
+
+    def begin(self):
+        """Make the folder: not before the input is known to be good, so that misuse leaves none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        measure.write_json(self.config, self.folder / "config.json")
 
     def autocast(self):
         """bf16 inside the networks where asked for; the mathematics around them stays float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
 
 
-def open_folder(cfg):
-    """--out, or a new folder in runs/. One that holds something is never written to."""
+def new_folder(cfg):
+    """--out, or a new name in runs/. A folder that holds something is never written to."""
     stem = Path(cfg.data).stem if cfg.data else "data"
     folder = Path(cfg.out) if cfg.out else Path("runs") / (
         f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
                          f"{folder} or name another")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -1198,6 +1224,7 @@ def main(argv=None):
     interrupted (after a checkpoint)."""
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
+    run = None
     try:
         for cfg in sweep(read_config(argv)):
             run = Run(cfg, argv)
@@ -1216,7 +1243,8 @@ def main(argv=None):
     except RuntimeError as error:
         sys.exit(fail(error, 1))
     except KeyboardInterrupt:
-        print(f"\ndipddpm: interrupted; continue with --resume {run.folder}", file=sys.stderr)
+        hint = f"; continue with --resume {run.folder}" if run and run.state else ""
+        print(f"dipddpm: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
 
 

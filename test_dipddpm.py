@@ -1,0 +1,1657 @@
+"""Properties, in the order of the code: data, kernels, dipddpm, eval.
+
+The kernels run under Triton's interpreter where there is no GPU, against the torch references.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import http.server
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels imports Triton
+
+import data
+import dipddpm
+import eval as measures
+import kernels
+from kernels import noising, posterior, rng
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ================================================================== data
+
+REAL = Path(os.environ.get("DIPDDPM_DATA") or "/nonexistent")
+needs_data = pytest.mark.skipif(not os.environ.get("DIPDDPM_DATA"), reason="no DIPDDPM_DATA")
+
+
+def needs(folder):
+    return pytest.mark.skipif(not (REAL / folder).is_dir(), reason=f"no {folder} in DIPDDPM_DATA")
+
+
+IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+
+
+def idx_bytes(array):
+    array = np.asarray(array)
+    header = bytes([0, 0, IDX_CODES[array.dtype.str[1:]], array.ndim])
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(
+        array.dtype.newbyteorder(">")
+    ).tobytes()
+
+
+def error_line(kind, action, *parts):
+    """The message of the error that `action` raises: one line that contains every part."""
+    with pytest.raises(kind) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+    return message
+
+
+def picture(path, size=(6, 4), mode="RGB", value=7, **options):
+    colour = value if mode in ("L", "I;16") else (value,) * len(mode)
+    Image.new(mode, size, colour).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with a small data set in MNIST's format, and its four files' contents."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for prefix, n in (("train", 5), ("t10k", 3)):
+        files[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
+        files[f"{prefix}-labels-idx1-ubyte"] = np.arange(n, dtype=np.uint8)
+    (tmp_path / "mnist").mkdir()
+    for file, array in files.items():
+        (tmp_path / "mnist" / file).write_bytes(idx_bytes(array))
+    return tmp_path, files
+
+
+# ---- IDX -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", IDX_CODES)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 4), (1, 2, 3, 2), (0, 3)])
+def test_idx_round_trip(tmp_path, dtype, shape, packed):
+    want = np.random.default_rng(1).normal(0, 50, shape)
+    want = np.asarray(want.astype("i1") if dtype == "u1" else want).astype(dtype)
+    path = tmp_path / ("a.gz" if packed else "a")
+    path.write_bytes(gzip.compress(idx_bytes(want)) if packed else idx_bytes(want))
+    got = data.read_idx(path)
+    assert got.dtype == want.dtype and got.dtype.isnative and got.shape == shape
+    np.testing.assert_array_equal(got, want)
+
+
+def test_idx_is_told_from_gzip_by_content(tmp_path):
+    want = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    (tmp_path / "plain.gz").write_bytes(idx_bytes(want))
+    (tmp_path / "packed").write_bytes(gzip.compress(idx_bytes(want)))
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(data.read_idx(path), want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_cut_anywhere_is_an_error(tmp_path, packed):
+    path, whole = tmp_path / "a", idx_bytes(np.ones((2, 2, 2), np.uint8))
+    for size in range(len(whole)):
+        path.write_bytes(gzip.compress(whole[:size]) if packed else whole[:size])
+        reason = "truncated IDX header" if size < 16 else f"only {size - 16}"
+        error_line(ValueError, lambda: data.read_idx(path), path, reason)
+
+
+def test_idx_trailing_bytes_are_an_error(tmp_path):
+    path, whole = tmp_path / "a", idx_bytes(np.ones((2, 2), np.uint8)) + b"\0"
+    for content in (whole, gzip.compress(whole)):
+        path.write_bytes(content)
+        error_line(ValueError, lambda: data.read_idx(path), path, "4 bytes, the file holds more")
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("01000801", "not an IDX file"),
+        ("00010801", "not an IDX file"),
+        ("00000a01", "unknown IDX type 0x0a"),
+        ("00000801ffffffff", "more than"),
+        ("00000803ffffffffffffffffffffffff", "more than"),
+        ("0000080300000000ffffffffffffffff", "more than"),
+        ("00000e014000", "truncated IDX header (6 of 8 bytes)"),
+        ("000008ff" + "00000001" * 255, "rank 255"),
+        ("0000080170000000", "only 0"),
+    ],
+)
+def test_idx_header_is_checked(tmp_path, header, reason):
+    path = tmp_path / "a"
+    path.write_bytes(bytes.fromhex(header))
+    error_line(ValueError, lambda: data.read_idx(path), path, reason)
+
+
+def test_idx_gzip_cut_anywhere_or_corrupt_is_an_error(tmp_path):
+    path, whole = tmp_path / "a.gz", gzip.compress(idx_bytes(np.arange(40, dtype=np.uint8)))
+    for size in range(2, len(whole)):
+        path.write_bytes(whole[:size])
+        error_line(ValueError, lambda: data.read_idx(path), path, "gzip")
+    for position in range(10, len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        error_line(ValueError, lambda: data.read_idx(path), path)
+
+
+def test_idx_missing_file_is_an_oserror(tmp_path):
+    error_line(FileNotFoundError, lambda: data.read_idx(tmp_path / "none"), tmp_path / "none")
+
+
+# ---- MNIST's format ------------------------------------------------------------------------------
+
+
+def test_load_keeps_order_and_hashes_pixels(mnist):
+    root, files = mnist
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        want = files[f"{prefix}-images-idx3-ubyte"]
+        images = data.load("mnist", root, split)
+        np.testing.assert_array_equal(images.pixels[:, 0], want)
+        assert images.pixels.dtype == torch.uint8 and images.pixels.is_contiguous()
+        assert images.labels.dtype == torch.int64
+        assert images.labels.tolist() == list(range(len(want)))
+        assert images.name == "mnist"
+        assert images.sha256 == hashlib.sha256(want.tobytes()).hexdigest()
+
+
+def test_limit_keeps_the_first(mnist):
+    root, _ = mnist
+    images = data.load("mnist", root)
+    for limit in (1, 3, 99):
+        first = data.load("mnist", root, limit=limit)
+        assert torch.equal(first.pixels, images.pixels[:limit])
+        assert torch.equal(first.labels, images.labels[:limit])
+    for limit in (0, -1):
+        error_line(ValueError, lambda limit=limit: data.load("mnist", root, limit=limit), "limit")
+
+
+@pytest.mark.parametrize(
+    ("file", "array"),
+    [
+        ("train-images-idx3-ubyte", np.zeros((5, 28), np.uint8)),
+        ("train-images-idx3-ubyte", np.zeros((5, 28, 28), "i2")),
+        ("train-images-idx3-ubyte", np.zeros((0, 28, 28), np.uint8)),
+        ("train-labels-idx1-ubyte", np.zeros(4, np.uint8)),
+        ("train-labels-idx1-ubyte", np.zeros((5, 1), np.uint8)),
+        ("train-labels-idx1-ubyte", np.zeros(5, "i4")),
+    ],
+)
+def test_images_and_labels_that_do_not_match_are_an_error(mnist, file, array):
+    root, _ = mnist
+    (root / "mnist" / file).write_bytes(idx_bytes(array))
+    error_line(ValueError, lambda: data.load("mnist", root), root / "mnist" / file)
+
+
+def test_auto_never_hides_a_damaged_mnist(mnist):
+    root, _ = mnist
+    assert data.load("auto", root).name == "mnist"
+    (root / "mnist" / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08")
+    error_line(ValueError, lambda: data.load("auto", root), "train-images-idx3-ubyte")
+
+
+@needs_data
+@pytest.mark.parametrize(("split", "n"), [("train", 60000), ("test", 10000)])
+def test_real_mnist_has_the_published_content(split, n):
+    images = data.load("mnist", REAL, split)
+    assert images.pixels.shape == (n, 1, 28, 28) and len(images.labels) == n
+    header = struct.pack(">4I", 0x803, n, 28, 28)
+    content = hashlib.sha256(header + images.pixels.numpy().tobytes()).hexdigest()
+    file = f"{'train' if split == 'train' else 't10k'}-images-idx3-ubyte"
+    assert content == data.DIGESTS["mnist"][file]
+
+
+# ---- downloads -----------------------------------------------------------------------------------
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; of those in `cut` only half of what it announces."""
+
+    def __init__(self, files, cut, *arguments):
+        self.files, self.cut = files, cut
+        super().__init__(*arguments)
+
+    def do_GET(self):
+        file = self.path.strip("/")
+        content = self.files.get(file)
+        if content is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if file in self.cut else content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def mirror(mnist, monkeypatch):
+    """A mirror of the small data set: (an empty root, the files it serves, the names it cuts)."""
+    root, files = mnist
+    contents = {file: (root / "mnist" / file).read_bytes() for file in files}
+    served = {f"{file}.gz": gzip.compress(content) for file, content in contents.items()}
+    cut = set()
+    handler = functools.partial(Mirror, served, cut)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setitem(data.MIRRORS, "mnist", (url + "nowhere/", url))
+    monkeypatch.setitem(data.DIGESTS, "mnist", digests)
+    monkeypatch.setitem(data.MIRRORS, "fashion", (url,))
+    md5 = {file: hashlib.md5(served[f"{file}.gz"]).hexdigest() for file in files}
+    monkeypatch.setitem(data.DIGESTS, "fashion", md5)
+    yield root / "empty", served, cut
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+def test_download_falls_to_the_next_mirror_and_is_kept(mirror, mnist, name):
+    root, served, _ = mirror
+    images = data.load(name, root)
+    np.testing.assert_array_equal(images.pixels[:, 0], mnist[1]["train-images-idx3-ubyte"])
+    served.clear()
+    assert data.load(name, root).sha256 == images.sha256
+    kept = sorted(path.name for path in (root / name).iterdir())
+    assert kept == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+@pytest.mark.parametrize("damage", ["cut", "other", "half", "text", "empty", "bomb"])
+def test_wrong_download_never_counts_as_data(mirror, monkeypatch, name, damage):
+    root, served, cut = mirror
+    file = "train-images-idx3-ubyte.gz"
+    whole = served[file]
+    served[file] = {
+        "cut": whole,
+        "other": gzip.compress(b"other"),
+        "half": whole[: len(whole) // 2],
+        "text": b"<html>",
+        "empty": b"",
+        "bomb": gzip.compress(bytes(10**6)),
+    }[damage]
+    monkeypatch.setattr(data, "DOWNLOAD_LIMIT", 10**5)
+    if damage == "cut":
+        cut.add(file)
+    action = functools.partial(data.load, name, root)
+    error_line(FileNotFoundError, action, root / name, "train-labels-idx1-ubyte", "127.0.0.1: ")
+    assert not list(root.rglob("*.*"))
+    served[file] = whole
+    cut.clear()
+    assert len(action().pixels) == 5
+
+
+def test_endless_download_is_refused(mirror, monkeypatch):
+    root = mirror[0]
+    monkeypatch.setattr(data, "DOWNLOAD_LIMIT", 100)
+    error_line(FileNotFoundError, lambda: data.load("fashion", root), "more than 100 bytes")
+
+
+def test_auto_takes_both_splits_from_one_data_set(mirror, capsys):
+    root, served, _ = mirror
+    assert data.load("auto", root, limit=2).name == "mnist"
+    assert len(list((root / "mnist").iterdir())) == 4
+    (root / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
+    served.clear()
+    assert capsys.readouterr().err == ""
+    for split in ("train", "test"):
+        assert data.load("auto", root, split, limit=2).name == "digits"
+        notice = capsys.readouterr().err
+        assert notice.count("\n") == 1 and "built-in digits" in notice
+    assert data.load("mnist", root, limit=2).name == "mnist"
+
+
+def test_silent_mirrors_are_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setitem(data.MIRRORS, "mnist", (url, url))
+        error_line(FileNotFoundError, lambda: data.load("mnist", tmp_path), "no answer")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- CIFAR-10 and STL-10 -------------------------------------------------------------------------
+
+
+def test_cifar_records_are_planar_rgb(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    records = np.random.default_rng(2).integers(0, 256, (5, 3073)).astype(np.uint8)
+    records[:, 0] = [3, 1, 4, 1, 9]
+    (folder / "data_batch_2.bin").write_bytes(records[:2].tobytes())
+    (folder / "data_batch_5.bin").write_bytes(records[2:].tobytes())
+    images = data.load("cifar10", tmp_path)
+    assert images.pixels.shape == (5, 3, 32, 32) and images.labels.tolist() == [3, 1, 4, 1, 9]
+    assert images.pixels[4, 2, 1, 5] == records[4, 1 + 2 * 1024 + 1 * 32 + 5]
+    assert torch.equal(data.load("cifar10", tmp_path, limit=3).pixels, images.pixels[:3])
+    error_line(FileNotFoundError, lambda: data.load("cifar10", tmp_path, "test"), "test_batch.bin")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(3072), bytes(3074), b"\x0a" + bytes(3072)])
+def test_cifar_damage_names_the_file(tmp_path, content):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    (folder / "data_batch_1.bin").write_bytes(bytes(3073))
+    (folder / "data_batch_2.bin").write_bytes(content)
+    error_line(ValueError, lambda: data.load("cifar10", tmp_path), folder / "data_batch_2.bin")
+
+
+@needs("cifar-10-batches-bin")
+def test_real_cifar_is_read_in_order():
+    images = data.load("cifar10", REAL, "test", limit=64)
+    content = (REAL / "cifar-10-batches-bin" / "test_batch.bin").read_bytes()
+    assert images.labels.tolist() == list(content[: 64 * 3073 : 3073])
+    # Neighbouring pixels of photographs resemble one another in every channel: right planes.
+    pixels = images.pixels.float()
+    assert (pixels.diff(dim=3).abs().mean((0, 2, 3)) < 20).all()
+    assert (pixels.diff(dim=2).abs().mean((0, 2, 3)) < 20).all()
+
+
+def test_stl_goes_down_columns_and_counts_labels_from_one(tmp_path):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    stored = np.random.default_rng(3).integers(0, 256, (3, 3, 96, 96)).astype(np.uint8)
+    (folder / "test_X.bin").write_bytes(stored.tobytes())
+    (folder / "test_y.bin").write_bytes(bytes([1, 10, 2]))
+    images = data.load("stl10", tmp_path, "test")
+    np.testing.assert_array_equal(images.pixels, stored.transpose(0, 1, 3, 2))
+    assert images.pixels.is_contiguous() and images.labels.tolist() == [0, 9, 1]
+    assert len(data.load("stl10", tmp_path, "test", limit=2).labels) == 2
+    for labels in (bytes([1, 2]), bytes([0, 1, 2]), bytes([1, 2, 11])):
+        (folder / "test_y.bin").write_bytes(labels)
+        error_line(ValueError, lambda: data.load("stl10", tmp_path, "test"), folder / "test_y.bin")
+    error_line(FileNotFoundError, lambda: data.load("stl10", tmp_path), "train_X.bin", folder)
+
+
+# ---- folders and photos --------------------------------------------------------------------------
+
+
+def test_folder_is_sorted_rgb_and_split_by_tens(tmp_path):
+    for i in range(20):
+        picture(tmp_path / f"{i:02}.png", mode={3: "L", 4: "RGBA"}.get(i, "RGB"), value=i)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._00.png").write_text("a hidden file of another system")
+    train, test = (data.load(tmp_path, split=split) for split in ("train", "test"))
+    assert train.pixels.shape == (18, 3, 4, 6) and train.labels is None
+    assert train.pixels[:, 1, 0, 0].tolist() == [i for i in range(20) if i % 10 != 9]
+    assert test.pixels[:, 1, 0, 0].tolist() == [9, 19]
+    assert torch.equal(data.load(str(tmp_path), limit=2).pixels, train.pixels[:2])
+
+
+def test_folder_of_grey_images_has_one_channel(tmp_path):
+    picture(tmp_path / "a.png", mode="L", value=200)
+    picture(tmp_path / "b.tif", mode="I;16", value=200 * 256 + 5)
+    assert data.load(tmp_path).pixels.unique().tolist() == [200]
+    assert data.load(tmp_path).pixels.shape == (2, 1, 4, 6)
+    picture(tmp_path / "c.png")
+    assert data.load(tmp_path, limit=1).pixels.shape == (1, 3, 4, 6)
+
+
+def test_one_image_is_both_splits(tmp_path):
+    path = picture(tmp_path / "a.png")
+    train, test = (data.load(path, split=split) for split in ("train", "test"))
+    assert train.pixels.shape == (1, 3, 4, 6) and train.sha256 == test.sha256
+
+
+@pytest.mark.parametrize("form", ["JPEG", "BMP", "GIF", "WEBP", "TIFF"])
+def test_format_is_told_from_content(tmp_path, form):
+    path = picture(tmp_path / "lies.png", format=form)
+    assert data.load(path).pixels.float().sub(7).abs().max() <= 2
+
+
+@needs("photos")
+def test_real_jpeg_under_a_png_name():
+    images = data.load(REAL / "photos" / "labi.png")
+    assert images.pixels.shape[:2] == (1, 3) and images.pixels.float().std() > 10
+
+
+def test_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "a.jpg", exif=exif)
+    assert data.load(tmp_path / "a.jpg").pixels.shape == (1, 3, 6, 4)
+
+
+def test_second_size_is_an_error_with_both_sizes(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", size=(6, 5) if i >= 2 else (6, 4))
+    error_line(ValueError, lambda: data.load(tmp_path), tmp_path / "2.png", "6×5", "6×4")
+
+
+def test_damaged_image_is_named(tmp_path):
+    bad = tmp_path / "b.png"
+    noise = np.random.default_rng(4).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(bad)
+    whole = bad.read_bytes()
+    for content in (b"just text\nof two lines", b"", whole[:20], whole[: len(whole) // 2]):
+        bad.write_bytes(content)
+        error_line(ValueError, lambda: data.load(bad), bad)
+        error_line(ValueError, lambda: data.load(tmp_path), bad)
+
+
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    path = picture(tmp_path / "a.png", size=(30, 30))
+    for limit in (100, 800):  # Pillow's error, and what it would only warn about
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        error_line(ValueError, lambda: data.load(path), path, "bomb")
+
+
+def test_nothing_to_load_is_said_clearly(tmp_path):
+    error_line(FileNotFoundError, lambda: data.load(tmp_path), tmp_path, "no images")
+    error_line(ValueError, lambda: data.load("minst"), "'minst'", "auto, mnist, fashion, cifar10")
+    error_line(ValueError, lambda: data.load("two\nlines"))
+    error_line(ValueError, lambda: data.load("digits", split="valid"), "valid")
+
+
+def test_root_is_argument_then_variable_then_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "a"))
+    assert data.default_root() == tmp_path / "a"
+    error_line(FileNotFoundError, lambda: data.load("stl10"), tmp_path / "a")
+    error_line(FileNotFoundError, lambda: data.load("stl10", tmp_path / "b"), tmp_path / "b")
+    monkeypatch.delenv("DIPDDPM_DATA")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert data.default_root() == tmp_path / "c" / "dipddpm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.default_root() == tmp_path / ".cache" / "dipddpm"
+
+
+# ---- digits --------------------------------------------------------------------------------------
+
+
+def test_digit_is_a_pure_function_of_seed_index_and_split():
+    forward = [data.draw_digit(3, i) for i in range(12)]
+    for i in reversed(range(12)):
+        np.testing.assert_array_equal(data.draw_digit(3, i), forward[i])
+        assert (data.draw_digit(4, i) != forward[i]).any()
+        assert (data.draw_digit(3, i, "test") != forward[i]).any()
+
+
+def test_digits_limit_is_a_prefix_and_draws_no_more(monkeypatch):
+    images = data.load("digits", limit=30)
+    drawn = []
+    draw = data.draw_digit
+    monkeypatch.setattr(data, "draw_digit", lambda *a: drawn.append(a) or draw(*a))
+    assert torch.equal(data.load("digits", limit=11).pixels, images.pixels[:11])
+    assert len(drawn) == 11
+
+
+def test_digits_of_the_splits_are_distinct_and_balanced():
+    train, test = (data.load("digits", split=split, limit=500) for split in ("train", "test"))
+    pictures = {image.numpy().tobytes() for image in torch.cat([train.pixels, test.pixels])}
+    assert len(pictures) == 1000
+    assert train.labels.bincount().tolist() == [50] * 10 == test.labels.bincount().tolist()
+    assert train.name == "digits" and train.pixels.shape == (500, 1, 28, 28)
+
+
+def test_digits_are_normalised_as_mnist_is():
+    for image in data.load("digits", limit=200).pixels[:, 0].double():
+        rows, columns = (image.sum(axis).nonzero()[:, 0] for axis in (1, 0))
+        height, width = (int(line[-1] - line[0]) + 1 for line in (rows, columns))
+        assert 19 <= max(height, width) <= 22  # 20, and up to one more on each side by antialiasing
+        for axis in (0, 1):
+            centre = (image.sum(axis) * (torch.arange(28) + 0.5)).sum() / image.sum()
+            assert abs(centre - 14) < 0.2
+        assert image.max() == 255
+
+
+def test_digits_can_be_told_apart():
+    train, test = (data.load("digits", split=split, limit=400) for split in ("train", "test"))
+    distance = torch.cdist(test.pixels.flatten(1).float(), train.pixels.flatten(1).float())
+    assert (train.labels[distance.argmin(1)] == test.labels).float().mean() > 0.9
+
+
+def test_strokes_pass_through_their_points_and_move_with_the_plane():
+    for i, skeleton in enumerate(data.SKELETONS):
+        nodes, curves = data._splines(i)
+        for stroke, curve in zip(skeleton, curves, strict=True):
+            np.testing.assert_allclose(curve.sum(1), 1, atol=1e-12)  # so shifts commute with curves
+            gaps = np.abs((curve @ nodes)[:, None] - np.array(stroke) / 100).max(2).min(0)
+            np.testing.assert_allclose(gaps, 0, atol=1e-12)
+
+
+# ================================================================== kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(rng.triton is None, reason="no Triton on this platform")
+SHAPES = [(1, 1, 1, 1), (5, 1, 7, 3), (2, 1, 28, 28), (3, 3, 5, 5), (2, 3, 19, 19)]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEED = 0x0123456789ABCDEF
+
+
+def table(rows=7):
+    """Five unlike numbers a row, so that a swapped column cannot pass."""
+    return torch.linspace(0.2, 1.1, rows * 5, device=DEVICE).view(rows, 5).flip(0).contiguous()
+
+
+def pixels(*shape):
+    return (kernels.uniform(shape, 1, 0, 0, 99, DEVICE) * 256).to(torch.uint8)
+
+
+def training_batch(shape):
+    """x_0 with more rows than the batch, index, t, coef, seed, sample, draw."""
+    B = shape[0]
+    x_0, index = pixels(B + 2, *shape[1:]), torch.arange(B, 0, -1, device=DEVICE)
+    t = torch.arange(B, device=DEVICE) % 7
+    return x_0, index, t, table(), SEED, torch.arange(B, device=DEVICE) * 3 + 11, 5
+
+
+# ---------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("counter, key, words", [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000",
+     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])
+def test_philox_gives_the_published_words(counter, key, words):
+    c = [torch.tensor([[int(word, 16)]]) for word in counter.split()]
+    low, high = (int(word, 16) for word in key.split())
+    found = rng.philox_ref(*c, high << 32 | low)
+    assert [f"{w.item():08x}" for w in found] == words.split()
+
+
+def test_normals_are_box_muller_of_the_words():
+    w = rng.philox_ref(torch.arange(999)[None], torch.tensor([[4], [8]]), torch.tensor(6), 7, SEED)
+    w = torch.stack(w, -1).double()  # [2, 999, 4]
+    radius = (-2 * (w[..., 0::2] * 2**-32 + 2**-33).log()).sqrt()
+    angle = 2 * math.pi * 2**-32 * w[..., 1::2]
+    z = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)[:, :3993]
+    found = kernels.normal((2, 3993), SEED, torch.tensor([4, 8]), 6, 7)
+    # A word near 2^32 is rounded to 24 bits before its logarithm, which small radii magnify.
+    assert (found - z).abs().max() < 1e-4 and (found - z).abs().median() < 1e-7
+
+
+def test_circle_is_exact_to_rounding():
+    u = torch.linspace(0, 1, 100_001)
+    cos, sin = rng._circle(u)
+    assert (cos - (2 * math.pi * u.double()).cos()).abs().max() < 4e-7
+    assert (sin - (2 * math.pi * u.double()).sin()).abs().max() < 4e-7
+
+
+def test_extreme_words_give_finite_normals(monkeypatch):
+    for word in (0, 1, rng.WORD):
+        constant = torch.full((1, 1), word)
+        monkeypatch.setattr(rng, "philox_ref", lambda *_, w=constant: (w, w, w, w))
+        z = rng.normal_ref((1, 4), 0, 0, 0, 0)
+        assert z.isfinite().all() and z.abs().max() <= 6.77
+        assert word or z.abs().max() > 6.7  # the tail reaches as far as 32 bits allow
+
+
+@rng.jit
+def box_muller_kernel(z_ptr, word_ptr):
+    w = rng.tl.load(word_ptr).to(rng.tl.uint32)
+    z, _ = rng._box_muller(w, w)
+    rng.tl.store(z_ptr, z)
+
+
+@needs_triton
+@pytest.mark.parametrize("word", [0, 1, rng.WORD])
+def test_extreme_words_give_the_same_normals_in_a_kernel(word, monkeypatch):
+    w, z = torch.tensor([word], device=DEVICE), torch.empty(1, device=DEVICE)
+    box_muller_kernel[1,](z, w)
+    w = w.cpu()[None]
+    monkeypatch.setattr(rng, "philox_ref", lambda *_: (w, w, w, w))
+    assert (z.cpu() - rng.normal_ref((1, 4), 0, 0, 0, 0)[0, 0]).abs() < 2e-6
+
+
+def test_normals_are_normal():
+    z = kernels.normal((1000, 1000), SEED, 0, 0, 0).flatten().double().sort().values
+    n = len(z)
+    assert abs(z.mean()) < 4 / n**0.5 and abs(z.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((z**3).mean()) < 4 * (15 / n) ** 0.5 and abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    rank = torch.arange(1, n + 1) / n
+    assert (torch.special.ndtr(z) - rank).abs().max() < 1.95 / n**0.5  # Kolmogorov, p = 0.001
+
+
+def test_neighbours_streams_draws_samples_and_seeds_are_uncorrelated():
+    def z(seed=3, sample=0, draw=0, stream=0):
+        return kernels.normal((100, 1000), seed, sample, draw, stream).flatten()
+
+    base = z()
+    others = [z(seed=4), z(seed=3 + 2**32), z(sample=100), z(draw=1), z(stream=1)]
+    others += [base.roll(lag) for lag in (1, 2, 3, 4, 1000)]
+    for other in others:
+        assert abs((base * other).mean()) < 4.5 / len(base) ** 0.5
+
+
+def test_uniforms_are_uniform_and_below_one():
+    u = kernels.uniform((1000, 100), SEED, 0, 0, 1).flatten().double().sort().values
+    assert u[0] >= 0 and u[-1] < 1 and (u * 2**24 % 1 == 0).all()
+    assert (u - torch.arange(1, len(u) + 1) / len(u)).abs().max() < 1.95 / len(u) ** 0.5
+    assert torch.equal(kernels.uniform((9,), 5, 0, 2, 1), kernels.uniform((9, 7), 5, 0, 2, 1)[:, 0])
+
+
+@pytest.mark.parametrize("draw_from", [kernels.normal, kernels.uniform])
+def test_sample_17_is_the_same_in_any_batch(draw_from):
+    batch = draw_from((64, 3, 5, 5), SEED, 0, 9, 2)
+    assert torch.equal(draw_from((1, 3, 5, 5), SEED, 17, 9, 2)[0], batch[17])
+    some = torch.tensor([40, 17])
+    assert torch.equal(draw_from((2, 3, 5, 5), SEED, some, torch.tensor(9), 2), batch[some])
+    assert torch.equal(draw_from((64, 3), SEED, 0, 9, 2), batch.flatten(1)[:, :3])
+
+
+# ---------------------------------------------------------------------- kernels and references
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normal_kernel_equals_reference(shape):
+    some = torch.arange(shape[0], device=DEVICE) * 7 + 2**31
+    draw = torch.tensor(2**33 + 5, device=DEVICE)
+    for seed, sample, step in ((0, 1, 1), (SEED << 4, some, draw), (-1, 2**31 - 1, 2**32 - 1)):
+        ours = rng.normal_triton(shape, seed, sample, step, 3, DEVICE)
+        assert (ours - rng.normal_ref(shape, seed, sample, step, 3, DEVICE)).abs().max() < 2e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_q_sample_kernel_equals_reference(shape, dtype):
+    x_0, index, *rest = training_batch(shape)
+    for source, rows in ((x_0, index), (x_0[: shape[0]].to(dtype) / 255, None)):
+        ours = noising.q_sample_triton(source, rows, *rest, dtype=dtype)
+        theirs = noising.q_sample_ref(source, rows, *rest, dtype=dtype)
+        assert ours.dtype == theirs.dtype == dtype and ours.shape == shape
+        torch.testing.assert_close(ours, theirs, rtol=torch.finfo(dtype).eps, atol=3e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_noise_loss_kernel_equals_reference(shape, dtype):
+    x_0, index, *rest = training_batch(shape)
+    out = kernels.normal(shape, 1, 0, 0, 0, DEVICE).to(dtype)
+    for source, rows in ((x_0, index), (x_0[: shape[0]] / 255, None)):
+        ours = noising.noise_loss_triton(out, source, rows, *rest)
+        theirs = noising.noise_loss_ref(out, source, rows, *rest)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=torch.finfo(dtype).eps, atol=3e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_posterior_step_kernel_equals_reference(shape, dtype):
+    x_t = kernels.normal(shape, 1, 0, 0, 0, DEVICE)
+    out = kernels.normal(shape, 1, 0, 1, 0, DEVICE).to(dtype)
+    coef, some = table(), torch.arange(shape[0], device=DEVICE) * 3
+    coef[2, 4] = 0
+    step_3 = torch.tensor(3, device=DEVICE)
+    for step, sample, inplace in ((1, 4, False), (2, 4, False), (step_3, some, True)):
+        arguments = out, coef, step, SEED, sample, rng.STEP_NOISE, inplace
+        ours = posterior.posterior_step_triton(x_t.clone(), *arguments)
+        theirs = posterior.posterior_step_ref(x_t.clone(), *arguments)
+        assert (ours - theirs).abs().max() < 5e-6
+
+
+# --------------------------------------------------------------------------- what they compute
+
+
+def test_q_sample_is_signal_plus_noise():
+    x_0, index, t, coef, *where = training_batch((4, 1, 7, 3))
+    eps = kernels.normal((4, 1, 7, 3), *where, kernels.TRAIN_NOISE, DEVICE)
+    x = x_0[index].double() / 127.5 - 1
+    plain = coef[t, 0].view(-1, 1, 1, 1) * x + coef[t, 1].view(-1, 1, 1, 1) * eps
+    x_t = kernels.q_sample(x_0, index, t, coef, *where)
+    assert (x_t - plain).abs().max() < 1e-6
+    scaled = x_0.float() / 127.5 - 1
+    before = scaled.clone()
+    assert (kernels.q_sample(scaled, index, t, coef, *where) - x_t).abs().max() < 1e-6
+    everything = torch.arange(6, device=DEVICE)
+    rest = everything, coef, SEED, 2, 5
+    in_order = kernels.q_sample(x_0, everything, *rest)
+    assert torch.equal(kernels.q_sample(x_0, None, *rest), in_order)
+    kernels.q_sample(scaled, None, *rest)
+    assert torch.equal(scaled, before)  # the data are never written to
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_noise_loss_and_its_gradient_are_those_of_the_formula(dtype):
+    x_0, index, t, coef, *where = training_batch((4, 3, 5, 5))
+    out = kernels.normal((4, 3, 5, 5), 1, 0, 0, 0, DEVICE).to(dtype).requires_grad_()
+    by = torch.tensor([0.5, -1.0, 2.0, 0.25], device=DEVICE)
+    loss = kernels.noise_loss(out, x_0, index, t, coef, *where)
+    (gradient,) = torch.autograd.grad((loss * by).sum(), out)
+
+    plain_out = out.detach().double().requires_grad_()
+    eps = kernels.normal(out.shape, *where, kernels.TRAIN_NOISE, DEVICE).double()
+    _, _, target_x0, target_eps, weight = coef.double()[t].view(4, 5, 1, 1, 1).unbind(1)
+    target = target_x0 * (x_0[index].double() / 127.5 - 1) + target_eps * eps
+    plain = (weight * (plain_out - target) ** 2).mean((1, 2, 3))
+    (plain_gradient,) = torch.autograd.grad((plain * by).sum(), plain_out)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    assert (loss - plain).abs().max() < 1e-5
+    assert (gradient - plain_gradient).abs().max() < 1e-6 + 0.1 * torch.finfo(dtype).eps
+
+
+def test_loss_draws_the_noise_that_q_sample_added():
+    x_0, index, t, coef, *where = training_batch((4, 1, 7, 3))
+    coef[:] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0], device=DEVICE)  # x_t = eps = target
+    eps = kernels.q_sample(x_0, index, t, coef, *where)
+    assert kernels.noise_loss(eps, x_0, index, t, coef, *where).max() < 1e-12
+    assert kernels.noise_loss(eps, x_0, index, t, coef, *where, kernels.WEIGHTS).min() > 1
+
+
+def test_posterior_step_is_its_formula_and_clips():
+    shape = (4, 1, 7, 3)
+    x_t = 2 * kernels.normal(shape, 1, 0, 0, 0, DEVICE)
+    out = kernels.normal(shape, 1, 0, 1, 0, DEVICE)
+    z = kernels.normal(shape, SEED, 6, 3, kernels.STEP_NOISE, DEVICE)
+    a, b, c0, ct, sigma = table()[3].double()
+    plain = c0 * (a * x_t + b * out).clamp(-1, 1) + ct * x_t + sigma * z
+    found = kernels.posterior_step(x_t, out, table(), 3, SEED, 6)
+    assert (found - plain).abs().max() < 2e-6
+    same = x_t.clone()
+    assert kernels.posterior_step(same, out, table(), 3, SEED, 6, inplace=True) is same
+    assert torch.equal(same, found)
+
+
+def test_step_with_sigma_zero_adds_no_noise():
+    x_t, out = pixels(2, 1, 5, 5).float() / 99, pixels(2, 1, 5, 5).float() / 300
+    coef = torch.tensor([[0, 1, 1, 0, 0.0]], device=DEVICE)  # x_s = x0_hat = out
+    assert torch.equal(kernels.posterior_step(x_t, out, coef, 0, SEED, 0), out)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from kernels import noising, posterior, rng
+
+where = {"seed": "i64", "sample": "*i64", "draw": "i64"}
+batch = {"x_0_ptr": "*u8", "index": "*i64", "t_ptr": "*i64", "coef_ptr": "*fp32"}
+for kernel, types in (
+    (rng.normal_kernel, {"z_ptr": "*fp32"} | where),
+    (noising.q_sample_kernel, {"x_t_ptr": "*fp32"} | batch | where),
+    (noising.noise_loss_kernel, {"loss_ptr": "*fp32", "grad_ptr": "*bf16", "out_ptr": "*bf16"}
+     | batch | where),
+    (posterior.posterior_step_kernel, {"x_s_ptr": "*fp32", "x_t_ptr": "*fp32", "out_ptr": "*bf16",
+     "coef_ptr": "*fp32", "step": "*i64", "seed": "i64", "sample": "i64"}),
+):
+    names = kernel.arg_names
+    constants = {"stream": 0, "BLOCK": rng.BLOCK}
+    if kernel is noising.noise_loss_kernel:
+        constants["numel"] = 784
+    else:
+        types["numel"] = "i32"
+    types = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if types[name][0] == "*" or types[name] == "i32"}
+    source = ASTSource(kernel, types, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    program = compile(source, target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, *(word in program.asm["sass"] for word in ("STG", "LDL", "STL")))
+"""
+
+
+@needs_triton
+def test_kernels_compile_ahead_of_time_without_local_memory(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, text=True,
+                          capture_output=True, cwd=os.path.dirname(os.path.dirname(rng.__file__)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("True False False\n") == 4, done.stdout
+
+
+# ------------------------------------------------------------------ dipddpm: Config, command line
+
+
+def run_main(argv, capsys):
+    """main(argv) -> (exit status, standard output, standard error)."""
+    try:
+        dipddpm.main([str(a) for a in argv])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def config(**changes):
+    return dipddpm.Config(**{"mode": "prior", "data": "digits"} | changes)
+
+
+def bare_run(folder):
+    """What train_ddpm needs of a Run, without a command line."""
+    return SimpleNamespace(folder=Path(folder), device=torch.device("cpu"), stop=False, state={},
+                           about={}, autocast=contextlib.nullcontext,
+                           seconds=dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0))
+
+
+def test_every_field_of_config_is_a_flag():
+    shown = dipddpm.parser().format_help()
+    for f in dataclasses.fields(dipddpm.Config):
+        assert "--" + f.name.replace("_", "-") in shown
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("", "--mode"),
+    ("--mode banana", "banana"),
+    ("--mode prior --epochs 0", "--epochs"),
+    ("--mode prior --epochs many", "many"),
+    ("--mode prior --lr nan", "--lr"),
+    ("--mode prior --lr 0", "--lr"),
+    ("--mode prior --width 20", "--width"),
+    ("--mode prior --eta 2", "--eta"),
+    ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
+    ("--mode prior --t-start 40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
+    ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
+    ("--mode prior --nfe 3,,5", "--nfe"),
+    ("--mode prior --no-such-flag", "--no-such-flag"),
+    ("--mode prior --device tpu9", "tpu9"),
+    ("--mode prior --data /no/such/folder", "/no/such/folder"),
+    ("--mode prior --data mnist --data-dir {tmp}/damaged", "train-images-idx3-ubyte"),
+    ("--mode ddpm --resume {tmp}", "no run there"),
+    ("--mode sample --resume {tmp}", "no run there"),
+    ("--mode ddpm --out {tmp}", "not empty"),
+    ("--mode ddpm --sweep banana=1,2", "banana"),
+])
+def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "damaged" / "mnist").mkdir(parents=True)
+    for file in data.DIGESTS["mnist"]:
+        (tmp_path / "damaged" / "mnist" / file).write_bytes(b"\0\0\x08\x03\0\0")  # a cut header
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run_main(argv.format(tmp=tmp_path).split(), capsys)
+    assert status == 2 and says in err and err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()  # misuse leaves no empty run behind
+
+
+def test_sweep_gives_one_config_for_each_value():
+    swept = dipddpm.sweep(config(sweep="seed=0,1,2", out="here"))
+    assert [(c.seed, c.out) for c in swept] == [
+        (i, str(Path("here") / f"seed={i}")) for i in range(3)]
+
+
+# ------------------------------------------------------------------ schedule and tables
+
+
+def test_linear_schedule_is_the_papers():
+    ab = dipddpm.linear_schedule(1000).alpha_bar
+    beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+    torch.testing.assert_close(beta, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+
+
+def test_cosine_schedule_is_f_of_t_until_beta_is_clipped():
+    ab = dipddpm.cosine_schedule(100).alpha_bar
+    f = [math.cos(math.pi / 2 * (t / 100 + 0.008) / 1.008) ** 2 for t in range(101)]
+    assert torch.allclose(ab[:98], torch.tensor(f[1:99], dtype=torch.float64) / f[0], rtol=1e-12)
+    assert ab[99] == pytest.approx(ab[98].item() * 0.001)  # beta clipped at 0.999
+
+
+@pytest.mark.parametrize("T", [2, 100, 1000])
+@pytest.mark.parametrize("name", dipddpm.SCHEDULES)
+def test_alpha_bar_falls_from_nearly_one_to_nearly_zero(name, T):
+    ab = dipddpm.SCHEDULES[name](T).alpha_bar
+    assert ab.dtype == torch.float64 and len(ab) == T and (ab.diff() < 0).all() and (ab > 0).all()
+    assert ab[0] > 0.3 and ab[-1] < 2e-3 or T == 2
+
+
+def test_tables_keep_precision_where_alpha_bar_is_nearly_one():
+    table = dipddpm.forward_table(dipddpm.linear_schedule(1000), "eps")
+    assert table[0, 1].item() == pytest.approx(0.01, rel=1e-6)  # sqrt(1 - alpha_bar) = sqrt(1e-4)
+
+
+@pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
+def test_every_prediction_gives_back_x_0(predict):
+    schedule = dipddpm.cosine_schedule(50)
+    x_0, eps = torch.linspace(-1, 1, 9).double(), torch.linspace(2, -2, 9).double()
+    for t in (0, 7, 30, 48):
+        ab = schedule.alpha_bar[t]
+        (p, q), (a, b), _ = dipddpm.PREDICTIONS[predict](ab)
+        x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
+        torch.testing.assert_close(a * x_t + b * (p * x_0 + q * eps), x_0)
+
+
+def test_v_is_the_published_combination():
+    ab = torch.tensor(0.36, dtype=torch.float64)
+    (p, q), _, _ = dipddpm.predict_v(ab)
+    assert (p.item(), q.item()) == pytest.approx((-0.8, 0.6))  # v = 0.6 eps - 0.8 x_0
+
+
+def test_min_snr_weights_are_one_objective_in_three_scales():
+    # An error d in x_0 is d / b in the target, so weight / b^2 must be min(S, 5) for all three.
+    ab = dipddpm.cosine_schedule(20).alpha_bar
+    S = ab / (1 - ab)
+    for predict in dipddpm.PREDICTIONS.values():
+        _, (_, b), weight = predict(ab)
+        torch.testing.assert_close(weight / b**2, S.clamp(max=5))
+
+
+@pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
+def test_posterior_at_eta_one_is_ddpm(predict):
+    schedule = dipddpm.linear_schedule(200)
+    ab = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar])
+    rows = dipddpm.reverse_table(schedule, predict, list(range(200, -1, -1)), eta=1)
+    for tau in (200, 77, 2, 1):
+        alpha, beta = ab[tau] / ab[tau - 1], 1 - ab[tau] / ab[tau - 1]
+        _, _, c0, ct, sigma = rows[200 - tau].double()
+        # Ho et al. 2020, eq. 7
+        assert c0 == pytest.approx((ab[tau - 1].sqrt() * beta / (1 - ab[tau])).item(), rel=2e-5)
+        assert ct == pytest.approx((alpha.sqrt() * (1 - ab[tau - 1]) / (1 - ab[tau])).item(),
+                                   rel=2e-5, abs=1e-9)
+        assert sigma**2 == pytest.approx(((1 - ab[tau - 1]) / (1 - ab[tau]) * beta).item(),
+                                         rel=2e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
+    # With x0_hat = x_0: the signal's share is sqrt(ab_s), the noise's variance 1 - ab_s.
+    schedule = dipddpm.cosine_schedule(100)
+    taus = dipddpm.time_grid(90, 7)
+    rows = dipddpm.reverse_table(schedule, "x0", taus, eta).double()
+    for row, tau, next_tau in zip(rows, taus, taus[1:]):
+        ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
+        _, _, c0, ct, sigma = row
+        assert c0 + ct * math.sqrt(ab_t) == pytest.approx(math.sqrt(ab_s), rel=1e-6)
+        assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_last_step_adds_no_noise(eta):
+    rows = dipddpm.reverse_table(dipddpm.cosine_schedule(100), "v", [60, 20, 0], eta)
+    assert rows[-1, 2:].tolist() == [1, 0, 0]
+
+
+def test_time_grid_holds_both_ends_and_never_stands_still():
+    for t_start in (1, 2, 7, 600, 1000):
+        for nfe in {1, 2, 3, 5, 50, t_start} & set(range(1, t_start + 1)):
+            taus = dipddpm.time_grid(t_start, nfe)
+            assert (taus[0], taus[-1], len(taus)) == (t_start, 0, nfe + 1)
+            assert all(s < t for t, s in zip(taus, taus[1:]))
+
+
+# ------------------------------------------------------------------ U-Net
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 28, 28), (1, 3, 32, 32), (3, 1, 8, 12)])
+def test_unet_keeps_shape_and_starts_at_zero(shape):
+    net = dipddpm.UNet(shape[1], width=8)
+    out = net(torch.randn(shape), torch.arange(shape[0]))
+    assert out.shape == shape and (out == 0).all()
+
+
+def test_unet_hears_the_time_in_every_block():
+    torch.manual_seed(0)
+    net = dipddpm.UNet(1, width=8)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(2, 1, 8, 8)
+    net(x, torch.tensor([3, 800])).square().sum().backward()
+    assert not torch.equal(net(x, torch.tensor([3, 3])), net(x, torch.tensor([800, 800])))
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_unet_weights_depend_on_the_seed_and_leave_global_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    nets = [dipddpm.make_unet(config(seed=s, width=8), 1, "cpu") for s in (0, 0, 1)]
+    first, again, other = (n.enter.weight for n in nets)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------ DDPM training
+
+
+def test_epoch_order_is_a_new_permutation_each_epoch():
+    orders = [dipddpm.epoch_order(config(), 1000, epoch, "cpu") for epoch in (0, 1)]
+    assert all(torch.equal(o.sort().values, torch.arange(1000)) for o in orders)
+    assert (orders[0] == orders[1]).float().mean() < 0.02
+
+
+def test_timesteps_put_one_draw_in_each_stratum():
+    position = torch.arange(100)
+    for step in range(20):
+        t = dipddpm.timesteps(config(), position, 100, 500, step)
+        assert torch.equal(t // 5, position)
+
+
+def test_timesteps_reach_both_ends():
+    t = torch.stack([dipddpm.timesteps(config(), torch.arange(4), 4, 12, s) for s in range(100)])
+    assert t.unique().tolist() == list(range(12))
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    cfg = config(lr=1.0)
+    rates = [dipddpm.learning_rate(cfg, s, 1000) for s in range(1000)]
+    assert rates[0] < 0.04 and max(rates) > 0.99 and rates[-1] < 1e-5
+
+
+def test_average_follows_closely_at_first_and_slowly_later():
+    ema, net = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for n, share in ((0, 0.9), (90, 1 - 91 / 100), (10**6, 0.001)):
+        torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(net.weight)
+        dipddpm.update_average(ema, net, n)
+        assert ema.weight.item() == pytest.approx(share, rel=1e-4)
+
+
+def tiny_images(n=64):
+    """Uint8 [n, 1, 8, 8]: dark with one bright quarter."""
+    x = torch.zeros(n, 1, 8, 8, dtype=torch.uint8)
+    for i in range(n):
+        x[i, 0, 4 * (i % 2):4 * (i % 2) + 4, 4 * (i // 2 % 2):4 * (i // 2 % 2) + 4] = 255
+    return x
+
+
+TINY = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
+
+
+def test_training_learns_and_sampling_returns_the_data(tmp_path):
+    cfg = config(**TINY | dict(epochs=100))
+    net, rows, _ = dipddpm.train_ddpm(cfg, tiny_images(), 50, bare_run(tmp_path), "full")
+    assert rows[-1][4] < 0.5 * rows[0][4]
+    numbers = torch.arange(32)
+    x = kernels.normal((32, 1, 8, 8), 0, numbers, 0, kernels.INIT_NOISE)
+    x = dipddpm.sample(cfg, net, x, 50, 25, 0.0, numbers, contextlib.nullcontext)
+    nearest = torch.cdist(x.flatten(1), tiny_images(4).flatten(1) / 127.5 - 1).min(1)
+    assert nearest.values.median() < 3  # two unrelated ones are 11.3 apart, noise is 8 from any
+    assert len(nearest.indices.unique()) == 4
+
+
+def test_truncated_training_never_asks_about_larger_t(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dipddpm.UNet, "time_embedding",
+                        lambda self, t: asked.append(t) or torch.zeros(len(t), self.width))
+    cfg = config(**TINY | dict(epochs=5))
+    dipddpm.train_ddpm(cfg, tiny_images(), 30, bare_run(tmp_path), "truncated")
+    assert 25 <= torch.cat(asked).max() < 30
+
+
+def test_a_stopped_and_continued_training_ends_in_the_same_bits(tmp_path):
+    cfg, x = config(**TINY), tiny_images()
+    whole, rows, _ = dipddpm.train_ddpm(cfg, x, 50, bare_run(tmp_path), "full")
+
+    run = bare_run(tmp_path / "stopped")
+    run.folder.mkdir()
+    real = kernels.q_sample
+
+    def stop_at_step_37(*args):
+        run.stop = args[6] == 37
+        return real(*args)
+
+    dipddpm.kernels.q_sample = stop_at_step_37
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dipddpm.train_ddpm(cfg, x, 50, run, "full")
+    finally:
+        dipddpm.kernels.q_sample = real
+    again = bare_run(run.folder)
+    again.state = dipddpm.load_checkpoint(run.folder)["networks"]
+    assert again.state["full"]["step"] == 38
+    continued, _, _ = dipddpm.train_ddpm(cfg, x, 50, again, "full")
+    for p, q in zip(whole.parameters(), continued.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match="loss is nan at step .* --lr 1e\\+30"):
+        dipddpm.train_ddpm(config(**TINY | dict(lr=1e30)), tiny_images(), 50, bare_run(tmp_path),
+                           "full")
+
+
+# ------------------------------------------------------------------ sampling
+
+
+class Oracle(torch.nn.Module):
+    """E[x_0 | x_t] for x_0 ~ N(0, s^2), in closed form, as an x_0 prediction."""
+
+    def __init__(self, schedule, s):
+        super().__init__()
+        ab = schedule.alpha_bar
+        self.gain = (ab.sqrt() * s**2 / (ab * s**2 + 1 - ab)).float()
+
+    def forward(self, x_t, t):
+        return self.gain[t][:, None, None, None] * x_t
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_exact_denoiser_of_a_gaussian_samples_that_gaussian(eta):
+    cfg = config(predict="x0", timesteps=200)
+    numbers = torch.arange(500)
+    x = kernels.normal((500, 1, 4, 4), 0, numbers, 0, kernels.INIT_NOISE)
+    net = Oracle(dipddpm.cosine_schedule(200), 0.2)
+    x = dipddpm.sample(cfg, net, x, 200, 200, eta, numbers, contextlib.nullcontext)
+    assert x.std().item() == pytest.approx(0.2, rel=0.05) and abs(x.mean()) < 0.01
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    cfg, net = config(timesteps=20, width=8), Oracle(dipddpm.cosine_schedule(20), 0.5)
+    numbers = torch.arange(300)
+    x = kernels.normal((300, 1, 4, 4), 0, numbers, 0, kernels.INIT_NOISE)
+    many = dipddpm.sample(cfg, net, x, 20, 5, 1.0, numbers, contextlib.nullcontext)
+    one = dipddpm.sample(cfg, net, x[270:271], 20, 5, 1.0, numbers[270:271],
+                         contextlib.nullcontext)
+    torch.testing.assert_close(many[270:271], one)
+
+
+# ------------------------------------------------------------------ DIP
+
+
+def test_batched_dips_equal_separate_fits():
+    # In float64: Adam divides by the gradient's size, so rounding grows by itself in float32.
+    y = tiny_images(4).double() / 255
+    cfg = config(dip_width=4)
+    members = torch.tensor([0, 1, 2, 17])
+    together, _ = dipddpm.fit_dips(cfg, y, members, 5, lambda i: None)
+    for k in range(4):
+        alone, _ = dipddpm.fit_dips(cfg, y[k:k + 1], members[k:k + 1], 5, lambda i: None)
+        torch.testing.assert_close(together[k:k + 1], alone, rtol=1e-6, atol=1e-8)
+
+
+def test_dips_of_other_numbers_or_seeds_differ():
+    y = tiny_images(1).float() / 255
+    fits = [dipddpm.fit_dips(config(dip_width=4, seed=seed), y, torch.tensor([member]), 2,
+                             lambda i: None)[0] for seed, member in ((0, 0), (0, 1), (1, 0))]
+    assert not torch.allclose(fits[0], fits[1]) and not torch.allclose(fits[0], fits[2])
+
+
+@pytest.mark.parametrize("size, scales", [((28, 28), 2), ((256, 256), 5), ((9, 30), 1)])
+def test_dip_has_the_scales_that_its_image_allows_and_keeps_odd_sizes(size, scales):
+    net = dipddpm.SkipDIP(torch.arange(2), 3, *size, 4, 2, 0)
+    assert net.scales == scales
+    if max(size) < 100:
+        assert net(torch.rand(1, 4, *size)).shape == (2, 3, *size)
+
+
+def test_dip_fits_and_its_psnr_is_followed():
+    x = tiny_images(2).float() / 255
+    average, curve = dipddpm.fit_dips(config(), x, torch.arange(2), 60, lambda i: None, truth=x)
+    assert [i for i, _ in curve] == [10, 20, 30, 40, 50, 60]
+    assert (curve[-1][1] > curve[0][1] + 3).all() and 0 <= average.min() <= average.max() <= 1
+
+
+# ------------------------------------------------------------------ method 1
+
+
+def test_gauss_prior_has_the_datas_mean_and_covariance():
+    torch.manual_seed(0)
+    basis = torch.randn(4, 16)
+    x = (128 + 20 * torch.randn(5000, 4) @ basis).clamp(0, 255).to(torch.uint8).view(-1, 1, 4, 4)
+    drawn = dipddpm.prior_gauss(config(), x, 5000, None).flatten(1)
+    real = x.flatten(1).float() / 127.5 - 1
+    torch.testing.assert_close(drawn.mean(0), real.mean(0), atol=0.03, rtol=0)
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(real.T), atol=0.03, rtol=0)
+
+
+def test_blur_prior_is_the_mean_of_five_by_five_pixels():
+    x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    blurred = dipddpm.prior_blur(config(), x, 2, None)
+    assert blurred.shape == (2, 1, 8, 8)
+    assert blurred[1, 0, 4, 3] == pytest.approx((x[1, 0, 2:7, 1:6] / 127.5 - 1).mean().item())
+
+
+def test_start_from_prior_has_the_marginal_at_t_start():
+    cfg = config(timesteps=100)
+    prior = torch.full((2000, 1, 2, 2), 0.5)
+    x = dipddpm.start_from_prior(cfg, prior, 60, torch.arange(2000))
+    ab = dipddpm.cosine_schedule(100).at(60)
+    assert x.mean().item() == pytest.approx(0.5 * math.sqrt(ab), abs=0.03)
+    assert x.var().item() == pytest.approx(1 - ab, rel=0.05)
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 40 --samples 8 "
+        "--dip-iters 3 --dip-width 4 --nfe 2,4 --eta 0,1 --train truncated")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """--mode prior to its end, once, on few and small things."""
+    folder = tmp_path_factory.mktemp("a run") / "prüfung"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DIPDDPM_DATA", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        dipddpm.main(["--mode", "prior", *FAST.split(), "--out", str(folder)])
+    return folder
+
+
+def test_prior_run_leaves_results_of_every_arm(whole_run):
+    result = json.loads((whole_run / "results.json").read_text())
+    assert set(result) >= {"mode", "config", "data", "device", "precision", "torch", "commit",
+                           "parameters", "seconds", "arms", "floor", "curves"}
+    assert set(result["seconds"]) == {"dip", "train", "sample", "eval", "total"}
+    assert set(result["data"]) == {"name", "train", "test", "sha256"}
+    rows = {(r["name"], r["nfe"], r["eta"]): r for r in result["arms"]}
+    assert set(rows) == {(a, n, e) for a in ("ddpm", "dip-images", "gauss", "blur")
+                         for n in (2, 4) for e in (0, 1)}
+    assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
+               for r in rows.values())
+    assert {r["t_start"] for r in rows.values()} == {40, 24}
+    for file in ("config.json", "log.csv", "checkpoint.pt", "report.html", "priors.png"):
+        assert (whole_run / file).stat().st_size > 0
+    assert not list(whole_run.glob("*.tmp"))
+
+
+def test_sampling_from_a_run_needs_no_data(whole_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "nothing"))
+    status, _, err = run_main(["--mode", "sample", "--resume", whole_run, "--samples", 5, "--nfe",
+                               3, "--out", tmp_path / "s"], capsys)
+    assert status == 0, err
+    assert (tmp_path / "s" / "samples-nfe3-eta0.png").exists()
+
+
+def test_resuming_with_other_training_flags_or_data_is_refused_in_one_line(
+        whole_run, capsys, monkeypatch):
+    status, _, err = run_main(["--resume", whole_run, "--width", 16], capsys)
+    assert status == 2 and "--width was 8" in err and err.count("\n") == 1
+    real = data.load
+    monkeypatch.setattr(data, "load", lambda *a: real(*a)._replace(sha256="another"))
+    status, _, err = run_main(["--resume", whole_run], capsys)
+    assert status == 2 and "the data was" in err and err.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
+    for content in (b"", b"not a checkpoint", (whole_run / "checkpoint.pt").read_bytes()[:5000]):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        (tmp_path / "config.json").write_text((whole_run / "config.json").read_text())
+        status, _, err = run_main(["--mode", "sample", "--resume", tmp_path, "--out",
+                                   tmp_path / "s"], capsys)
+        assert status == 2 and "checkpoint.pt" in err and err.count("\n") == 1
+        (tmp_path / "s").exists() and shutil.rmtree(tmp_path / "s")
+
+
+def test_dip_run_reports_noisy_and_fitted(tmp_path, capsys):
+    status, _, err = run_main(["--mode", "dip", "--data", "digits", "--samples", 2, "--dip-iters",
+                               20, "--dip-width", 4, "--out", tmp_path / "d"], capsys)
+    assert status == 0, err
+    noisy, dip = json.loads((tmp_path / "d" / "results.json").read_text())["arms"]
+    assert noisy["name"] == "noisy" and 18 < noisy["psnr"] < 24  # 20 dB but for clipping
+    assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
+
+
+def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
+    command = [sys.executable, "dipddpm.py", "--mode", "ddpm", *FAST.split(), "--epochs", "100000",
+               "--out", str(tmp_path / "r")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "r" / "config.json").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err, err
+    assert dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
+
+
+# ================================================================== eval
+
+EVAL = Path(measures.__file__)
+
+
+def random_images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_features(n, d=5, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- image against image
+
+
+def ssim_by_loops(a, b, size):
+    """Wang et al. 2004, eq. 13, one window at a time with a two-dimensional Gaussian."""
+    r = size // 2
+    w = np.array([[math.exp(-(i * i + j * j) / (2 * 1.5**2)) for j in range(-r, r + 1)]
+                  for i in range(-r, r + 1)])
+    w /= w.sum()
+    total = []
+    for x, y in zip(a, b):  # channels
+        for i in range(x.shape[0] - size + 1):
+            for j in range(x.shape[1] - size + 1):
+                p, q = x[i:i + size, j:j + size], y[i:i + size, j:j + size]
+                mp, mq = (w * p).sum(), (w * q).sum()
+                vp, vq = (w * (p - mp)**2).sum(), (w * (q - mq)**2).sum()
+                cov = (w * (p - mp) * (q - mq)).sum()
+                total.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4)
+                             / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    return sum(total) / len(total)
+
+
+@pytest.mark.parametrize("shape, size", [((2, 3, 15, 13), 11), ((1, 1, 8, 20), 7),
+                                         ((1, 2, 1, 4), 1)])
+def test_ssim_is_the_mean_over_whole_windows(shape, size):
+    a = random_images(*shape).double()
+    b = (0.7 * a + 0.3 * random_images(*shape, seed=1)).double()
+    expected = [ssim_by_loops(x, y, size) for x, y in zip(a.numpy(), b.numpy())]
+    assert measures.ssim(a, b).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_pixel_errors_are_their_definitions():
+    a, b = random_images(3, 2, 5, 4), random_images(3, 2, 5, 4, seed=1)
+    d = (a.double() - b.double()).numpy()
+    square = [np.mean(x**2) for x in d]
+    assert measures.mse(a, b).numpy() == pytest.approx(square)
+    assert measures.mae(a, b).numpy() == pytest.approx([np.mean(abs(x)) for x in d])
+    assert measures.psnr(a, b).numpy() == pytest.approx([10 * math.log10(1 / s) for s in square])
+
+
+def test_a_constant_error_of_a_tenth_is_twenty_decibels():
+    a = torch.full((1, 1, 4, 4), 0.5)
+    assert measures.psnr(a, a + 0.1).item() == pytest.approx(20, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "psnr", "ssim"])
+def test_image_measures_are_symmetric_and_know_their_range(name):
+    measure = getattr(measures, name)
+    a, b = random_images(2, 3, 16, 16), random_images(2, 3, 16, 16, seed=1)
+    assert torch.equal(measure(a, b), measure(b, a))
+    assert measure(a, b).shape == (2,)
+    assert torch.allclose(measure(255 * a, 255 * b, data_range=255), measure(a, b), atol=1e-4)
+
+
+def test_equal_images_measure_as_equal():
+    a = random_images(2, 1, 12, 12)
+    assert (measures.mse(a, a) == 0).all() and (measures.mae(a, a) == 0).all()
+    assert measures.psnr(a, a).isposinf().all()
+    assert torch.allclose(measures.ssim(a, a), torch.ones(2))
+
+
+@pytest.mark.parametrize("b, word", [
+    (torch.zeros(1, 1, 4, 5), r"\[1, 1, 4, 4\] and \[1, 1, 4, 5\]"),
+    (torch.full((1, 1, 4, 4), math.nan), "second images hold NaN"),
+    (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "second images are torch.uint8")])
+def test_what_cannot_be_compared_is_named(b, word):
+    with pytest.raises(ValueError, match=word):
+        measures.psnr(torch.zeros(1, 1, 4, 4), b)
+
+
+# ---------------------------------------------------------------- set against set
+
+
+def test_frechet_distance_of_moved_and_stretched_sets_is_known():
+    f = random_features(500).double()
+    f = f - f.mean(0)
+    # f and 2 f + 3 commute: |mean difference|² + tr (S + 4 S - 2 · 2 S) = 9 D + tr S
+    expected = 9 * 5 + torch.cov(f.T).trace().item()
+    assert measures.frechet_distance(f, 2 * f + 3) == pytest.approx(expected, rel=1e-9)
+    one, two = torch.tensor([[0.], [2.]]), torch.tensor([[1.], [7.]])  # D = 1: (μ-μ)² + (σ-σ)²
+    assert measures.frechet_distance(one, two) == pytest.approx(9 + (2**.5 - 18**.5)**2)
+
+
+def test_frechet_distance_agrees_with_the_unsymmetric_root():
+    f = random_features(60, 4).double()
+    g = random_features(80, 4, seed=1).double() @ random_features(4, 4, seed=2).double() + 1
+    S_f, S_g = np.cov(f.numpy().T), np.cov(g.numpy().T)
+    cross = np.sqrt(np.linalg.eigvals(S_f @ S_g).astype(complex)).real.sum()
+    expected = ((f.mean(0) - g.mean(0))**2).sum().item() + np.trace(S_f + S_g) - 2 * cross
+    assert measures.frechet_distance(f, g) == pytest.approx(expected, rel=1e-9)
+    assert measures.frechet_distance(g, f) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_set_is_at_no_distance_from_itself_even_when_singular():
+    f = random_features(50, 3)
+    f = torch.cat([f, f[:, :1], torch.ones(50, 1)], 1)
+    assert measures.frechet_distance(f, f) == pytest.approx(0, abs=1e-6)
+
+
+def test_features_that_cannot_be_compared_are_refused():
+    f = random_features(10)
+    with pytest.raises(ValueError, match="10, 5.*10, 4"):
+        measures.frechet_distance(f, f[:, :4])
+    with pytest.raises(ValueError, match="second features hold NaN"):
+        measures.frechet_distance(f, f * math.nan)
+
+
+def test_kid_of_one_law_is_zero_within_its_spread_and_grows_with_a_shift():
+    x = random_features(1200, 8)
+    mean, std = measures.kid(x[:600], x[600:])
+    assert std > 0 and abs(mean) < std
+    moved, _ = measures.kid(x[:600], x[600:] + 1)
+    assert moved > 20 * std
+    assert measures.kid(x[:600], x[600:]) == (mean, std)  # nothing is drawn from a global generator
+
+
+def test_kid_of_two_constant_sets_is_known():
+    f, g = torch.tensor([[1., 1.]]).expand(6, 2), torch.tensor([[2., 0.]]).expand(6, 2)
+    # k(x, y) = (x·y / 2 + 1)³: 2³ + 3³ - 2 · 2³, whatever the subsets
+    assert measures.kid(f, g) == pytest.approx((19, 0))
+
+
+def test_kid_is_unbiased_where_its_biased_form_is_not():
+    # the mean over many pairs of tiny sets of one law: the diagonal would add about 2 k(x, x) / m
+    estimates = [measures.kid(random_features(8, seed=2 * i), random_features(8, seed=2 * i + 1),
+                              subsets=2)[0] for i in range(300)]
+    assert abs(np.mean(estimates)) < 4 * np.std(estimates) / 300**.5
+    assert np.std(estimates) / 300**.5 < 1  # the bias of the biased form is above 4
+
+
+def test_precision_and_recall_of_constructed_sets():
+    real = torch.cat([random_features(100), random_features(100, seed=1) + 100])  # two far modes
+    assert measures.precision_recall(real, real) == (1, 1)
+    half = random_features(100, seed=2)  # good pictures of one mode
+    precision, recall = measures.precision_recall(half, real)
+    assert precision > 0.8 and 0.4 < recall <= 0.5
+    broad = torch.cat([real, real + 1000])  # all modes, and as much rubbish
+    assert measures.precision_recall(broad, real) == (0.5, 1)
+
+
+def test_manifold_reaches_to_the_kth_neighbour_without_the_point_itself():
+    g = torch.tensor([[0.], [1.], [3.]])  # radii for k = 1: 1, 1, 2
+    f = torch.tensor([[-0.9], [5.1]])     # radii for k = 1: 6, 6
+    assert measures.precision_recall(f, g, k=1) == (0.5, 1)
+
+
+def test_nearest_finds_the_copy_in_any_block():
+    others = random_images(25, 1, 6, 6)
+    images = torch.cat([others[[19]], others[[3]] + 0.01])
+    others[3] = others[3].clamp(max=0.99)
+    distance = measures.nearest(images.clamp(0, 1), others, block=7)
+    brute = (images.clamp(0, 1)[:, None] - others).flatten(2).norm(dim=2).min(1).values
+    assert distance[0] == 0 and torch.allclose(distance, brute)
+
+
+# ---------------------------------------------------------------- LeNet features
+
+
+@pytest.fixture(scope="module")
+def striped():
+    """Two classes of tiny images, with horizontal and with vertical stripes."""
+    pixels = (60 * random_images(80, 1, 8, 8)).byte()
+    pixels[:40, :, ::2] += 150
+    pixels[40:, :, :, ::2] += 150
+    return pixels, torch.arange(80) // 40
+
+
+def test_features_are_learned_once_and_read_back(striped, tmp_path, monkeypatch):
+    pixels, labels = striped
+    monkeypatch.setattr(measures, "LENET_STEPS", 40)
+    unwritable = tmp_path / "file"
+    unwritable.write_text("")
+    folders, state = [unwritable / "sub", tmp_path / "cache"], torch.get_rng_state()
+    net = measures.feature_network(pixels, labels, "stripes", folders, test=striped, epochs=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert net.accuracy == 1 and net.name == "stripes" and len(net.checksum) == 64
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.name.startswith("features-stripes-") and file.suffix == ".pt"
+
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="damaged"):
+        again = measures.feature_network(pixels, labels, "stripes", folders, test=striped, epochs=1)
+    assert again.checksum == net.checksum  # same seed, same weights
+
+    monkeypatch.setattr(measures, "_fit", None)  # from here on nothing can be trained
+    cached = measures.feature_network(pixels, labels, "stripes", folders, epochs=1)
+    assert cached.checksum == net.checksum and cached.accuracy == 1
+    f = measures.features(cached, pixels)
+    assert f.shape == (80, cached.dimension) and f.dtype == torch.float32
+    assert torch.equal(f, measures.features(net, pixels.float() / 255))
+    # rounding may differ with the batch's shape, nothing else may
+    assert torch.allclose(f, measures.features(cached, pixels, batch=7), atol=1e-5)
+
+
+def test_floor_takes_images_from_the_whole_split(striped):
+    pixels, _ = striped
+    net = measures.FeatureNet(measures.LeNet(1, 2).eval(), "untrained", None, "", 84)
+    expected = measures.frechet_distance(measures.features(net, pixels[::2]),
+                                         measures.features(net, pixels))
+    assert measures.floor(net, pixels, pixels, 40) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="81 images from a split of 80"):
+        measures.floor(net, pixels, pixels, 81)
+
+
+def test_features_refuse_the_wrong_range_and_missing_labels(striped):
+    net = measures.FeatureNet(measures.LeNet(1, 2).eval(), "untrained", None, "", 84)
+    for bad in (-random_images(1, 1, 8, 8), torch.full((1, 1, 8, 8), math.nan)):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            measures.features(net, bad)
+    with pytest.raises(ValueError, match="label"):
+        measures.feature_network(striped[0], None, "none", [])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 9)])
+def test_feature_network_takes_any_shape(shape):
+    feature, logits = measures.LeNet(shape[0], 7)(torch.rand(2, *shape))
+    assert feature.shape == (2, 84) and logits.shape == (2, 7)
+
+
+# ---------------------------------------------------------------- files and report
+
+
+def test_grid_places_images_row_by_row():
+    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 1, 2, 3).byte()
+    sheet = np.array(measures.grid(images, columns=3, pad=1, scale=2))
+    assert sheet.shape == (2 * (2 * 2 + 1), 2 * (3 * 3 + 2))
+    assert sheet[0, 0] == 0 and sheet[0, 8] == 1 and sheet[6, 8] == 4
+    assert sheet[0, 6] == 127 and sheet[6, 16] == 127  # between images, and where there is none
+    assert measures.grid(torch.rand(3, 3, 4, 4)).mode == "RGB"
+    assert np.array(measures.grid(torch.tensor([-1., 0.5, 2.]).view(1, 1, 1, 3))).tolist() == [
+        [0, 128, 255]]
+    with pytest.raises(ValueError, match=r"\[1, 2, 4, 4\]"):
+        measures.grid(torch.rand(1, 2, 4, 4))
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    measures.write_json({"x": [1.5, math.inf, math.nan]}, file)
+    assert json.loads(file.read_text()) == {"x": [1.5, None, None]}
+    monkeypatch.setattr(measures.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        measures.write_json({}, file)
+    assert json.loads(file.read_text())["x"] and list(tmp_path.iterdir()) == [file]
+
+
+RESULTS = {
+    "mode": "prior", "config": {"epochs": 3, "out": "<i>"}, "command": "python dipddpm.py <x>",
+    "data": {"name": "digits & <b>", "train": 100, "test": 50}, "device": "cpu", "parameters": 7,
+    "seconds": {"train": 3.0, "total": 4.0}, "floor": {"fid_lenet": 6.25, "samples": 100},
+    "arms": [{"name": "<dip>", "seed": s, "nfe": n, "seconds": n / 10, "fid_lenet": 100 / n + s}
+             for s in (0, 1) for n in (5, 10)],
+    "curves": {"quality/<dip>": [[5, 20.5], [10, 10.5], [20, None], [0, 3]], "loss/l": [],
+               "loss/zero": [[1, 0]],
+               "loss/train": [[i, 1 / (i + 1)] for i in range(1000)], "other": [[1, 1], [1, 1]]},
+    "pictures": [{"file": "a.png", "caption": 'a "picture"'}, {"file": "none.png"}],
+    "notes": ["a < b"]}
+
+
+def make_report(folder, results):
+    measures.write_json(results, folder / "results.json")
+    measures.report(folder)
+    return (folder / "report.html").read_text()
+
+
+def test_report_is_one_file_that_fetches_and_runs_nothing(tmp_path):
+    measures.save_png(measures.grid(torch.zeros(4, 1, 3, 3)), tmp_path / "a.png")
+    page = make_report(tmp_path, RESULTS)
+    assert "data:image/png;base64," in page and page.count("<svg viewBox") == 3
+    for word in ("http:", "https:", "<script", "<link", "url(", "@import", "src=\"a.png"):
+        assert word not in page
+    assert "nan" not in page.lower() and "inf" not in page.lower().replace("infinite", "")
+
+
+def test_report_escapes_what_it_is_given(tmp_path):
+    page = make_report(tmp_path, RESULTS)
+    for word in ("<dip>", "& <b>", "<i>", "<x>", "a < b", 'a "picture"'):
+        assert word not in page
+    for word in ("&lt;dip&gt;", "digits &amp; &lt;b&gt;", "&lt;i&gt;", "a &lt; b"):
+        assert word in page
+
+
+def test_report_shows_the_mean_over_seeds_not_the_best_seed(tmp_path):
+    page = make_report(tmp_path, RESULTS)
+    assert "10.50 <small>± 0.71</small>" in page and "floor 6.25" in page
+    assert "none.png is missing" in page
+
+
+@pytest.mark.parametrize("left_out", [*RESULTS, None])
+def test_report_survives_missing_keys(tmp_path, left_out):
+    results = {k: v for k, v in RESULTS.items() if k != left_out} if left_out else {}
+    assert "</html>" in make_report(tmp_path, results)
+    assert "</html>" in make_report(tmp_path, results | {left_out: None} if left_out else {})
+
+
+def test_report_of_restoration_tabulates_every_measure(tmp_path):
+    arms = [{"name": "ladder", "seed": s, "psnr": 24 + s, "ssim": 0.9} for s in (0, 1)]
+    page = make_report(tmp_path, {"arms": arms})
+    assert "24.50 <small>± 0.71</small>" in page and "<th>ssim</th>" in page
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_command_compares_two_pictures(tmp_path, capsys):
+    a = np.full((12, 12, 3), 100, np.uint8)
+    Image.fromarray(a).save(tmp_path / "a.png")
+    Image.fromarray(a + 51).save(tmp_path / "b.png")
+    assert measures.main([tmp_path / "a.png", tmp_path / "b.png"]) == 0
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["mse", "mae", "psnr", "ssim"]
+    assert float(lines["mse"]) == pytest.approx(0.04) and float(lines["mae"]) == pytest.approx(0.2)
+
+
+def test_command_fails_in_one_line(tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "results.json").write_text("{")
+    for bad in ([], [tmp_path / "none"], [tmp_path / "text.png"] * 2, [tmp_path],
+                [tmp_path / "text.png"]):
+        assert measures.main(bad) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("eval: ") and err.count("\n") == 1
+    run = subprocess.run([sys.executable, EVAL, "none"], capture_output=True, text=True,
+                         check=False)
+    assert run.returncode == 2 and run.stderr == "eval: none does not exist\n"
