@@ -798,9 +798,8 @@ class Judge:
                 train.pixels, train.labels, train.name, [root, data.cache_root(), run.folder],
                 device=run.device, test=(test.pixels, test.labels))
             self.features = measure.features(self.lenet, test.pixels)
-            # as many real images as generated ones, from the whole split: its halves differ
-            self.manifold = self.features[torch.arange(min(n, len(test.pixels)))
-                                          * len(test.pixels) // min(n, len(test.pixels))]
+            # as many real images as generated ones, as recall asks for
+            self.manifold = self.features[measure.subset(len(test.pixels), n).to(run.device)]
             self.floor = measure.floor(self.lenet, train.pixels, test.pixels, n)
         run.seconds["eval"] += time.time() - began
 

@@ -346,16 +346,22 @@ def features(net, images, batch=1000):
     return torch.cat([net.net(_unit(part.to(device)))[0] for part in images.split(batch)])
 
 
+def subset(N, n):
+    """Fixed numbers of n of N images, int64 [n]. At random: a stride would meet the period of data
+    sets that store their classes in turn, and take some of the classes only."""
+    return torch.randperm(N, generator=torch.Generator().manual_seed(0))[:n]
+
+
 def floor(net, train_pixels, test_pixels, samples):
-    """fid_lenet of `samples` training images, evenly spread, against the test split.
+    """fid_lenet of `samples` training images, a fixed random subset, against the test split.
 
     The same count as the generated ones, since the distance falls with the count: what a perfect
     generator would score. ValueError if the training split is smaller than that.
     """
     if not 2 <= samples <= len(train_pixels):
         raise ValueError(f"a floor of {samples} images from a split of {len(train_pixels)}")
-    index = torch.arange(samples, device=train_pixels.device) * len(train_pixels) // samples
-    return frechet_distance(features(net, train_pixels[index]), features(net, test_pixels))
+    real = train_pixels[subset(len(train_pixels), samples).to(train_pixels.device)]
+    return frechet_distance(features(net, real), features(net, test_pixels))
 
 
 # ---------------------------------------------------------------- files

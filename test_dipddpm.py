@@ -1535,6 +1535,12 @@ def test_floor_takes_images_from_the_whole_split(striped):
         measures.floor(net, pixels, pixels, 81)
 
 
+def test_a_subset_holds_every_class_of_a_set_that_stores_them_in_turn():
+    index = measures.subset(10_000, 400)
+    assert len(index.unique()) == 400 and 0 <= index.min() <= index.max() < 10_000
+    assert (torch.bincount(index % 10) > 20).all()
+
+
 def test_features_refuse_the_wrong_range_and_missing_labels(striped):
     net = measures.FeatureNet(measures.LeNet(1, 2).eval(), "untrained", None, "", 84)
     for bad in (-random_images(1, 1, 8, 8), torch.full((1, 1, 8, 8), math.nan)):
