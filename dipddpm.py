@@ -655,16 +655,17 @@ def fit_dips(cfg, y, members, iters, progress, truth=None):
 # ------------------------------------------------------------------ method 1: priors
 #
 # x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps, then the reverse process from t_start. Each
-# prior is a function (cfg, x_0 uint8 [N, C, H, W], n, run) -> x_prior [n, C, H, W] in [-1, 1].
+# prior is a function (cfg, x_0, sources, run) -> x_prior [n, C, H, W] in [-1, 1], of the training
+# data x_0 uint8 [N, C, H, W] and n of its images, sources [n, C, H, W].
 
 
-def prior_dip_images(cfg, x_0, n, run):
-    """One DIP for each of the first n training images, fitted shortly."""
-    y = x_0[:n].float() / 255
+def prior_dip_images(cfg, x_0, sources, run):
+    """One DIP for each source image, fitted shortly."""
+    y = sources.float() / 255
     iters = dip_iterations(cfg, y)
-    members = torch.arange(n, device=run.device)
+    members = torch.arange(len(y), device=run.device)
     groups = list(zip(y.split(cfg.dip_group), members.split(cfg.dip_group)))
-    progress = Progress("fit DIPs", len(groups) * iters, min(n, cfg.dip_group))
+    progress = Progress("fit DIPs", len(groups) * iters, min(len(y), cfg.dip_group))
     priors = []
     for g, (y_g, members_g) in enumerate(groups):
         average, _ = fit_dips(cfg, y_g, members_g, iters,
@@ -675,21 +676,21 @@ def prior_dip_images(cfg, x_0, n, run):
     return torch.cat(priors) * 2 - 1
 
 
-def prior_gauss(cfg, x_0, n, run):
+def prior_gauss(cfg, x_0, sources, run):
     """Draws from one Gaussian with the training data's mean and full covariance: what can be had
     with no DIP at all. w (X - mean) / sqrt(N) with w ~ N(0, I) of N numbers has that covariance."""
     X = x_0.flatten(1).float() / 127.5 - 1  # [N, D]
     mean = X.mean(0)
     X -= mean
-    N = len(X)
+    N, n = len(X), len(sources)
     w = kernels.normal((n, N), cfg.seed, 0, 0, kernels.DIP_CODE, x_0.device)
     return (mean + w @ X / math.sqrt(N)).view(n, *x_0.shape[1:])
 
 
-def prior_blur(cfg, x_0, n, run):
-    """The first n training images through a 5x5 box: all the structure and more of a leak than a
-    DIP; if this does as well, the DIP adds nothing."""
-    x = x_0[:n].float() / 127.5 - 1
+def prior_blur(cfg, x_0, sources, run):
+    """The source images through a 5x5 box: all the structure and more of a leak than a DIP; if this
+    does as well, the DIP adds nothing."""
+    x = sources.float() / 127.5 - 1
     return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
@@ -742,6 +743,8 @@ def run_prior(cfg, run):
 
     judge = Judge(cfg, run, train, test, n)
     numbers = torch.arange(n, device=run.device)
+    # at random: MNIST's first 1,000 training images are further from its test split than most
+    sources = x_0[measure.subset(N, n).to(run.device)]
     arms, curves, pictures, starts = [], loss_curves(rows), {}, {}
     for arm in ["ddpm"] + (list(PRIORS) if cfg.mode == "prior" else []):
         began = time.time()
@@ -751,7 +754,7 @@ def run_prior(cfg, run):
                                     run.device)
         else:
             network, steps = nets.get("truncated", nets["full"]), t_start
-            starts[arm] = PRIORS[arm](cfg, x_0, n, run)
+            starts[arm] = PRIORS[arm](cfg, x_0, sources, run)
             x_init = start_from_prior(cfg, starts[arm], t_start, numbers)
         synchronize(run.device)
         prior_seconds = time.time() - began
@@ -780,7 +783,7 @@ def run_prior(cfg, run):
     result = judge.summary() | {
         "data": about, "parameters": sum(p.numel() for p in net.parameters()),
         "arms": arms, "curves": curves,
-        "pictures": draw_arms(cfg, run, pictures, starts, x_0)}
+        "pictures": draw_arms(cfg, run, pictures, starts, sources)}
     finish(run, result)
     print_table(arms, result.get("floor"))
 
@@ -951,7 +954,7 @@ def zoom(images):
     return max(1, 64 // max(images.shape[-2:]))
 
 
-def draw_arms(cfg, run, pictures, starts, x_0):
+def draw_arms(cfg, run, pictures, starts, sources):
     """Save one picture for each number of evaluations, a row for each arm, and one of the priors;
     returns their files and captions."""
     listed = []
@@ -966,7 +969,7 @@ def draw_arms(cfg, run, pictures, starts, x_0):
                                                     f"rows: {', '.join(rows)}"})
     if starts:
         n = min(16, *map(len, starts.values()))
-        x = torch.cat([x_0[:n].float() / 255]
+        x = torch.cat([sources[:n].float() / 255]
                       + [((x[:n] + 1) / 2).clamp(0, 1) for x in starts.values()]).cpu()
         picture = measure.grid(x, columns=n, scale=zoom(x))
         measure.save_png(picture, run.folder / "priors.png")
