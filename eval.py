@@ -348,8 +348,8 @@ def features(net, images, batch=1000):
 
 def subset(N, n):
     """Fixed numbers of n of N images, int64 [n]. At random: a stride meets the period of data sets
-    that store their classes in turn, and even in MNIST neither a stride nor the first n are typical:
-    1,000 training images score 7.9 and 10.0 against the test split, at random 2.3 (sd 0.6)."""
+    that store their classes in turn, and even in MNIST neither a stride nor the first n are typical
+    (1,000 training images score 7.9 and 10.0 against the test split, at random 2.3, sd 0.6)."""
     return torch.randperm(N, generator=torch.Generator().manual_seed(0))[:n]
 
 
