@@ -1042,7 +1042,6 @@ class Run:
     """What surrounds the mathematics: a folder, a device, a precision, clocks, a wish to stop."""
 
     def __init__(self, cfg, argv):
-        self.clock = Clock()
         self.device = pick_device(cfg.device)
         self.device_name = device_name(self.device)
         self.precision = pick_precision(cfg.precision, self.device)
@@ -1059,6 +1058,7 @@ class Run:
             saved = load_checkpoint(self.folder)
             self.state = saved["networks"]
             self.about = {key: saved[key] for key in ("data", "shape")}
+        self.clock = Clock(sum(saved["seconds"] for saved in self.state.values()))
 
     def begin(self):
         """Make the folder: not before the input is known to be good, so that misuse leaves none."""

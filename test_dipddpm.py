@@ -1250,6 +1250,7 @@ def whole_run(tmp_path_factory):
 
 def test_prior_run_leaves_results_of_every_arm(whole_run):
     result = json.loads((whole_run / "results.json").read_text())
+    assert result["seconds"]["total"] >= result["seconds"]["train"] > 0
     assert set(result) >= {"mode", "config", "data", "device", "precision", "torch", "commit",
                            "parameters", "seconds", "arms", "floor", "curves"}
     assert set(result["seconds"]) == {"dip", "train", "sample", "eval", "total"}
