@@ -698,7 +698,7 @@ PRIORS = {"dip-images": prior_dip_images, "gauss": prior_gauss, "blur": prior_bl
 
 
 def dip_iterations(cfg, y):
-    """--dip-iters, or by default a short fit for a prior and one to about the peak for a denoiser."""
+    """--dip-iters, or by default a short fit for a prior, one to about the peak for a denoiser."""
     if cfg.dip_iters is not None:
         return cfg.dip_iters
     if cfg.mode == "prior":
