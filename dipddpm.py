@@ -6,7 +6,8 @@
     python dipddpm.py --mode sample               new images from the newest trained network
 
 Papers      Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine),
-            Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Ulyanov et al. 2018 (DIP).
+            Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Lu et al. 2022 (DPM-Solver++),
+            Ulyanov et al. 2018 (DIP).
 Notation    x_0 image, x_t noised image, eps noise, alpha_bar_t (ab) = prod (1 - beta), T steps,
             z and theta a DIP's input and weights; *_hat is predicted.
 Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs to x after t + 1
@@ -47,6 +48,7 @@ import kernels
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_SECONDS = 60.0
 SAMPLE_BATCH = 250  # images that go through the sampler together: larger leaves the CPU's cache
+SAMPLE_BATCH_CUDA = 2000
 
 # ------------------------------------------------------------------ Config and command line
 
@@ -107,6 +109,8 @@ class Config:
                       type=int_list)
     eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
                       type=float_list)
+    order: int = flag(1, "order of the sampler: 2 is DPM-Solver++(2M), for eta 0", "sampling",
+                      (1, 2))
     samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16)", "sampling",
                         low=1)
     sigma: float = flag(0.1, "noise that --mode dip adds to its images, which are in [0, 1]",
@@ -198,6 +202,8 @@ def check(cfg):
         raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
     if max(cfg.eta) > 1:
         raise ValueError(f"--eta must lie between 0 and 1, not {show(cfg.eta)}")
+    if cfg.order == 2 and max(cfg.eta) > 0:
+        raise ValueError("--order 2 needs --eta 0: it is for the sampler without noise")
     if cfg.timesteps > 100_000:
         raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
     if steps_of_prior(cfg) > cfg.timesteps:
@@ -292,23 +298,29 @@ def time_grid(t_start, nfe):
 
 
 def reverse_table(schedule, predict, taus, eta):
-    """The five numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 5] with
-    columns (a, b, c0, ct, sigma) in
+    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 6] with columns
+    (a, b, c0, ct, sigma, k) in
 
         x0_hat = clip(a x_t + b out, -1, 1),    x_s = c0 x0_hat + ct x_t + sigma z.
 
     This is Song et al. 2021 (DDIM), eq. 12, with sigma from eq. 16 and eps_hat eliminated. With
     eta = 1 and s = t - 1 it is DDPM's posterior (Ho et al. 2020, eq. 6-7); with eta = 0, DDIM. In
-    float32 the difference 1 - ab would lose four digits at small t: hence float64, cast last."""
-    rows = []
+    float32 the difference 1 - ab would lose four digits at small t: hence float64, cast last.
+
+    k = h / (2 h_previous), h the step in half the log signal-to-noise ratio, is for the second
+    order, where x0_hat + k (x0_hat - x0_hat_previous) takes x0_hat's place (Lu et al. 2022,
+    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last."""
+    rows, h_previous = [], math.inf
     for tau, next_tau in zip(taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
         sigma = eta * math.sqrt((1 - ab_s) / (1 - ab_t)) * math.sqrt(1 - ab_t / ab_s)
         ct = math.sqrt(max(0.0, 1 - ab_s - sigma**2) / (1 - ab_t))
         c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
         _, (a, b), _ = PREDICTIONS[predict](torch.tensor(ab_t, dtype=torch.float64))
-        rows.append([float(a), float(b), c0, ct, sigma])
-    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 5]
+        h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
+        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous)])
+        h_previous = h
+    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 6]
 
 
 # ------------------------------------------------------------------ U-Net
@@ -326,8 +338,7 @@ class ResidualBlock(nn.Module):
         self.time = nn.Linear(embedding, 2 * channels)
         self.norm2 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        self.conv2.starts_at_zero = True
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -345,8 +356,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(8, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out.starts_at_zero = True
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -378,8 +388,7 @@ class UNet(nn.Module):
         self.up1 = nn.ModuleList(ResidualBlock(width, emb) for _ in range(blocks[0]))
         self.norm = nn.GroupNorm(8, width)
         self.leave = nn.Conv2d(width, 4 * channels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave.starts_at_zero = True
 
     def time_embedding(self, t):
         """Sines and cosines of t at geometric frequencies (Vaswani et al. 2017). -> [B, width]."""
@@ -408,10 +417,23 @@ class UNet(nn.Module):
 
 
 def make_unet(cfg, channels, device):
-    """A U-Net whose initial weights depend on the seed alone, not on global random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return UNet(channels, cfg.width).to(device)
+    """A U-Net whose initial weights are a function of the seed alone: PyTorch's default, U(-r, r)
+    with r = 1 / sqrt(fan_in), layer by layer, but zero where a layer starts at zero."""
+    with torch.device("meta"):  # no values yet, so no use of a global random state
+        net = UNet(channels, cfg.width)
+    net.to_empty(device=device)
+    for number, layer in enumerate(net.modules()):
+        if isinstance(layer, nn.GroupNorm):
+            layer.reset_parameters()
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+            r = 0.0 if hasattr(layer, "starts_at_zero") else layer.weight[0].numel() ** -0.5
+            n = layer.weight.numel()
+            u = kernels.uniform((1, n + len(layer.bias)), cfg.seed, 0, number, kernels.WEIGHTS,
+                                device)[0]
+            with torch.no_grad():
+                layer.weight.copy_((u[:n] * 2 - 1).mul(r).view_as(layer.weight))
+                layer.bias.copy_((u[n:] * 2 - 1).mul(r))
+    return net
 
 
 # ------------------------------------------------------------------ DIP network
@@ -516,6 +538,18 @@ def timesteps(cfg, position, B, t_max, step):
     return ((position + u) / B * t_max).long().clamp(max=t_max - 1)
 
 
+def denoising_loss(cfg, net, x_0, index, position, B, t_max, coef, step, autocast):
+    """E_t w_t |out(x_t, t) - target|^2 (Ho et al. 2020, eq. 14, with the targets and weights of
+    `forward_table`) on the images `index` of x_0, which stand at `position` (int64) in a batch of
+    B: float32 [len(position)]. t and eps depend on seed, position and step alone, so a batch may
+    be split at will."""
+    t = timesteps(cfg, position, B, t_max, step)
+    x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, position, step)
+    with autocast():
+        out = net(x_t, t)
+    return kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, position, step)
+
+
 def learning_rate(cfg, step, steps):
     """Linear warm-up over the first 3 % of the steps, then half a cosine down to zero."""
     warmup = max(1, round(0.03 * steps))
@@ -523,62 +557,64 @@ def learning_rate(cfg, step, steps):
 
 
 def train_ddpm(cfg, x_0, t_max, run, name):
-    """Minimise E_t w_t |out(x_t, t) - target|^2 over t < t_max (Ho et al. 2020, algorithm 1 and
-    eq. 14, with the targets and weights of `forward_table`). x_0: uint8 [N, C, H, W]. Returns the
-    network with exponentially averaged weights, and log rows (step, epoch, seconds, loss, lr).
-    Continues from run.state where that has a beginning; leaves checkpoints in run.folder."""
+    """Minimise `denoising_loss` over t < t_max (Ho et al. 2020, algorithm 1). x_0: uint8
+    [N, C, H, W]. Returns the network with exponentially averaged weights, log rows (step, epoch,
+    seconds, loss, lr) and the seconds. Continues from run.state where that has a beginning; leaves
+    checkpoints in run.folder."""
     N, C = x_0.shape[:2]
     B = min(cfg.batch, N)
     per_epoch = N // B
     steps = cfg.epochs * per_epoch
-    schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
-    coef = forward_table(schedule, cfg.predict).to(run.device)
+    coef = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict).to(run.device)
+    rates = torch.tensor([learning_rate(cfg, n, steps) for n in range(steps)], device=run.device)
     net = make_unet(cfg, C, run.device)
     ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01,
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
-    step, seconds, rows = restore(run.state.get(name), net, ema, optimizer)
+    done, seconds, rows = restore(run.state.get(name), net, ema, optimizer)
+    lr = rates[0].clone()  # a tensor, so that a graph can set it
+    optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
     position = torch.arange(B, device=run.device)  # of an image in the batch
+    order = torch.empty(N, dtype=torch.int64, device=run.device)
+    step = torch.tensor([done], device=run.device)
     loss_sum, loss_count = torch.zeros((), device=run.device), 0
-    order, order_epoch = None, None
-    progress, clock = Progress(f"train {name}", steps, B, step), Clock(seconds)
-    saved_at = time.time()
 
-    while step < steps:
-        if order_epoch != step // per_epoch:
-            order_epoch = step // per_epoch
-            order = epoch_order(cfg, N, order_epoch, run.device)
-        first = step % per_epoch * B
-        index = order[first:first + B]
-        t = timesteps(cfg, position, B, t_max, step)
-        x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, position, step)
-        with run.autocast():
-            out = net(x_t, t)
-        loss = kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, position, step).mean()
+    def train_step():
+        index = order.index_select(0, step % per_epoch * B + position)
+        loss = denoising_loss(cfg, net, x_0, index, position, B, t_max, coef, step[0],
+                              run.autocast).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, steps)
+        lr.copy_(rates.index_select(0, step)[0])
         optimizer.step()
-        update_average(ema, net, step)
+        update_average(ema, net, step[0])
+        loss_sum.add_(loss.detach())
+        step.add_(1)
 
-        step += 1
-        loss_sum += loss.detach()
+    advance = Graphed(train_step, run.device)
+    progress, clock = Progress(f"train {name}", steps, B, done), Clock(seconds)
+    saved_at, epoch = time.time(), None
+    while done < steps:
+        if epoch != done // per_epoch:
+            epoch = done // per_epoch
+            order.copy_(epoch_order(cfg, N, epoch, run.device))
+        advance()
+        done += 1
         loss_count += 1
-        if loss_count == 50 or step == steps:  # the only place where the host waits for the device
+        if loss_count == 50 or done == steps:  # the only place where the host waits for the device
             mean = loss_sum.item() / loss_count
             if not math.isfinite(mean):
-                raise RuntimeError(f"loss is {mean} at step {step} with --lr {cfg.lr}; the last "
+                raise RuntimeError(f"loss is {mean} at step {done} with --lr {cfg.lr}; the last "
                                    f"good checkpoint is kept")
-            rows.append([name, step, round(step / per_epoch, 4), round(clock(), 2), mean,
-                         learning_rate(cfg, step - 1, steps)])
+            rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2), mean,
+                         learning_rate(cfg, done - 1, steps)])
             loss_sum.zero_()
             loss_count = 0
-            progress(step, f"loss {mean:.4f}")
-        if run.stop or step == steps or (loss_count == 0
+            progress(done, f"loss {mean:.4f}")
+        if run.stop or done == steps or (loss_count == 0
                                          and time.time() - saved_at > CHECKPOINT_SECONDS):
-            run.state[name] = {"step": step, "seconds": clock(), "rows": rows,
+            run.state[name] = {"step": done, "seconds": clock(), "rows": rows,
                                "net": net.state_dict(), "ema": ema.state_dict(),
                                "optimizer": optimizer.state_dict()}
             save_checkpoint(run)
@@ -589,32 +625,48 @@ def train_ddpm(cfg, x_0, t_max, run, name):
 
 
 def update_average(ema, net, n, decay=0.999):
-    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)): without the warm-up an early
-    average would be mostly initial weights."""
-    d = min(decay, (1 + n) / (10 + n))
+    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)) after n steps (an int64 scalar
+    tensor): without the warm-up an early average would be mostly initial weights."""
+    d = ((1 + n) / (10 + n)).clamp(max=decay)
+    average = list(ema.parameters())
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
+        change = torch._foreach_sub(list(net.parameters()), average)
+        torch._foreach_mul_(change, 1 - d)
+        torch._foreach_add_(average, change)
 
 
 # ------------------------------------------------------------------ sampling
 
 
 @torch.no_grad()
-def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast):
+def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1):
     """The reverse process from x_init (after t_start steps of noise) to x_0 in nfe network
-    evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start).
+    evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start;
+    Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
     x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
     image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]."""
-    schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
     taus = time_grid(t_start, nfe)
-    coef = reverse_table(schedule, cfg.predict, taus, eta).to(x_init.device)
+    coef = reverse_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict, taus, eta)
+    device = x_init.device
+    size = SAMPLE_BATCH_CUDA if device.type == "cuda" else SAMPLE_BATCH
+    coef, times = coef.to(device), torch.tensor(taus[:-1], device=device) - 1
     done = []
-    for x_t, numbers in zip(x_init.split(SAMPLE_BATCH), sample_numbers.split(SAMPLE_BATCH)):
-        for i, tau in enumerate(taus[:-1]):
-            t = torch.full((len(x_t),), tau - 1, device=x_t.device)
+    for x_t, numbers in zip(x_init.split(size), sample_numbers.split(size)):
+        x_t = x_t.clone()
+        x0_prev = torch.zeros_like(x_t) if order == 2 else None
+        step = torch.zeros(1, dtype=torch.int64, device=device)
+
+        def reverse_step():
+            t = times.index_select(0, step).expand(len(x_t))
             with autocast():
                 out = net(x_t, t)
-            x_t = kernels.posterior_step(x_t, out, coef, i, cfg.seed, numbers)
+            kernels.posterior_step(x_t, out, coef, step[0], cfg.seed, numbers, inplace=True,
+                                   x0_prev=x0_prev)
+            step.add_(1)
+
+        advance = Graphed(reverse_step, device)
+        for _ in range(nfe):
+            advance()
         done.append(x_t)
     return torch.cat(done)
 
@@ -762,11 +814,13 @@ def run_prior(cfg, run):
         for eta in cfg.eta:
             for nfe in cfg.nfe:
                 began = time.time()
-                x = sample(cfg, network, x_init, steps, nfe, eta, numbers, run.autocast)
+                x = sample(cfg, network, x_init, steps, nfe, eta, numbers, run.autocast,
+                           cfg.order)
                 synchronize(run.device)
                 took = time.time() - began
                 run.seconds["sample"] += took
-                row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "eta": eta, "t_start": steps,
+                row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "eta": eta, "order": cfg.order,
+                       "t_start": steps,
                        "seconds": round(took + prior_seconds, 3),
                        "prior_seconds": round(prior_seconds, 3)} | judge(x)
                 arms.append(row)
@@ -888,7 +942,8 @@ def run_sample(cfg, run):
     for eta in cfg.eta:
         for nfe in cfg.nfe:
             began = time.time()
-            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast)
+            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast,
+                           cfg.order)
             synchronize(run.device)
             took = time.time() - began
             run.seconds["sample"] += took
@@ -898,7 +953,7 @@ def run_sample(cfg, run):
             pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
                                                       f"eta = {eta:g}"})
             arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "eta": eta,
-                         "t_start": cfg.timesteps, "seconds": round(took, 3)})
+                         "order": cfg.order, "t_start": cfg.timesteps, "seconds": round(took, 3)})
             say(describe(arms[-1]) + f"   {run.folder / file}")
     finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
                       "parameters": sum(p.numel() for p in net.parameters())})
@@ -1174,6 +1229,34 @@ def pick_precision(name, device):
     return "fp32"
 
 
+class Graphed:
+    """`work`, a function of nothing that returns nothing, to be called again and again. On CUDA the
+    first three calls run as they are and allocate what lasts; the fourth is recorded as one CUDA
+    graph, which is replayed from then on: one launch for hundreds of kernels, and nothing that the
+    host waits for. So what changes between calls must lie in tensors that `work` itself reads and
+    writes in place. Elsewhere a call is a call."""
+
+    def __init__(self, work, device):
+        self.work, self.calls, self.graph = work, 0, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.work()
+        self.calls += 1
+        if self.calls <= 3:
+            current = torch.cuda.current_stream(self.stream.device)
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self.work()
+            return current.wait_stream(self.stream)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.work()
+        self.graph.replay()
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -1216,7 +1299,7 @@ def sweep(cfg):
     for v in values:
         choices = f.metadata["choices"]
         if choices and v not in choices:
-            raise ValueError(f"--sweep {cfg.sweep}: {v} is none of {', '.join(choices)}")
+            raise ValueError(f"--sweep {cfg.sweep}: {v} is none of {', '.join(map(str, choices))}")
     return [check(replace(cfg, sweep=None, out=str(parent / f"{name}={show(v)}"),
                           **{f.name: v})) for v in values]
 

@@ -557,9 +557,10 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = 0x0123456789ABCDEF
 
 
-def table(rows=7):
-    """Five unlike numbers a row, so that a swapped column cannot pass."""
-    return torch.linspace(0.2, 1.1, rows * 5, device=DEVICE).view(rows, 5).flip(0).contiguous()
+def table(rows=7, columns=5):
+    """Unlike numbers in a row, so that a swapped column cannot pass."""
+    x = torch.linspace(0.2, 1.1, rows * columns, device=DEVICE)
+    return x.view(rows, columns).flip(0).contiguous()
 
 
 def pixels(*shape):
@@ -590,6 +591,32 @@ def test_philox_gives_the_published_words(counter, key, words):
     low, high = (int(word, 16) for word in key.split())
     found = rng.philox_ref(*c, high << 32 | low)
     assert [f"{w.item():08x}" for w in found] == words.split()
+
+
+@rng.jit
+def words_kernel(w_ptr, sample, draw, seed):
+    quad = rng.tl.arange(0, 64)
+    words = rng.philox(quad, rng.at(sample, 0), rng.at(draw, 0), 3, seed)
+    rng.tl.store(w_ptr + rng.elements(quad), rng.interleave(*words).to(rng.tl.int64))
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", [0, 5, SEED, 2**31, 2**32 - 1, 2**63, 2**64 - 1])
+def test_words_of_the_kernel_are_those_of_the_reference(seed):
+    for sample, draw in ((0, 0), (2**31 - 1, 2**31), (2**32 - 1, 2**32 + 7)):
+        ours = torch.empty(64, 4, dtype=torch.int64, device=DEVICE)
+        number = torch.tensor([sample], device=DEVICE)
+        words_kernel[1,](ours, number, draw, seed)
+        theirs = rng.philox_ref(torch.arange(64), torch.tensor(sample), torch.tensor(draw), 3, seed)
+        assert torch.equal(ours.cpu(), torch.stack(torch.broadcast_tensors(*theirs), 1))
+
+
+@needs_triton
+def test_normals_of_the_kernel_are_those_of_the_reference_to_2_ulp():
+    ours = rng.normal_triton((4, 25_000), SEED, 0, 0, 0, DEVICE).cpu()
+    theirs = rng.normal_ref((4, 25_000), SEED, 0, 0, 0)
+    apart = ours.view(torch.int32).long() - theirs.view(torch.int32).long()  # of one sign: in ulp
+    assert (ours * theirs >= 0).all() and apart.abs().max() <= 2
 
 
 def test_normals_are_box_muller_of_the_words():
@@ -636,8 +663,13 @@ def test_extreme_words_give_the_same_normals_in_a_kernel(word, monkeypatch):
     assert (z.cpu() - rng.normal_ref((1, 4), 0, 0, 0, 0)[0, 0]).abs() < 2e-6
 
 
-def test_normals_are_normal():
-    z = kernels.normal((1000, 1000), SEED, 0, 0, 0).flatten().double().sort().values
+@pytest.fixture(scope="module")
+def ten_million():
+    return kernels.normal((10_000, 1000), SEED, 0, 0, 0)
+
+
+def test_ten_million_normals_are_normal(ten_million):
+    z = ten_million.flatten().double().sort().values
     n = len(z)
     assert abs(z.mean()) < 4 / n**0.5 and abs(z.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((z**3).mean()) < 4 * (15 / n) ** 0.5 and abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
@@ -645,15 +677,24 @@ def test_normals_are_normal():
     assert (torch.special.ndtr(z) - rank).abs().max() < 1.95 / n**0.5  # Kolmogorov, p = 0.001
 
 
-def test_neighbours_streams_draws_samples_and_seeds_are_uncorrelated():
-    def z(seed=3, sample=0, draw=0, stream=0):
-        return kernels.normal((100, 1000), seed, sample, draw, stream).flatten()
+@pytest.mark.parametrize("sigmas", [4.5, 5.0])
+def test_tails_hold_as_many_as_they_should(ten_million, sigmas):
+    expected = ten_million.numel() * math.erfc(sigmas / 2**0.5) / 2
+    for tail in (ten_million > sigmas, ten_million < -sigmas):
+        assert abs(tail.sum().item() - expected) < 4 * expected**0.5
 
-    base = z()
-    others = [z(seed=4), z(seed=3 + 2**32), z(sample=100), z(draw=1), z(stream=1)]
-    others += [base.roll(lag) for lag in (1, 2, 3, 4, 1000)]
+
+def test_neighbours_streams_draws_samples_and_seeds_are_uncorrelated(ten_million):
+    """Of the numbers and of their squares, as the two of a pair share a radius."""
+    def z(seed=SEED, sample=0, draw=0, stream=0):
+        return kernels.normal((10_000, 1000), seed, sample, draw, stream)
+
+    others = [z(seed=SEED + 1), z(seed=SEED + 2**32), z(sample=10_000), z(draw=1), z(stream=1)]
+    others += [ten_million.roll(lag, 1) for lag in (1, 2, 3, 4, 28)] + [ten_million.roll(1, 0)]
+    n = ten_million.numel()
     for other in others:
-        assert abs((base * other).mean()) < 4.5 / len(base) ** 0.5
+        assert abs((ten_million * other).double().mean()) < 4.5 / n**0.5
+        assert abs(((ten_million**2 - 1) * (other**2 - 1)).double().mean()) < 4.5 * 2 / n**0.5
 
 
 def test_uniforms_are_uniform_and_below_one():
@@ -683,6 +724,13 @@ def test_normal_kernel_equals_reference(shape):
     for seed, sample, step in ((0, 1, 1), (SEED << 4, some, draw), (-1, 2**31 - 1, 2**32 - 1)):
         ours = rng.normal_triton(shape, seed, sample, step, 3, DEVICE)
         assert (ours - rng.normal_ref(shape, seed, sample, step, 3, DEVICE)).abs().max() < 2e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(5,), *SHAPES])
+def test_uniform_kernel_equals_reference_bit_for_bit(shape):
+    where = SEED, 17, torch.tensor(2**31, device=DEVICE), 3, DEVICE
+    assert torch.equal(rng.uniform_triton(shape, *where), rng.uniform_ref(shape, *where))
 
 
 @needs_triton
@@ -716,14 +764,22 @@ def test_noise_loss_kernel_equals_reference(shape, dtype):
 def test_posterior_step_kernel_equals_reference(shape, dtype):
     x_t = kernels.normal(shape, 1, 0, 0, 0, DEVICE)
     out = kernels.normal(shape, 1, 0, 1, 0, DEVICE).to(dtype)
-    coef, some = table(), torch.arange(shape[0], device=DEVICE) * 3
+    coef, some = table(columns=6), torch.arange(shape[0], device=DEVICE) * 3
     coef[2, 4] = 0
     step_3 = torch.tensor(3, device=DEVICE)
-    for step, sample, inplace in ((1, 4, False), (2, 4, False), (step_3, some, True)):
-        arguments = out, coef, step, SEED, sample, rng.STEP_NOISE, inplace
-        ours = posterior.posterior_step_triton(x_t.clone(), *arguments)
-        theirs = posterior.posterior_step_ref(x_t.clone(), *arguments)
-        assert (ours - theirs).abs().max() < 5e-6
+    mask, value = pixels(*shape) > 99, pixels(*shape) / 255
+    for step, sample, inplace, known, second in (
+            (1, 4, False, (None, None), False), (2, 4, False, (None, None), True),
+            (step_3, some, True, (mask, value), False), (step_3, 4, True, (mask, value), True)):
+        ours, theirs = [], []
+        for f, results in ((posterior.posterior_step_triton, ours),
+                           (posterior.posterior_step_ref, theirs)):
+            x0_prev = -x_t if second else None
+            results.append(f(x_t.clone(), out, coef, step, SEED, sample, rng.STEP_NOISE, inplace,
+                             *known, x0_prev))
+            results.append(x0_prev if second else x_t)
+        assert (ours[0] - theirs[0]).abs().max() < 5e-6
+        assert (ours[1] - theirs[1]).abs().max() < 1e-6
 
 
 # --------------------------------------------------------------------------- what they compute
@@ -779,59 +835,72 @@ def test_posterior_step_is_its_formula_and_clips():
     x_t = 2 * kernels.normal(shape, 1, 0, 0, 0, DEVICE)
     out = kernels.normal(shape, 1, 0, 1, 0, DEVICE)
     z = kernels.normal(shape, SEED, 6, 3, kernels.STEP_NOISE, DEVICE)
-    a, b, c0, ct, sigma = table()[3].double()
-    plain = c0 * (a * x_t + b * out).clamp(-1, 1) + ct * x_t + sigma * z
-    found = kernels.posterior_step(x_t, out, table(), 3, SEED, 6)
+    coef = table(columns=6)
+    a, b, c0, ct, sigma, k = coef[3].double()
+    x0_hat = (a * x_t + b * out).clamp(-1, 1)
+    plain = c0 * x0_hat + ct * x_t + sigma * z
+    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6)
     assert (found - plain).abs().max() < 2e-6
     same = x_t.clone()
-    assert kernels.posterior_step(same, out, table(), 3, SEED, 6, inplace=True) is same
+    assert kernels.posterior_step(same, out, coef, 3, SEED, 6, inplace=True) is same
     assert torch.equal(same, found)
+
+    mask, value = pixels(*shape) > 99, pixels(*shape) / 255
+    x0_hat = torch.where(mask, value, x0_hat)
+    plain = c0 * x0_hat + ct * x_t + sigma * z
+    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6, mask=mask, value=value)
+    assert (found - plain).abs().max() < 2e-6
+
+    x0_prev = out.clone()
+    plain = c0 * (x0_hat + k * (x0_hat - x0_prev)) + ct * x_t + sigma * z
+    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6, mask=mask, value=value,
+                                   x0_prev=x0_prev)
+    assert (found - plain).abs().max() < 3e-6 and (x0_prev - x0_hat).abs().max() < 1e-6
+
+
+def test_known_pixels_end_as_they_are_known():
+    x_t, out = kernels.normal((2, 1, 5, 5), 1, 0, 0, 0, DEVICE), pixels(2, 1, 5, 5) / 255
+    mask, value = pixels(2, 1, 5, 5) > 99, pixels(2, 1, 5, 5) / 255
+    last = torch.tensor([[1, 1, 1, 0, 0, 0.0]], device=DEVICE)  # c0 = 1, ct = sigma = 0
+    x_0 = kernels.posterior_step(x_t, out, last, 0, SEED, 0, mask=mask, value=value)
+    assert torch.equal(x_0[mask], value[mask]) and not torch.equal(x_0[~mask], value[~mask])
 
 
 def test_step_with_sigma_zero_adds_no_noise():
     x_t, out = pixels(2, 1, 5, 5).float() / 99, pixels(2, 1, 5, 5).float() / 300
-    coef = torch.tensor([[0, 1, 1, 0, 0.0]], device=DEVICE)  # x_s = x0_hat = out
+    coef = torch.tensor([[0, 1, 1, 0, 0, 0.0]], device=DEVICE)  # x_s = x0_hat = out
     assert torch.equal(kernels.posterior_step(x_t, out, coef, 0, SEED, 0), out)
 
 
 COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from kernels import noising, posterior, rng
+import json
+from kernels import bench
 
-where = {"seed": "i64", "sample": "*i64", "draw": "i64"}
-batch = {"x_0_ptr": "*u8", "index": "*i64", "t_ptr": "*i64", "coef_ptr": "*fp32"}
-for kernel, types in (
-    (rng.normal_kernel, {"z_ptr": "*fp32"} | where),
-    (noising.q_sample_kernel, {"x_t_ptr": "*fp32"} | batch | where),
-    (noising.noise_loss_kernel, {"loss_ptr": "*fp32", "grad_ptr": "*bf16", "out_ptr": "*bf16"}
-     | batch | where),
-    (posterior.posterior_step_kernel, {"x_s_ptr": "*fp32", "x_t_ptr": "*fp32", "out_ptr": "*bf16",
-     "coef_ptr": "*fp32", "step": "*i64", "seed": "i64", "sample": "i64"}),
-):
-    names = kernel.arg_names
-    constants = {"stream": 0, "BLOCK": rng.BLOCK}
-    if kernel is noising.noise_loss_kernel:
-        constants["numel"] = 784
-    else:
-        types["numel"] = "i32"
-    types = {name: types.get(name, "constexpr") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if types[name][0] == "*" or types[name] == "i32"}
-    source = ASTSource(kernel, types, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    program = compile(source, target=GPUTarget("cuda", 90, 32))
-    print(kernel.__name__, *(word in program.asm["sass"] for word in ("STG", "LDL", "STL")))
+print(json.dumps({f"{case.name}, sm_{chip}": bench.static(case, chip)
+                  for chip in bench.CHIPS for case in bench.CASES}))
 """
 
 
 @needs_triton
-def test_kernels_compile_ahead_of_time_without_local_memory(tmp_path):
+def test_machine_code_of_the_kernels_keeps_its_promises(tmp_path):
+    """No local memory; 32-bit accesses for uint8 and 128-bit ones for float32, but for the scalars
+    of a sample; at most 50 instructions an element where noising and the reverse step are plain."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, text=True,
                           capture_output=True, cwd=os.path.dirname(os.path.dirname(rng.__file__)))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("True False False\n") == 4, done.stdout
+    rows = json.loads(done.stdout)
+    assert len(rows) == 22
+    for name, row in rows.items():
+        assert row["local"] == 0, name
+        assert min(map(int, row["loads"])) >= 32 and min(map(int, row["stores"])) >= 32, name
+        if name.startswith(("normal", "uniform", "q_sample", "posterior_step fp32")):
+            assert row["instructions"] <= 50, (name, row)
+    per_thread = 4 * rng.BLOCK // (32 * rng.WARPS)
+    for name in ("q_sample fp32 to fp32", "noise_loss fp32", "posterior_step fp32"):
+        row = rows[f"{name}, sm_90"]
+        assert row["stores"]["128"] == per_thread // 4 and row["loads"]["128"] >= per_thread // 4
 
 
 # ------------------------------------------------------------------ dipddpm: Config, command line
@@ -965,7 +1034,7 @@ def test_posterior_at_eta_one_is_ddpm(predict):
     rows = dipddpm.reverse_table(schedule, predict, list(range(200, -1, -1)), eta=1)
     for tau in (200, 77, 2, 1):
         alpha, beta = ab[tau] / ab[tau - 1], 1 - ab[tau] / ab[tau - 1]
-        _, _, c0, ct, sigma = rows[200 - tau].double()
+        _, _, c0, ct, sigma, _ = rows[200 - tau].double()
         # Ho et al. 2020, eq. 7
         assert c0 == pytest.approx((ab[tau - 1].sqrt() * beta / (1 - ab[tau])).item(), rel=2e-5)
         assert ct == pytest.approx((alpha.sqrt() * (1 - ab[tau - 1]) / (1 - ab[tau])).item(),
@@ -982,7 +1051,7 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
     rows = dipddpm.reverse_table(schedule, "x0", taus, eta).double()
     for row, tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
-        _, _, c0, ct, sigma = row
+        _, _, c0, ct, sigma, _ = row
         assert c0 + ct * math.sqrt(ab_t) == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
 
@@ -990,7 +1059,7 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_last_step_adds_no_noise(eta):
     rows = dipddpm.reverse_table(dipddpm.cosine_schedule(100), "v", [60, 20, 0], eta)
-    assert rows[-1, 2:].tolist() == [1, 0, 0]
+    assert rows[-1, 2:].tolist() == [1, 0, 0, 0]
 
 
 def test_time_grid_holds_both_ends_and_never_stands_still():
@@ -1006,7 +1075,7 @@ def test_time_grid_holds_both_ends_and_never_stands_still():
 
 @pytest.mark.parametrize("shape", [(2, 1, 28, 28), (1, 3, 32, 32), (3, 1, 8, 12)])
 def test_unet_keeps_shape_and_starts_at_zero(shape):
-    net = dipddpm.UNet(shape[1], width=8)
+    net = dipddpm.make_unet(config(width=8), shape[1], "cpu")
     out = net(torch.randn(shape), torch.arange(shape[0]))
     assert out.shape == shape and (out == 0).all()
 
@@ -1029,6 +1098,15 @@ def test_unet_weights_depend_on_the_seed_and_leave_global_state_alone():
     first, again, other = (n.enter.weight for n in nets)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unet_weights_have_the_default_distribution_and_zeros_where_wanted():
+    net = dipddpm.make_unet(config(width=32), 1, "cpu")
+    for layer in (net.shrink, net.embed[0], net.middle.conv1):
+        assert layer.weight.std().item() == pytest.approx(
+            (3 * layer.weight[0].numel()) ** -0.5, rel=0.05)
+    assert net.leave.weight.count_nonzero() == net.middle.conv2.bias.count_nonzero() == 0
+    assert net.norm.weight.eq(1).all() and net.norm.bias.eq(0).all()
 
 
 # ------------------------------------------------------------------ DDPM training
@@ -1062,7 +1140,7 @@ def test_average_follows_closely_at_first_and_slowly_later():
     ema, net = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     for n, share in ((0, 0.9), (90, 1 - 91 / 100), (10**6, 0.001)):
         torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(net.weight)
-        dipddpm.update_average(ema, net, n)
+        dipddpm.update_average(ema, net, torch.tensor(n))
         assert ema.weight.item() == pytest.approx(share, rel=1e-4)
 
 
@@ -1124,6 +1202,53 @@ def test_a_stopped_and_continued_training_ends_in_the_same_bits(tmp_path):
         assert torch.equal(p, q)
 
 
+SPLIT = """
+import contextlib, sys
+import torch
+import torch.distributed as dist
+import dipddpm, test_dipddpm
+
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+cfg, x_0 = test_dipddpm.config(**test_dipddpm.TINY), test_dipddpm.tiny_images()
+B, coef = 16, dipddpm.forward_table(dipddpm.cosine_schedule(50), "v")
+net = dipddpm.make_unet(cfg, 1, "cpu")
+if world > 1:
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank,
+                            world_size=world)
+    net = torch.nn.parallel.DistributedDataParallel(net)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+position, losses = torch.arange(B).chunk(world)[rank], []
+for step in range(100):
+    order = dipddpm.epoch_order(cfg, len(x_0), step // 4, "cpu")
+    loss = dipddpm.denoising_loss(cfg, net, x_0, order[step % 4 * B + position], position, B, 50,
+                                  coef, step, contextlib.nullcontext)
+    optimizer.zero_grad()
+    loss.mean().backward()
+    optimizer.step()
+    losses.append(loss.detach())
+torch.save([torch.stack(losses), *net.parameters()], sys.argv[4])
+"""
+
+
+def test_a_hundred_steps_split_over_two_processes_are_those_of_one(tmp_path):
+    results = {}
+    for world in (1, 2):
+        store = str(tmp_path / f"store{world}")
+        files = [tmp_path / f"{world}-{rank}.pt" for rank in range(world)]
+        workers = [subprocess.Popen([sys.executable, "-c", SPLIT, str(rank), str(world), store,
+                                     str(files[rank])], cwd=Path(__file__).parent)
+                   for rank in range(world)]
+        assert [w.wait(timeout=120) for w in workers] == [0] * world
+        results[world] = [torch.load(file) for file in files]
+    (alone,), (half, other) = results[1], results[2]
+    losses = torch.cat([half[0], other[0]], dim=1)  # [step, position]
+    torch.testing.assert_close(losses, alone[0], rtol=1e-4, atol=1e-5)
+    for p, q, r in zip(alone[1:], half[1:], other[1:]):
+        assert torch.equal(q, r)
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path):
     with pytest.raises(RuntimeError, match="loss is nan at step .* --lr 1e\\+30"):
         dipddpm.train_ddpm(config(**TINY | dict(lr=1e30)), tiny_images(), 50, bare_run(tmp_path),
@@ -1163,6 +1288,66 @@ def test_a_sample_does_not_depend_on_its_batch():
     one = dipddpm.sample(cfg, net, x[270:271], 20, 5, 1.0, numbers[270:271],
                          contextlib.nullcontext)
     torch.testing.assert_close(many[270:271], one)
+
+
+def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_second():
+    schedule = dipddpm.cosine_schedule(1000)
+    cfg, net = config(predict="x0"), Oracle(schedule, 0.2)
+    numbers = torch.arange(64)
+    x = kernels.normal((64, 1, 4, 4), 5, numbers, 0, kernels.INIT_NOISE)
+    exact = x * 0.2 / math.sqrt(schedule.at(900) * 0.2**2 + 1 - schedule.at(900))
+
+    def error(nfe, order):
+        x_0 = dipddpm.sample(cfg, net, x, 900, nfe, 0.0, numbers, contextlib.nullcontext, order)
+        return (x_0 - exact).square().mean().sqrt().item()
+
+    assert error(40, 1) == pytest.approx(2 * error(80, 1), rel=0.1)
+    assert error(20, 2) > 4 * error(40, 2) > 16 * error(80, 2)
+
+
+def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
+    schedule, taus = dipddpm.cosine_schedule(1000), [900, 700, 400, 150, 0]
+    coef = dipddpm.reverse_table(schedule, "v", taus, 0.0)
+    half_log_snr = [0.5 * math.log(schedule.at(tau) / (1 - schedule.at(tau))) for tau in taus[:-1]]
+    h = np.diff(half_log_snr)
+    np.testing.assert_allclose(coef[:, 5], [0, h[1] / (2 * h[0]), h[2] / (2 * h[1]), 0], rtol=1e-6)
+
+
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+
+
+def call_without_waiting(graphed):
+    """A call of Graphed that is not recorded and may not wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed.work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_recorded_sampling_equals_the_eager_one_and_neither_waits(monkeypatch):
+    cfg, numbers = config(timesteps=50, width=8), torch.arange(16, device=DEVICE)
+    net = dipddpm.make_unet(cfg, 1, DEVICE)
+    torch.nn.init.normal_(net.leave.weight, std=0.1)
+    x = kernels.normal((16, 1, 8, 8), 0, numbers, 0, kernels.INIT_NOISE, DEVICE)
+    arguments = cfg, net, x, 50, 20, 1.0, numbers, contextlib.nullcontext
+    recorded = dipddpm.sample(*arguments)
+    monkeypatch.setattr(dipddpm.Graphed, "__call__", call_without_waiting)
+    assert (recorded - dipddpm.sample(*arguments)).abs().max() < 1e-4
+
+
+@needs_cuda
+def test_recorded_training_equals_the_eager_one_and_neither_waits(tmp_path, monkeypatch):
+    def losses():
+        run = bare_run(tmp_path)
+        run.device = torch.device(DEVICE)
+        _, rows, _ = dipddpm.train_ddpm(config(**TINY), tiny_images().to(DEVICE), 50, run, "full")
+        return [row[4] for row in rows]
+
+    recorded = losses()
+    monkeypatch.setattr(dipddpm.Graphed, "__call__", call_without_waiting)
+    np.testing.assert_allclose(recorded, losses(), rtol=1e-2)
 
 
 # ------------------------------------------------------------------ DIP
