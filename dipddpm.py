@@ -96,6 +96,8 @@ class Config:
     train: str = flag("full", "full: one network for all t; truncated: a second network that "
                       "learns t < t_start only, for the arms with a prior", "training",
                       ("full", "truncated"))
+    snapshots: int = flag(0, "averaged weights kept so many times during training, for curves of "
+                          "convergence", "training", low=0)
 
     dip_source: str = flag("images", "images: one DIP for each image", "prior", ("images",))
     dip_arch: str = flag("skip", "DIP's network", "prior", ("skip",))
@@ -602,6 +604,9 @@ def train_ddpm(cfg, x_0, t_max, run, name):
         advance()
         done += 1
         loss_count += 1
+        if cfg.snapshots and done * cfg.snapshots // steps > (done - 1) * cfg.snapshots // steps:
+            save({"step": done, "seconds": clock(), "ema": ema.state_dict()},
+                 run.folder / "snapshots" / f"{name}-{done:06d}.pt")
         if loss_count == 50 or done == steps:  # the only place where the host waits for the device
             mean = loss_sum.item() / loss_count
             if not math.isfinite(mean):
@@ -1153,15 +1158,20 @@ def newest_run():
     return found[-1].parent
 
 
-def save_checkpoint(run):
-    """checkpoint.pt, written beside, synced, renamed: the old one stays until the new is whole."""
-    path = run.folder / "checkpoint.pt"
+def save(content, path):
+    """torch.save, written beside, synced, renamed: an old file stays until the new one is whole."""
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".pt.tmp")
     with open(beside, "wb") as f:
-        torch.save({"format": CHECKPOINT_FORMAT, "networks": run.state} | run.about, f)
+        torch.save(content, f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(beside, path)
+
+
+def save_checkpoint(run):
+    save({"format": CHECKPOINT_FORMAT, "networks": run.state} | run.about,
+         run.folder / "checkpoint.pt")
 
 
 def load_checkpoint(folder):

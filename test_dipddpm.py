@@ -1249,6 +1249,16 @@ def test_a_hundred_steps_split_over_two_processes_are_those_of_one(tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def test_snapshots_are_the_averages_of_their_moments(tmp_path):
+    net, _, _ = dipddpm.train_ddpm(config(**TINY | dict(epochs=3, snapshots=4)), tiny_images(), 50,
+                                   bare_run(tmp_path), "full")
+    files = sorted((tmp_path / "snapshots").glob("*.pt"))
+    assert [f.name for f in files] == [f"full-{n:06d}.pt" for n in (3, 6, 9, 12)]
+    last = torch.load(files[-1])
+    assert last["step"] == 12
+    assert all(torch.equal(v, last["ema"][k]) for k, v in net.state_dict().items())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path):
     with pytest.raises(RuntimeError, match="loss is nan at step .* --lr 1e\\+30"):
         dipddpm.train_ddpm(config(**TINY | dict(lr=1e30)), tiny_images(), 50, bare_run(tmp_path),
