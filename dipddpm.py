@@ -644,12 +644,13 @@ def update_average(ema, net, n, decay=0.999):
 
 
 @torch.no_grad()
-def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1):
+def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1, film=None):
     """The reverse process from x_init (after t_start steps of noise) to x_0 in nfe network
     evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start;
     Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
     x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
-    image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]."""
+    image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]; a list `film` receives
+    every x_t [1, C, H, W] of the first image."""
     taus = time_grid(t_start, nfe)
     coef = reverse_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict, taus, eta)
     device = x_init.device
@@ -671,8 +672,12 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
 
         advance = Graphed(reverse_step, device)
         for _ in range(nfe):
+            if film is not None and not done:
+                film.append(x_t[:1].clone())
             advance()
         done.append(x_t)
+    if film is not None:
+        film.append(done[0][:1])
     return torch.cat(done)
 
 
@@ -802,7 +807,7 @@ def run_prior(cfg, run):
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = x_0[measure.subset(N, n).to(run.device)]
-    arms, curves, pictures, starts = [], loss_curves(rows), {}, {}
+    arms, curves, pictures, starts, films = [], loss_curves(rows), {}, {}, {}
     for arm in ["ddpm"] + (list(PRIORS) if cfg.mode == "prior" else []):
         began = time.time()
         if arm == "ddpm":
@@ -818,9 +823,10 @@ def run_prior(cfg, run):
         run.seconds["dip"] += prior_seconds if arm.startswith("dip") else 0.0
         for eta in cfg.eta:
             for nfe in cfg.nfe:
+                film = [] if (nfe, eta) == (film_nfe(cfg), cfg.eta[0]) else None
                 began = time.time()
                 x = sample(cfg, network, x_init, steps, nfe, eta, numbers, run.autocast,
-                           cfg.order)
+                           cfg.order, film)
                 synchronize(run.device)
                 took = time.time() - began
                 run.seconds["sample"] += took
@@ -830,6 +836,7 @@ def run_prior(cfg, run):
                        "prior_seconds": round(prior_seconds, 3)} | judge(x)
                 arms.append(row)
                 pictures[arm, nfe, eta] = x[:16].cpu()
+                films |= {arm: film} if film else {}
                 say(describe(row))
                 if run.stop:
                     raise KeyboardInterrupt
@@ -842,7 +849,7 @@ def run_prior(cfg, run):
     result = judge.summary() | {
         "data": about, "parameters": sum(p.numel() for p in net.parameters()),
         "arms": arms, "curves": curves,
-        "pictures": draw_arms(cfg, run, pictures, starts, sources)}
+        "pictures": draw_arms(cfg, run, pictures, starts, sources) + [draw_film(run, films)]}
     finish(run, result)
     print_table(arms, result.get("floor"))
 
@@ -922,13 +929,13 @@ def run_dip(cfg, run):
                 "iterations_oracle": sum(iterations[w] for w in where) / n}
     for row in arms:
         say(describe(row))
-    rows = torch.stack([truth[:16], y[:16].clamp(0, 1), x[:16]]).flatten(0, 1).cpu()
-    measure.save_png(measure.grid(rows, columns=min(n, 16), scale=zoom(truth)),
-                     run.folder / "dip.png")
+    picture = draw(run, "dip.png", f"sigma = {cfg.sigma:g}, {iters} iterations",
+                   {"truth": truth[:16], "noisy": y[:16], "dip": x[:16]})
+    mean = psnr.mean(1)
     finish(run, {
         "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256}, "arms": arms,
-        "curves": curves, "pictures": [{"file": "dip.png", "caption": "top to bottom: truth, "
-                                        f"noisy, DIP after {iters} iterations"}]})
+        "curves": curves, "pictures": [picture],
+        "marks": {"psnr": {"best": iterations[mean.argmax()], "end": iterations[-1]}}})
 
 
 def run_sample(cfg, run):
@@ -943,15 +950,17 @@ def run_sample(cfg, run):
     n = cfg.samples or 64
     numbers = torch.arange(n, device=run.device)
     x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
-    arms, pictures = [], []
+    arms, pictures, films = [], [], {}
     for eta in cfg.eta:
         for nfe in cfg.nfe:
+            film = [] if (nfe, eta) == (film_nfe(cfg), cfg.eta[0]) else None
             began = time.time()
             x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast,
-                           cfg.order)
+                       cfg.order, film)
             synchronize(run.device)
             took = time.time() - began
             run.seconds["sample"] += took
+            films |= {"ddpm": film} if film else {}
             file = f"samples-nfe{nfe}-eta{eta:g}.png"
             picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=zoom(x))
             measure.save_png(picture, run.folder / file)
@@ -960,6 +969,7 @@ def run_sample(cfg, run):
             arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "eta": eta,
                          "order": cfg.order, "t_start": cfg.timesteps, "seconds": round(took, 3)})
             say(describe(arms[-1]) + f"   {run.folder / file}")
+    pictures.append(draw_film(run, films))
     finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
                       "parameters": sum(p.numel() for p in net.parameters())})
 
@@ -973,7 +983,7 @@ MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "sample": run_sa
 def measures(image, truth):
     """Mean and standard deviation over images of each image measure, as a flat dictionary."""
     row = {}
-    for name in ("psnr", "ssim", "mse", "mae"):
+    for name in ("psnr", "ssim", "mse", "mae", "delta_e"):
         v = getattr(measure, name)(image, truth)
         row[name] = round(v.mean().item(), 5)
         row[f"{name}_std"] = round(v.std(correction=0).item(), 5)
@@ -1014,28 +1024,43 @@ def zoom(images):
     return max(1, 64 // max(images.shape[-2:]))
 
 
+def draw(run, file, caption, rows):
+    """Save {name: images [n, C, H, W] in [0, 1]} as a picture with a row for each; returns its
+    entry in results.json."""
+    x = torch.cat([x.clamp(0, 1).cpu() for x in rows.values()])
+    columns = len(next(iter(rows.values())))
+    measure.save_png(measure.grid(x, columns=columns, scale=zoom(x)), run.folder / file)
+    return {"file": file, "caption": caption, "rows": list(rows)}
+
+
 def draw_arms(cfg, run, pictures, starts, sources):
-    """Save one picture for each number of evaluations, a row for each arm, and one of the priors;
-    returns their files and captions."""
+    """A picture for each number of evaluations, a row for each arm, and one of the priors."""
     listed = []
     for eta in cfg.eta:
         for nfe in cfg.nfe:
-            rows = {arm: x for (arm, n, e), x in pictures.items() if (n, e) == (nfe, eta)}
-            file = f"samples-nfe{nfe}-eta{eta:g}.png"
-            x = torch.cat([((x + 1) / 2).clamp(0, 1) for x in rows.values()])
-            picture = measure.grid(x, columns=len(next(iter(rows.values()))), scale=zoom(x))
-            measure.save_png(picture, run.folder / file)
-            listed.append({"file": file, "caption": f"{nfe} network evaluations, eta = {eta:g}; "
-                                                    f"rows: {', '.join(rows)}"})
+            rows = {arm: (x + 1) / 2 for (arm, n, e), x in pictures.items() if (n, e) == (nfe, eta)}
+            listed.append(draw(run, f"samples-nfe{nfe}-eta{eta:g}.png",
+                               f"{nfe} network evaluations, eta = {eta:g}", rows))
     if starts:
         n = min(16, *map(len, starts.values()))
-        x = torch.cat([sources[:n].float() / 255]
-                      + [((x[:n] + 1) / 2).clamp(0, 1) for x in starts.values()]).cpu()
-        picture = measure.grid(x, columns=n, scale=zoom(x))
-        measure.save_png(picture, run.folder / "priors.png")
-        listed.append({"file": "priors.png", "caption": "what the arms start from, before noise; "
-                       f"rows: training images, {', '.join(starts)}"})
+        rows = {"source": sources[:n].float() / 255}
+        rows |= {arm: (x[:n] + 1) / 2 for arm, x in starts.items()}
+        listed.append(draw(run, "priors.png", "what the arms start from, before noise; source: "
+                           "the training images that dip-images and blur are made of", rows))
     return listed
+
+
+def film_nfe(cfg):
+    """The number of evaluations that is filmed: the nearest to ten."""
+    return min(cfg.nfe, key=lambda nfe: abs(nfe - 10))
+
+
+def draw_film(run, films):
+    """The reverse process of the first image as a strip, {arm: [x_t, ...]}."""
+    steps = len(next(iter(films.values()))) - 1
+    return draw(run, "film.png", "the reverse process of one image, from left to right, in "
+                f"{steps} network evaluations",
+                {arm: (torch.cat(film) + 1) / 2 for arm, film in films.items()})
 
 
 def finish(run, result):
@@ -1221,11 +1246,12 @@ def pick_device(name):
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+                return f"{line.split(':')[1].strip()}, {threads}"
+    return f"{platform.machine()} CPU, {threads}"
 
 
 def pick_precision(name, device):
@@ -1321,8 +1347,10 @@ def main(argv=None):
     keep_freed_memory()
     run = None
     try:
+        folders = []
         for cfg in sweep(read_config(argv)):
             run = Run(cfg, argv)
+            folders.append(run.folder)
 
             def stop_soon(*_, run=run):
                 """First signal: at the next safe place. Second: at once."""
@@ -1333,6 +1361,9 @@ def main(argv=None):
             signal.signal(signal.SIGINT, stop_soon)
             signal.signal(signal.SIGTERM, stop_soon)
             MODES[cfg.mode](cfg, run)
+        if len(folders) > 1:
+            measure.compare(folders, folders[0].parent / "comparison.html")
+            say(f"comparison: {folders[0].parent / 'comparison.html'}")
     except (ValueError, OSError) as error:
         sys.exit(fail(error, 2))
     except RuntimeError as error:

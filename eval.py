@@ -1,12 +1,13 @@
 """Measures, pictures and the report: everything that looks at a result and nothing that makes one.
 
-    image against image    mse, mae, psnr, ssim                    [N, C, H, W] in [0, 1] -> [N]
+    image against image    mse, mae, psnr, ssim, delta_e           [N, C, H, W] in [0, 1] -> [N]
     set against set        frechet_distance, kid, precision_recall, nearest
     LeNet features         feature_network, features, floor
-    files                  grid, save_png, write_text, write_json, report
+    files                  grid, save_png, write_text, write_json, report, compare
 
 `python eval.py A.png B.png` prints the image measures of two pictures;
-`python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json.
+`python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json, and for several runs also
+makes one page of them all, comparison.html beside them.
 
 `fid_lenet` is the Fréchet distance in the features of a LeNet trained here on the data set's own
 training split. It is comparable between results that carry the same network checksum and sample
@@ -34,8 +35,9 @@ from torch import nn
 # ---------------------------------------------------------------- image against image
 
 
-def _pair(a, b):
-    """Both image batches in float64; ValueError unless they are finite float [N, C, H, W] alike."""
+def _pair(a, b, data_range):
+    """Both batches in float64, scaled to [0, 1]; ValueError unless they are finite floats of one
+    shape [N, C, H, W] in [0, data_range]."""
     if a.shape != b.shape or a.dim() != 4 or a.numel() == 0:
         raise ValueError("two image batches of one shape [N, C, H, W] expected, "
                          f"not {list(a.shape)} and {list(b.shape)}")
@@ -44,54 +46,120 @@ def _pair(a, b):
             raise ValueError(f"the {which} images are {x.dtype}: scale them to floats in [0, 1]")
         if not x.isfinite().all():
             raise ValueError(f"the {which} images hold NaN or infinite values")
-    return a.double(), b.double()
+        low, high = x.min().item(), x.max().item()
+        if low < -1e-3 * data_range or high > 1.001 * data_range:
+            raise ValueError(f"the {which} images lie in [{low:.4g}, {high:.4g}], not in "
+                             f"[0, {data_range:g}]: scale them or give data_range")
+    return a.double() / data_range, b.double() / data_range
+
+
+def _blocks(f, a, b):
+    """f(a, b) [N] in blocks of images that stay in the cache: ten times as fast for many."""
+    size = max(1, 200_000 // a[0].numel())
+    return torch.cat([f(x, y) for x, y in zip(a.split(size), b.split(size))])
 
 
 def mse(a, b, data_range=1.0):
-    """Mean of ((a - b) / data_range)² over C, H, W: [N, C, H, W] twice -> [N], no unit."""
-    a, b = _pair(a, b)
-    return ((a - b) / data_range).square().mean((1, 2, 3)).float()
+    """Mean of ((a - b) / data_range)² over C, H, W: [N, C, H, W] twice -> float64 [N], no unit."""
+    a, b = _pair(a, b, data_range)
+    return (a - b).square().mean((1, 2, 3))
 
 
 def mae(a, b, data_range=1.0):
-    """Mean of |a - b| / data_range over C, H, W: [N, C, H, W] twice -> [N], no unit."""
-    a, b = _pair(a, b)
-    return ((a - b) / data_range).abs().mean((1, 2, 3)).float()
+    """Mean of |a - b| / data_range over C, H, W: [N, C, H, W] twice -> float64 [N], no unit."""
+    a, b = _pair(a, b, data_range)
+    return (a - b).abs().mean((1, 2, 3))
 
 
 def psnr(a, b, data_range=1.0):
-    """-10 log10 mean ((a - b) / data_range)²: [N, C, H, W] twice -> [N] in dB, inf where equal."""
-    a, b = _pair(a, b)
-    return (-10 * ((a - b) / data_range).square().mean((1, 2, 3)).log10()).float()
+    """-10 log10 mean ((a - b) / data_range)²: [N, C, H, W] twice -> float64 [N] in dB, inf where
+    equal."""
+    return -10 * mse(a, b, data_range).log10()
 
 
 def ssim(a, b, data_range=1.0):
-    """Structural similarity (Wang et al. 2004, eq. 13): [N, C, H, W] twice -> [N] in [-1, 1].
+    """Structural similarity (Wang et al. 2004, eq. 13): [N, C, H, W] twice -> float64 [N] in
+    [-1, 1].
 
     (2 μa μb + c1)(2 σab + c2) / ((μa² + μb² + c1)(σa² + σb² + c2)), c = (K data_range)², K1 = 0.01,
     K2 = 0.03; moments under a Gaussian of σ = 1.5 in an 11×11 window, population covariance,
     averaged over the pixels whose window lies inside the image, then over channels. The window
     shrinks to the largest odd size that fits smaller images.
     """
-    a, b = _pair(a, b)
-    C, H, W = a.shape[1:]
+    a, b = _pair(a, b, data_range)
+    H, W = a.shape[2:]
     size = min(11, H, W)
     size -= 1 - size % 2
     w = torch.arange(size, dtype=torch.float64, device=a.device) - size // 2
     w = torch.exp(-w.square() / (2 * 1.5**2))
     w = w / w.sum()
 
-    def mean(x):
-        x = x.reshape(-1, 1, H, W)
-        x = F.conv2d(F.conv2d(x, w.view(1, 1, size, 1)), w.view(1, 1, 1, size))
-        return x.view(-1, C, H - size + 1, W - size + 1)
+    def mean(x):  # under the window, one axis after the other, as sums of shifted images
+        x = sum(w[i] * x[:, :, i:H - size + 1 + i] for i in range(size))
+        return sum(w[i] * x[..., i:W - size + 1 + i] for i in range(size))
 
-    mu_a, mu_b = mean(a), mean(b)
-    var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
-    c1, c2 = (0.01 * data_range)**2, (0.03 * data_range)**2
-    value = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)
-             / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2)))
-    return value.mean((1, 2, 3)).float()
+    def similarity(a, b):
+        mu_a, mu_b = mean(a), mean(b)
+        var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
+        value = ((2 * mu_a * mu_b + 0.01**2) * (2 * cov + 0.03**2)
+                 / ((mu_a**2 + mu_b**2 + 0.01**2) * (var_a + var_b + 0.03**2)))
+        return value.mean((1, 2, 3))
+
+    return _blocks(similarity, a, b)
+
+
+def delta_e(a, b, data_range=1.0):
+    """Mean CIEDE2000 over pixels: sRGB [N, 3, H, W] (or grey [N, 1, H, W]) twice -> float64 [N], in
+    units of a just noticeable difference, roughly."""
+    a, b = _pair(a, b, data_range)
+    if a.shape[1] not in (1, 3):
+        raise ValueError(f"colour differences are of 1 or 3 channels, not {a.shape[1]}")
+    a, b = (x.expand(-1, 3, -1, -1) for x in (a, b))
+    return _blocks(lambda x, y: ciede2000(lab(x), lab(y)).mean((1, 2)), a, b)
+
+
+def lab(rgb):
+    """sRGB in [0, 1] -> CIE L*a*b* under D65, of the same shape [N, 3, ...]; BT.709 primaries, CIE
+    1976 with the constants as published."""
+    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055)**2.4, rgb / 12.92)
+    to_xyz = rgb.new_tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
+                             [0.019334, 0.119193, 0.950227]])
+    white = rgb.new_tensor([0.95047, 1.0, 1.08883])
+    xyz = torch.einsum("ij,nj...->ni...", to_xyz / white[:, None], linear)
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9)**(1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = f.unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def ciede2000(p, q):
+    """Colour difference ΔE00 of L*a*b* colours: [N, 3, ...] twice -> [N, ...]. Sharma et al. 2005,
+    eq. 2-22, with kL = kC = kH = 1 and angles in radians."""
+    (L1, a1, b1), (L2, a2, b2) = p.unbind(1), q.unbind(1)
+    turn = 2 * math.pi
+
+    def flatness(c):  # of chroma c: 0 at grey, 1 far from it
+        return (c**7 / (c**7 + 25**7)).sqrt()
+
+    stretch = 1.5 - 0.5 * flatness((torch.hypot(a1, b1) + torch.hypot(a2, b2)) / 2)  # 1 + G
+    a1, a2 = stretch * a1, stretch * a2
+    c1, c2 = torch.hypot(a1, b1), torch.hypot(a2, b2)
+    h1, h2 = torch.atan2(b1, a1) % turn, torch.atan2(b2, a2) % turn
+    grey = c1 * c2 == 0
+    apart = h2 - h1
+    far = apart.abs() > math.pi
+    dh = torch.where(grey, 0, apart - turn * far * apart.sign())
+    mean_h = (h1 + h2) / 2 + math.pi * far * torch.where(h1 + h2 < turn, 1, -1)
+    mean_h = torch.where(grey, h1 + h2, mean_h)
+    mean_L, mean_c = (L1 + L2) / 2, (c1 + c2) / 2
+    dL, dC, dH = L2 - L1, c2 - c1, 2 * (c1 * c2).sqrt() * (dh / 2).sin()
+    degree = math.pi / 180
+    T = (1 - 0.17 * (mean_h - 30 * degree).cos() + 0.24 * (2 * mean_h).cos()
+         + 0.32 * (3 * mean_h + 6 * degree).cos() - 0.20 * (4 * mean_h - 63 * degree).cos())
+    S_L = 1 + 0.015 * (mean_L - 50)**2 / (20 + (mean_L - 50)**2).sqrt()
+    dL, dC, dH = dL / S_L, dC / (1 + 0.045 * mean_c), dH / (1 + 0.015 * mean_c * T)
+    theta = 30 * degree * (-((mean_h / degree - 275) / 25)**2).exp()
+    R_T = -(2 * theta).sin() * 2 * flatness(mean_c)
+    return (dL**2 + dC**2 + dH**2 + R_T * dC * dH).clamp(min=0).sqrt()
 
 
 # ---------------------------------------------------------------- set against set
@@ -159,7 +227,8 @@ def precision_recall(f, g, k=3):
     f, g = _two_sets(f, g, k + 1)
 
     def radii(x):  # the nearest of all is the point itself, hence k + 1
-        return torch.cat([torch.cdist(rows, x).kthvalue(k + 1).values for rows in x.split(1000)])
+        return torch.cat([torch.cdist(rows, x).topk(k + 1, largest=False).values[:, -1]
+                          for rows in x.split(1000)])
 
     radius_f, radius_g = radii(f), radii(g)
     inside_f, inside_g = [], torch.zeros(len(g), dtype=torch.bool, device=g.device)
@@ -440,9 +509,13 @@ CHARTS = {  # the part of a curve's name before "/" -> how it is drawn; others a
                     QUALITY, True, True, True),
     "seconds": Axes("Quality against time", "sampling seconds per 1,000 images, prior included",
                     QUALITY, True, True, True),
+    "training": Axes("Quality against training time", "training seconds, the prior's included",
+                     QUALITY, True, True, True),
     "loss": Axes("Training loss", "training step", "weighted loss", False, True),
     "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
 }
+NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
+         "kid": "KID", "psnr_oracle": "best PSNR, dB", "iterations_oracle": "best iteration"}
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2")  # colours: --s0 … --s6 below
 MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4.8 8.4h-9.6z",
          "M0-5.2l5.2 5.2-5.2 5.2-5.2-5.2z", "M0 5l4.8-8.4h-9.6z", "M-1.5-4.5h3v9h-3z",
@@ -472,19 +545,25 @@ ul{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.3rem 0 0
 font-size:.9rem}
 svg.key{display:inline-block;width:34px;height:12px;margin:0 .4rem 0 0;vertical-align:-1px}
 .pictures{display:flex;flex-wrap:wrap;gap:1.75rem}.pictures figure{max-width:100%}
-.pictures img{display:block;width:100%;height:auto}.crisp{image-rendering:pixelated}
+.rows{display:flex;gap:.6rem}.rows img{display:block;min-width:0;width:100%;height:auto}
+.rows ol{list-style:none;display:flex;flex-direction:column;justify-content:space-around;
+margin:0;padding:0;flex:none;font-size:.85rem;color:var(--soft)}
+.crisp{image-rendering:pixelated}
 .scroll{overflow-x:auto;margin:0 -1.25rem;padding:0 1.25rem}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .9rem .35rem 0;text-align:right;vertical-align:top;white-space:nowrap;
-border-bottom:1px solid var(--line)}th{font-weight:600}td small{display:block}
+border-bottom:1px solid var(--line)}th{font-weight:600}td small{display:block;font-size:.88em}
 th:first-child,td:first-child,.pairs td{text-align:left}
 .pairs td{white-space:normal;overflow-wrap:anywhere}.pairs td:first-child{color:var(--soft)}
 pre{background:var(--card);border-radius:.5rem;padding:.8rem 1rem;overflow-x:auto;font-size:.88rem}
-@media(max-width:34rem){body{padding-top:1.25rem}h1{font-size:1.45rem}.cards{gap:.5rem}
-.cards b{font-size:1.3rem}.charts text{font-size:14.5px}}
-@media print{body{max-width:none;padding:0;font-size:10pt}h2{break-after:avoid}
+@media(max-width:34rem){body{padding-top:1.25rem}h1{font-size:1.45rem}
+.cards{gap:.5rem;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}
+.cards b{font-size:1.3rem}.charts text{font-size:14.5px}
+.rows{gap:.3rem}.rows ol{font-size:.65rem}}
+@media print{@page{margin:1.4cm}:root{--bg:#fff}body{max-width:none;padding:0;font-size:10pt}
+h2{break-after:avoid;margin-top:1.5rem}.charts{grid-template-columns:1fr 1fr;gap:1rem}
 figure,.cards div,tr{break-inside:avoid}.scroll{overflow:visible}.cards div{border:1px solid #ccc}
-pre{white-space:pre-wrap}table{font-size:7.5pt}th,td{padding-right:.5rem}}
+pre{white-space:pre-wrap}table{font-size:8pt}th,td{padding-right:.6rem}}
 """
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -568,32 +647,55 @@ def place(values, log, a, b):
         step *= next((m for m in (1, 2, 5) if hi - lo <= 6 * m * step), 10)
         ticks = [round(i * step, 12) for i in range(math.ceil(lo / step), math.ceil(hi / step))]
     ticks = [v for v in ticks if lo <= f(v) <= hi]
-    few = sorted(set(values)) if len(set(values)) <= 6 else []  # evaluations: 3, 5, 10, 20, 50
+    few = sorted(set(values))  # evaluations are labelled one by one: 3, 5, 10, 20, 50
+    few = few if len(few) <= 6 and all(v == round(v) for v in few) else []
     return lambda v: a + (f(v) - lo) / (hi - lo) * (b - a), few or ticks
 
 
-def chart(name, series, style, bound=None):
-    """One SVG figure of {label: [[x, y], ...]}, or "" where nothing can be drawn.
+def clean(points, axes):
+    """Points that the axes can show, at most 400: more become means of runs of equal length."""
+    points = [p for p in points if _number(p[0]) and _number(p[1])
+              and (p[0] > 0 or not axes.log_x) and (p[1] > 0 or not axes.log_y)]
+    run = math.ceil(len(points) / 400) or 1
+    return [tuple(map(statistics.fmean, zip(*points[i:i + run])))
+            for i in range(0, len(points), run)]
 
-    What is no number, or not positive on a log axis, is left out; more than 400 points become means
-    of runs of equal length; `bound` is a dashed line.
+
+def over_seeds(lines):
+    """Lines of equal length -> one of (mean x, mean y, standard deviation of y); else None."""
+    if len({len(line) for line in lines}) != 1:
+        return None
+    return [(statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points),
+             statistics.stdev(y for _, y in points) if len(points) > 1 else 0.0)
+            for points in zip(*lines)]
+
+
+def chart(name, series, style, bound=None, marks=None):
+    """One SVG figure of {label: [line, ...]}, a line [[x, y], ...] for each seed, or "" where
+    nothing can be drawn: the mean over seeds in a band of a standard deviation, or every line where
+    they do not match. `bound` is a dashed line; `marks` {text: x} are points in time.
     """
     axes = CHARTS.get(name, Axes(name))
     bound = bound if axes.floor and _number(bound) and bound > 0 else None
-    lines = {}
-    for label, points in series.items():
-        points = [p for p in points if _number(p[0]) and _number(p[1])
-                  and (p[0] > 0 or not axes.log_x) and (p[1] > 0 or not axes.log_y)]
-        run = math.ceil(len(points) / 400) or 1
-        lines[label] = [tuple(map(statistics.fmean, zip(*points[i:i + run])))
-                        for i in range(0, len(points), run)]
-    lines = {label: line for label, line in lines.items() if line}
+    lines, bands = {}, {}
+    for label, each in series.items():
+        each = [line for line in (clean(line, axes) for line in each) if line]
+        if each and (mean := over_seeds(each)):
+            lines[label] = [[(x, y) for x, y, _ in mean]]
+            if len(each) > 1:
+                bands[label] = mean
+        elif each:
+            lines[label] = each
     if not lines:
         return ""
     left, right, top, bottom = 62, 466, 12, 262
-    at_x, x_ticks = place([x for line in lines.values() for x, _ in line], axes.log_x, left, right)
-    at_y, y_ticks = place([y for line in lines.values() for _, y in line]
-                          + [bound] * (bound is not None), axes.log_y, bottom, top)
+    points = [point for each in lines.values() for line in each for point in line]
+    marks = marks or {}
+    edges = [y + d for band in bands.values() for _, y, s in band for d in (-s, s)
+             if not axes.log_y or y + d > 0]
+    at_x, x_ticks = place([x for x, _ in points] + list(marks.values()), axes.log_x, left, right)
+    at_y, y_ticks = place([y for _, y in points] + edges + [bound] * (bound is not None),
+                          axes.log_y, bottom, top)
     svg, free = [], 0
     for v in y_ticks:
         svg.append(f'<path d="M{left} {at_y(v):.1f}H{right}" stroke="var(--line)"/>'
@@ -613,18 +715,35 @@ def chart(name, series, style, bound=None):
         svg.append(f'<path d="M{left} {at_y(bound):.1f}H{right}" stroke="var(--ink)" '
                    f'stroke-dasharray="3 4"/><text x="{right}" y="{at_y(bound) - 5:.1f}" '
                    f'text-anchor="end">floor {show(bound)}</text>')
-    for label, line in lines.items():
-        i, path = style[label], "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in line)
-        marks = [f'<path d="{MARKS[i]}" transform="translate({at_x(x):.1f} {at_y(y):.1f})" '
+    for n, (text, x) in enumerate(marks.items()):
+        side = ("end", -5) if at_x(x) > 0.8 * right else ("start", 5)
+        svg.append(f'<path d="M{at_x(x):.1f} {top}V{bottom}" stroke="var(--ink)" stroke-dasharray='
+                   f'"1 3"/><text x="{at_x(x) + side[1]:.1f}" y="{bottom - 8 - 16 * n}" '
+                   f'text-anchor="{side[0]}">{esc(text)}</text>')
+    for label, band in bands.items():
+        over = [f"{at_x(x):.1f} {at_y(y + s):.1f}" for x, y, s in band]
+        under = [f"{at_x(x):.1f} {at_y(y - s) if y > s or not axes.log_y else bottom:.1f}"
+                 for x, y, s in reversed(band)]
+        svg.append(f'<path d="M{"L".join(over + under)}z" fill="var(--s{style[label]})" '
+                   'opacity=".18"/>')
+    for label, each in lines.items():
+        i = style[label]
+        drawn = [f'<path d="{MARKS[i]}" transform="translate({at_x(x):.1f} {at_y(y):.1f})" '
                  f'fill="currentColor"><title>{esc(label)}: {show(x)}, {show(y)}</title></path>'
-                 for x, y in line if len(line) <= 30]
-        svg.append(f'<g style="color:var(--s{i})"><path d="M{path}" fill="none" stroke-width="2" '
+                 for line in each for x, y in line if len(line) <= 30]
+        path = "".join("M" + "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in line)
+                       for line in each)
+        svg.append(f'<g style="color:var(--s{i})"><path d="{path}" fill="none" stroke-width="2" '
                    'stroke="currentColor" stroke-linejoin="round" stroke-dasharray='
-                   f'"{DASHES[i]}"/>{"".join(marks)}</g>')
+                   f'"{DASHES[i]}"/>{"".join(drawn)}</g>')
     key = "".join(f"<li>{swatch(style[label])}{esc(label)}</li>" for label in lines
                   if label != name)
+    band = " Bands: a standard deviation over seeds." if bands else ""
+    about = (f"{axes.title}: {axes.y or 'value'} by {axes.x or 'position'}; "
+             f"{', '.join(lines)}.{band}")
     return (f'<figure><b>{esc(axes.title)}</b><svg viewBox="0 0 480 312" role="img" aria-label='
-            f'"{esc(axes.title)}">{"".join(svg)}</svg><ul>{key}</ul></figure>')
+            f'"{esc(about)}">{"".join(svg)}</svg><ul>{key}</ul>'
+            f'{f"<small>{band}</small>" if band else ""}</figure>')
 
 
 def _groups(arms):
@@ -648,7 +767,8 @@ def _cards(results, arms, style):
         seconds = _values(rows, "seconds")
         detail = [f"{show(nfe)} evaluations" if nfe else "",
                   duration(statistics.fmean(seconds)) if seconds else ""]
-        cards.append((swatch(style[name]) + esc(name), spread(_values(rows, key)),
+        unit = " <small>dB</small>" if key == "psnr" else ""
+        cards.append((swatch(style[name]) + esc(name), spread(_values(rows, key)) + unit,
                       " · ".join(filter(None, detail))))
     bound, seconds = results.get("floor") or {}, results.get("seconds") or {}
     if _number(bound.get("fid_lenet")):
@@ -659,14 +779,19 @@ def _cards(results, arms, style):
     if _number(seconds.get("total")):
         parts = [f"{esc(k)} {duration(v)}" for k, v in seconds.items()
                  if k != "total" and _number(v) and v > 0]
-        cards.append(("time in all", duration(seconds["total"]), " · ".join(parts)))
+        runs = len(results["runs"])
+        cards.append(("time in all" if runs == 1 else f"time of {runs} runs",
+                      duration(seconds["total"]), " · ".join(parts)))
     cards = [f"<div><span>{a}</span><b>{b}</b><small>{c}</small></div>" for a, b, c in cards]
-    note = f"Best setting of each arm by {key}, mean ± standard deviation over its seeds."
+    seeds = len({str(arm.get("seed")) for arm in arms})
+    note = f"Best setting of each arm by {NAMES.get(key, key)}" + (
+        f", mean ± standard deviation over {seeds} seeds." if seeds > 1 else "; one seed.")
     return ((f'<p class="soft">{note}</p>' if best else "")
             + (f'<div class="cards">{"".join(cards)}</div>' if cards else ""))
 
 
 def _picture(picture, folder):
+    """A PNG of the run's folder, with the names of its rows where the entry has them."""
     path, caption = folder / str(picture.get("file")), esc(picture.get("caption") or "")
     try:
         content = path.read_bytes()
@@ -676,9 +801,18 @@ def _picture(picture, folder):
         return f"<figure><figcaption>{esc(path.name)} is missing. {caption}</figcaption></figure>"
     # small pictures are enlarged by whole factors, so that every pixel is drawn alike
     scale = max(1, min(3, 960 // width, 480 // height))
-    return (f'<figure style="width:{width * scale}px"><img alt="{caption}" '
+    names = [esc(name) for name in picture.get("rows") or []]
+    rows = f"<ol aria-hidden=\"true\"><li>{'<li>'.join(names)}</ol>" if names else ""
+    alt = f"{caption} Rows: {', '.join(names)}." if names else caption
+    wide = f"calc({width * scale}px + 5rem)" if names else f"{width * scale}px"
+    return (f'<figure style="width:{wide}"><div class="rows">{rows}<img alt="{alt}" '
             f'class="{"crisp" if width <= 700 else ""}" src="data:image/png;base64,'
-            f'{base64.b64encode(content).decode()}"><figcaption>{caption}</figcaption></figure>')
+            f'{base64.b64encode(content).decode()}"></div><figcaption>{caption}</figcaption>'
+            "</figure>")
+
+
+def over_images(deviation):
+    return f" <small>± {show(deviation)}</small>" if _number(deviation) else ""
 
 
 def _pivot(arms, style):
@@ -691,8 +825,10 @@ def _pivot(arms, style):
             below = f"<small>{duration(statistics.fmean(seconds))}</small>" if seconds else ""
             cells = {nfe: spread(_values(group, "fid_lenet")) + below}
         else:
-            cells = {k: spread(_values(group, k)) for k in group[0]
-                     if k not in ("seed", "t_start", "eta") and _values(group, k)}
+            cells = {NAMES.get(k, k): spread(_values(group, k)) if len(group) > 1
+                     else show(group[0][k]) + over_images(group[0].get(f"{k}_std"))
+                     for k in group[0] if k not in ("seed", "t_start", "eta", "order")
+                     and not k.endswith("_std") and _values(group, k)}
         rows.setdefault((name, t_start, eta), {}).update(cells)
         heads.update(dict.fromkeys(cells))
     if not heads:
@@ -706,8 +842,58 @@ def _pivot(arms, style):
                      *(cells.get(k, "–") for k in heads)])
     seeds = len({str(arm.get("seed")) for arm in arms})
     caption = ("fid_lenet by network evaluations, with the sampling time. " if by_nfe else "") + (
-        f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed.")
+        f"Mean ± standard deviation over {seeds} seeds." if seeds > 1
+        else "One seed." if by_nfe else "One seed; mean ± standard deviation over images.")
     return f'<h2>Arms</h2><p class="soft">{caption}</p>' + table(["arm", *map(show, heads)], body)
+
+
+def read_results(folder):
+    """FOLDER/results.json, with its folder; ValueError if it is no JSON object."""
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return results | {"folder": Path(folder)}
+
+
+RUNS_OWN = ("seed", "out", "resume", "sweep", "data_dir", "device")  # no setting of the method
+
+
+def merge(runs):
+    """Results of one or more runs as one. Runs that differ only in their seed stand together; where
+    other flags differ, every name says which. A curve becomes a list with a line for each seed."""
+    configs = [run.get("config") or {} for run in runs]
+    flags = dict.fromkeys(key for config in configs for key in config)
+    same = {k: configs[0].get(k) for k in flags
+            if len({json.dumps(config.get(k)) for config in configs}) == 1}
+    differ = [k for k in flags if k not in same and k not in RUNS_OWN]
+    whole = {"arms": [], "curves": {}, "marks": {}, "pictures": [], "notes": [], "runs": []}
+    shown = set()
+    for run, config in zip(runs, configs):
+        label = ", ".join(f"{k} {show(config.get(k))}" for k in differ)
+        label = f" ({label})" if label else ""
+        whole["arms"] += [row | {"name": f"{row.get('name', '–')}{label}"}
+                          for row in run.get("arms") or []]
+        for name, points in (run.get("curves") or {}).items():
+            whole["curves"].setdefault(f"{name}{label}", []).append(points or [])
+        for name, marks in (run.get("marks") or {}).items():
+            for text, x in marks.items():
+                whole["marks"].setdefault(name.partition("/")[0], {}).setdefault(
+                    text + label, []).append(x)
+        if label not in shown:
+            whole["pictures"] += [(picture | {"caption": f"{picture.get('caption') or ''}{label}"},
+                                   run["folder"]) for picture in run.get("pictures") or []]
+        shown.add(label)
+        whole["notes"] += [n for n in run.get("notes") or [] if n not in whole["notes"]]
+        whole["runs"].append([run["folder"].resolve().name, config.get("seed"), label.strip(" ()"),
+                              (run.get("seconds") or {}).get("total"), run.get("commit")])
+    seconds = [run.get("seconds") or {} for run in runs]
+    whole["seconds"] = {k: sum(s[k] for s in seconds if _number(s.get(k)))
+                        for k in dict.fromkeys(k for s in seconds for k in s)}
+    return runs[0] | whole | {"config": same}
 
 
 def report(folder):
@@ -716,41 +902,63 @@ def report(folder):
     Any key may be missing; its part of the page is then left out. Headline numbers are means over
     the seeds of one setting, never the best seed. ValueError if results.json is no JSON object.
     """
-    folder = Path(folder)
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'results.json'} is not JSON: {error}") from None
-    if not isinstance(results, dict):
-        raise ValueError(f"{folder / 'results.json'} holds no JSON object")
-    arms, charts = results.get("arms") or [], {}
-    for name, points in (results.get("curves") or {}).items():
-        title, _, label = name.partition("/")
-        charts.setdefault(title, {})[label or title] = points or []
+    results = merge([read_results(folder)])
+    title = f"{results.get('mode', 'results')} · {_data_name(results)}"
+    write_text(_page(title, results), Path(folder) / "report.html")
+
+
+def compare(folders, path):
+    """One page of several runs: what differs only in its seed becomes mean ± standard deviation,
+    and bands in the curves. ValueError if a results.json is no JSON object."""
+    results = merge([read_results(folder) for folder in folders])
+    write_text(_page(f"{len(folders)} runs · {_data_name(results)}", results), Path(path))
+
+
+def _data_name(results):
+    return (results.get("data") or {}).get("name") or results["folder"].resolve().name
+
+
+def _page(title, results):
+    """The whole page of merged results, as text."""
+    arms, charts = results["arms"], {}
+    for name, lines in results["curves"].items():
+        kind, _, label = name.partition("/")
+        charts.setdefault(kind, {})[label or kind] = lines
     names = [name for name, *_ in _groups(arms)] + [label for c in charts.values() for label in c]
     style = {name: i % len(MARKS) for i, name in enumerate(dict.fromkeys(names))}
-    bound, data = (results.get("floor") or {}).get("fid_lenet"), results.get("data") or {}
-    figures = "".join(chart(name, series, style, bound) for name, series in charts.items())
-    pictures = "".join(_picture(picture, folder) for picture in results.get("pictures") or [])
+    bound = (results.get("floor") or {}).get("fid_lenet")
+    marks = {kind: {text: statistics.fmean(filter(_number, x)) for text, x in texts.items()
+                    if any(map(_number, x))} for kind, texts in results["marks"].items()}
+    first = [kind for kind in CHARTS if kind in charts]
+    figures = "".join(chart(kind, charts[kind], style, bound, marks.get(kind))
+                      for kind in dict.fromkeys([*first, *charts]))
+    pictures = "".join(_picture(picture, folder) for picture, folder in results["pictures"])
     columns = list(dict.fromkeys(key for arm in arms for key in arm))
-    setting = {k: results.get(k) for k in ("device", "precision", "torch", "commit")}
+    several = len(results["runs"]) > 1
+    setting = {k: results.get(k) for k in ("device", "precision", "torch", "commit")
+               if not several or k != "commit"}
     for part in ("data", "features"):
         setting |= {f"{part} {k}": v for k, v in (results.get(part) or {}).items()}
-    setting |= results.get("config") or {}
+    setting |= results["config"]
     setting = [(esc(k), esc(v)) for k, v in setting.items() if v is not None]
-    title = esc(f"{results.get('mode', 'results')} · {data.get('name', folder.resolve().name)}")
     where = " · ".join(str(results[k]) for k in ("device", "precision") if results.get(k))
-    page = "".join((
-        f'<h1>{title}</h1><p class="soft">{esc(where)}</p>{_cards(results, arms, style)}',
-        *(f"<p>{esc(note)}</p>" for note in results.get("notes") or []),
-        f'<h2>Pictures</h2><div class="pictures">{pictures}</div>' if pictures else "",
-        f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else "",
+    runs = [[esc(name), show(seed), esc(flags or "–"),
+             duration(seconds) if _number(seconds) else "–", esc((commit or "–")[:9])]
+            for name, seed, flags, seconds, commit in results["runs"]]
+    command = results.get("command")
+    body = "".join((
+        f'<h1>{esc(title)}</h1><p class="soft">{esc(where)}</p>{_cards(results, arms, style)}',
+        *(f"<p>{esc(note)}</p>" for note in results["notes"]),
         _pivot(arms, style),
+        f'<h2>Curves</h2><div class="charts">{figures}</div>' if figures else "",
+        f'<h2>Pictures</h2><div class="pictures">{pictures}</div>' if pictures else "",
         "<h2>Every row</h2>" + table(map(esc, columns), [[show(arm.get(k)) for k in columns]
                                                          for arm in arms]) if columns else "",
-        f"<h2>Command</h2><pre>{esc(results['command'])}</pre>" if results.get("command") else "",
+        "<h2>Runs</h2>" + table(("run", "seed", "flags", "time", "commit"), runs)
+        if several else "",
+        f"<h2>Command</h2><pre>{esc(command)}</pre>" if command and not several else "",
         "<h2>Configuration</h2>" + table((), setting, "pairs") if setting else ""))
-    write_text(PAGE.format(title=title, css=CSS, body=page), folder / "report.html")
+    return PAGE.format(title=esc(title), css=CSS, body=body)
 
 
 # ---------------------------------------------------------------- command line
@@ -773,12 +981,16 @@ def main(arguments=None):
             raise ValueError(f"{missing[0]} does not exist")
         elif len(paths) == 2 and all(path.is_file() for path in paths):
             a, b = map(_open, paths)
-            for measure in (mse, mae, psnr, ssim):
-                print(f"{measure.__name__:5}{measure(a, b).item():.6g}")
+            for measure in (mse, mae, psnr, ssim, delta_e):
+                print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
         elif paths and all(path.is_dir() for path in paths):
             for path in paths:
                 report(path)
                 print(path / "report.html")
+            if len(paths) > 1:
+                together = Path(os.path.commonpath([p.resolve() for p in paths]))
+                compare(paths, together / "comparison.html")
+                print(together / "comparison.html")
         else:
             raise ValueError("two pictures or some run folders expected")
     except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -1572,11 +1572,11 @@ def test_a_constant_error_of_a_tenth_is_twenty_decibels():
     assert measures.psnr(a, a + 0.1).item() == pytest.approx(20, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mse", "mae", "psnr", "ssim"])
+@pytest.mark.parametrize("name", ["mse", "mae", "psnr", "ssim", "delta_e"])
 def test_image_measures_are_symmetric_and_know_their_range(name):
     measure = getattr(measures, name)
     a, b = random_images(2, 3, 16, 16), random_images(2, 3, 16, 16, seed=1)
-    assert torch.equal(measure(a, b), measure(b, a))
+    assert torch.allclose(measure(a, b), measure(b, a), rtol=1e-12)
     assert measure(a, b).shape == (2,)
     assert torch.allclose(measure(255 * a, 255 * b, data_range=255), measure(a, b), atol=1e-4)
 
@@ -1585,16 +1585,78 @@ def test_equal_images_measure_as_equal():
     a = random_images(2, 1, 12, 12)
     assert (measures.mse(a, a) == 0).all() and (measures.mae(a, a) == 0).all()
     assert measures.psnr(a, a).isposinf().all()
-    assert torch.allclose(measures.ssim(a, a), torch.ones(2))
+    assert torch.allclose(measures.ssim(a, a), torch.ones(2, dtype=torch.float64))
+    assert (measures.delta_e(a, a) == 0).all()
 
 
 @pytest.mark.parametrize("b, word", [
     (torch.zeros(1, 1, 4, 5), r"\[1, 1, 4, 4\] and \[1, 1, 4, 5\]"),
     (torch.full((1, 1, 4, 4), math.nan), "second images hold NaN"),
-    (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "second images are torch.uint8")])
+    (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "second images are torch.uint8"),
+    (torch.full((1, 1, 4, 4), 200.), r"second images lie in \[200, 200\], not in \[0, 1\]"),
+    (torch.full((1, 1, 4, 4), -1.), r"second images lie in \[-1, -1\], not in \[0, 1\]")])
 def test_what_cannot_be_compared_is_named(b, word):
     with pytest.raises(ValueError, match=word):
         measures.psnr(torch.zeros(1, 1, 4, 4), b)
+
+
+def test_colour_difference_of_two_channels_is_refused():
+    with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
+        measures.delta_e(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize("size", [(7, 7), (28, 28), (512, 512)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_measures_are_those_of_scikit_image(size, channels):
+    color, metrics = pytest.importorskip("skimage.color"), pytest.importorskip("skimage.metrics")
+    x = random_images(1, channels, *size).double()
+    y = (x + 0.2 * (random_images(1, channels, *size, seed=1) - 0.5)).clamp(0, 1)
+    for a, b in ((x, y), (0 * x + 0.3, 0 * x + 0.6), (0 * x, y)):
+        p, q = (v[0].permute(1, 2, 0).numpy() for v in (a, b))
+        assert measures.psnr(a, b).item() == pytest.approx(
+            metrics.peak_signal_noise_ratio(p, q, data_range=1), abs=1e-6)
+        if min(size) >= 11:  # scikit-image does not shrink its window
+            assert measures.ssim(a, b).item() == pytest.approx(metrics.structural_similarity(
+                p, q, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                channel_axis=2), abs=1e-6)
+        p, q = (color.rgb2lab(np.broadcast_to(v, (*size, 3))) for v in (p, q))
+        assert measures.delta_e(a, b).item() == pytest.approx(
+            color.deltaE_ciede2000(p, q).mean(), abs=1e-6)
+
+
+SHARMA = """
+50 2.6772 -79.7751 50 0 -82.7485 2.0425 | 50 3.1571 -77.2803 50 0 -82.7485 2.8615
+50 2.8361 -74.02 50 0 -82.7485 3.4412 | 50 -1.3802 -84.2814 50 0 -82.7485 1
+50 -1.1848 -84.8006 50 0 -82.7485 1 | 50 -0.9009 -85.5211 50 0 -82.7485 1
+50 0 0 50 -1 2 2.3669 | 50 -1 2 50 0 0 2.3669
+50 2.49 -0.001 50 -2.49 0.0009 7.1792 | 50 2.49 -0.001 50 -2.49 0.001 7.1792
+50 2.49 -0.001 50 -2.49 0.0011 7.2195 | 50 2.49 -0.001 50 -2.49 0.0012 7.2195
+50 -0.001 2.49 50 0.0009 -2.49 4.8045 | 50 -0.001 2.49 50 0.001 -2.49 4.8045
+50 -0.001 2.49 50 0.0011 -2.49 4.7461 | 50 2.5 0 50 0 -2.5 4.3065
+50 2.5 0 73 25 -18 27.1492 | 50 2.5 0 61 -5 29 22.8977
+50 2.5 0 56 -27 -3 31.9030 | 50 2.5 0 58 24 15 19.4535
+50 2.5 0 50 3.1736 0.5854 1 | 50 2.5 0 50 3.2972 0 1
+50 2.5 0 50 1.8634 0.5757 1 | 50 2.5 0 50 3.2592 0.335 1
+60.2574 -34.0099 36.2677 60.4626 -34.1751 39.4387 1.2644
+63.0109 -31.0961 -5.8663 62.8187 -29.7946 -4.0864 1.2630
+61.2901 3.7196 -5.3901 61.4292 2.2480 -4.9620 1.8731
+35.0831 -44.1164 3.7933 35.0232 -40.0716 1.5901 1.8645
+22.7233 20.0904 -46.6940 23.0331 14.9730 -42.5619 2.0373
+36.4612 47.8580 18.3852 36.2715 50.5065 21.2231 1.4146
+90.8027 -2.0831 1.4410 91.1528 -1.6435 0.0447 1.4441
+90.9257 -0.5406 -0.9208 88.6381 -0.8985 -0.7239 1.5381
+6.7747 -0.2908 -2.4247 5.8714 -0.0985 -2.2286 0.6377
+2.0776 0.0795 -1.1350 0.9033 -0.0636 -0.5514 0.9082
+"""
+
+
+def test_ciede2000_gives_the_published_differences():
+    """Sharma et al. 2005, table 1."""
+    pairs = [line.split() for line in SHARMA.strip().replace("|", "\n").splitlines()]
+    pairs = torch.tensor([[float(v) for v in pair] for pair in pairs], dtype=torch.float64)
+    assert pairs.shape == (34, 7)
+    for p, q in ((pairs[:, :3], pairs[:, 3:6]), (pairs[:, 3:6], pairs[:, :3])):
+        assert (measures.ciede2000(p, q) - pairs[:, 6]).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- set against set
@@ -1620,6 +1682,22 @@ def test_frechet_distance_agrees_with_the_unsymmetric_root():
     assert measures.frechet_distance(g, f) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("n, d, rank", [(500, 20, 20), (500, 20, 7), (15, 20, 20), (21, 20, 20)])
+def test_frechet_distance_is_that_of_scipys_root(n, d, rank):
+    linalg = pytest.importorskip("scipy.linalg")
+    f = random_features(n, rank).double() @ random_features(rank, d, seed=1).double()
+    g = 0.5 + random_features(n + 3, rank, seed=2).double() @ random_features(
+        rank, d, seed=3).double()
+    S_f, S_g = np.cov(f.numpy().T), np.cov(g.numpy().T)
+    # the root of a product of full rank is exact; a singular one needs the usual small addition
+    singular = min(n - 1, rank) < d
+    nudge = 1e-10 * np.eye(d) if singular else 0
+    root = linalg.sqrtm((S_f + nudge) @ (S_g + nudge)).real
+    expected = (((f.mean(0) - g.mean(0))**2).sum().item() + np.trace(S_f + S_g)
+                - 2 * np.trace(root))
+    assert measures.frechet_distance(f, g) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_set_is_at_no_distance_from_itself_even_when_singular():
     f = random_features(50, 3)
     f = torch.cat([f, f[:, :1], torch.ones(50, 1)], 1)
@@ -1641,6 +1719,16 @@ def test_kid_of_one_law_is_zero_within_its_spread_and_grows_with_a_shift():
     moved, _ = measures.kid(x[:600], x[600:] + 1)
     assert moved > 20 * std
     assert measures.kid(x[:600], x[600:]) == (mean, std)  # nothing is drawn from a global generator
+
+
+def test_kid_over_splits_of_one_set_has_mean_zero():
+    x = random_features(400, 8)
+    estimates = []
+    for seed in range(100):
+        halves = x[torch.randperm(400, generator=torch.Generator().manual_seed(seed))]
+        estimates.append(measures.kid(halves[:200], halves[200:], subsets=1, size=200)[0])
+    # over splits of a finite set the unbiased estimate has a mean of its order 1/n, not its spread
+    assert abs(np.mean(estimates)) < 4 * np.std(estimates) / 100**.5
 
 
 def test_kid_of_two_constant_sets_is_known():
@@ -1746,6 +1834,51 @@ def test_features_refuse_the_wrong_range_and_missing_labels(striped):
         measures.feature_network(striped[0], None, "none", [])
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Drawn digits, and the distance of a set of images to them in a LeNet's features."""
+    train, test = (data.load("digits", split=split, limit=1000) for split in ("train", "test"))
+    net = measures.feature_network(train.pixels, train.labels, "digits",
+                                   [tmp_path_factory.mktemp("lenet")])
+    x, real = test.pixels.float() / 255, measures.features(net, test.pixels)
+    return x, test.labels, lambda images: measures.frechet_distance(measures.features(net, images),
+                                                                    real)
+
+
+def test_fid_of_a_set_to_itself_is_zero(judged):
+    x, _, distance = judged
+    assert distance(x) == pytest.approx(0, abs=1e-4)
+
+
+def test_fid_rises_with_noise(judged):
+    x, _, distance = judged
+    noise = random_images(*x.shape, seed=3) - 0.5
+    found = [distance((x + s * noise).clamp(0, 1)) for s in (0, 0.1, 0.2, 0.4, 0.8, 1.6)]
+    assert found == sorted(found) and found[-1] > 100 * max(found[1], 1e-3)
+
+
+def test_fid_rises_with_blur(judged):
+    x, _, distance = judged
+    found = [distance(torch.nn.functional.avg_pool2d(x, k, 1, k // 2, count_include_pad=True))
+             for k in (1, 3, 5, 7, 9)]
+    assert found == sorted(found)
+
+
+def test_fid_rises_with_missing_classes(judged):
+    x, labels, distance = judged
+    found = [distance(x[labels >= lost]) for lost in (0, 1, 3, 5, 8)]
+    assert found == sorted(found)
+
+
+@needs("mnist")
+def test_feature_network_reads_mnist():
+    train, test = (data.load("mnist", split=split) for split in ("train", "test"))
+    net = measures.feature_network(train.pixels, train.labels, "mnist", [data.cache_root()],
+                                   test=(test.pixels, test.labels))
+    assert net.accuracy >= 0.988
+    assert 0.3 < measures.floor(net, train.pixels, test.pixels, 10_000) < 3
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 9)])
 def test_feature_network_takes_any_shape(shape):
     feature, logits = measures.LeNet(shape[0], 7)(torch.rand(2, *shape))
@@ -1787,7 +1920,8 @@ RESULTS = {
     "curves": {"quality/<dip>": [[5, 20.5], [10, 10.5], [20, None], [0, 3]], "loss/l": [],
                "loss/zero": [[1, 0]],
                "loss/train": [[i, 1 / (i + 1)] for i in range(1000)], "other": [[1, 1], [1, 1]]},
-    "pictures": [{"file": "a.png", "caption": 'a "picture"'}, {"file": "none.png"}],
+    "pictures": [{"file": "a.png", "caption": 'a "picture"', "rows": ["<up>", "down"]},
+                 {"file": "none.png"}], "marks": {"other": {"<stop>": 1.0, "none": None}},
     "notes": ["a < b"]}
 
 
@@ -1808,7 +1942,7 @@ def test_report_is_one_file_that_fetches_and_runs_nothing(tmp_path):
 
 def test_report_escapes_what_it_is_given(tmp_path):
     page = make_report(tmp_path, RESULTS)
-    for word in ("<dip>", "& <b>", "<i>", "<x>", "a < b", 'a "picture"'):
+    for word in ("<dip>", "& <b>", "<i>", "<stop>", "<up>", "<x>", "a < b", 'a "picture"'):
         assert word not in page
     for word in ("&lt;dip&gt;", "digits &amp; &lt;b&gt;", "&lt;i&gt;", "a &lt; b"):
         assert word in page
@@ -1827,6 +1961,36 @@ def test_report_survives_missing_keys(tmp_path, left_out):
     assert "</html>" in make_report(tmp_path, results | {left_out: None} if left_out else {})
 
 
+def runs_of(tmp_path, *changes):
+    """Folders of runs like RESULTS, each with another seed and other flags."""
+    for i, change in enumerate(changes):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        config = RESULTS["config"] | {"seed": i} | change
+        arms = [{"name": "ddpm", "seed": i, "nfe": n, "fid_lenet": 100 / n + i} for n in (5, 10)]
+        curves = {"quality/ddpm": [[n, 100 / n + i] for n in (5, 10)]}
+        measures.write_json(RESULTS | {"config": config, "arms": arms, "curves": curves},
+                            folder / "results.json")
+        measures.save_png(measures.grid(torch.zeros(4, 1, 3, 3)), folder / "a.png")
+        yield folder
+
+
+def test_comparison_of_seeds_shows_mean_spread_and_bands(tmp_path):
+    measures.compare(list(runs_of(tmp_path, {}, {})), tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    assert "10.50 <small>± 0.71</small>" in page and 'opacity=".18"' in page
+    assert "2 runs" in page and "run0" in page and "run1" in page and "epochs 3" not in page
+    assert page.count("data:image/png") == 1  # the first seed stands for its setting
+
+
+def test_comparison_of_settings_names_what_differs(tmp_path):
+    folders = list(runs_of(tmp_path, {"epochs": 3}, {"epochs": 4}))
+    assert measures.main(folders) == 0
+    page = (tmp_path / "comparison.html").read_text()
+    assert "ddpm (epochs 3)" in page and "ddpm (epochs 4)" in page
+    assert 'opacity=".18"' not in page and page.count("data:image/png") == 2
+
+
 def test_report_of_restoration_tabulates_every_measure(tmp_path):
     arms = [{"name": "ladder", "seed": s, "psnr": 24 + s, "ssim": 0.9} for s in (0, 1)]
     page = make_report(tmp_path, {"arms": arms})
@@ -1842,7 +2006,7 @@ def test_command_compares_two_pictures(tmp_path, capsys):
     Image.fromarray(a + 51).save(tmp_path / "b.png")
     assert measures.main([tmp_path / "a.png", tmp_path / "b.png"]) == 0
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert list(lines) == ["mse", "mae", "psnr", "ssim"]
+    assert list(lines) == ["mse", "mae", "psnr", "ssim", "delta_e"]
     assert float(lines["mse"]) == pytest.approx(0.04) and float(lines["mae"]) == pytest.approx(0.2)
 
 
