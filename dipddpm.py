@@ -15,7 +15,7 @@ Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs 
             network at t = tau - 1; tau = 0 is the clean image, where alpha_bar is 1.
 Ranges      images are in [-1, 1] inside the diffusion, in [0, 1] inside DIP and every metric.
 Contents    Config and command line - schedule and tables - U-Net - DIP network - DDPM training -
-            sampling - DIP fitting - method 1: priors - runs and main
+            sampling - DIP fitting - codes - method 1: priors - runs and main
 """
 
 import argparse
@@ -24,6 +24,7 @@ import copy
 import csv
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -69,6 +70,24 @@ def float_list(text):
     return tuple(float(part) for part in str(text).split(","))
 
 
+def dip_sources(text):
+    """'images,codes' -> ('images', 'codes'); ValueError names what is unknown."""
+    return known_names(text, ("images", "codes"))
+
+
+def grids(text):
+    """'uniform,logsnr' -> ('uniform', 'logsnr'); ValueError names what is unknown."""
+    return known_names(text, ("uniform", "quadratic", "logsnr"))
+
+
+def known_names(text, known):
+    names = tuple(str(text).split(","))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
+    return names
+
+
 @dataclass(frozen=True)
 class Config:
     """Every tunable of a run. None means: chosen from the data and the mode by `resolve`."""
@@ -99,20 +118,25 @@ class Config:
     snapshots: int = flag(0, "averaged weights kept so many times during training, for curves of "
                           "convergence", "training", low=0)
 
-    dip_source: str = flag("images", "images: one DIP for each image", "prior", ("images",))
+    dip_source: tuple = flag(("images", "codes"), "images: one DIP for each image; codes: one "
+                             "decoder for all, new images from new codes; a list", "prior",
+                             type=dip_sources)
     dip_arch: str = flag("skip", "DIP's network", "prior", ("skip",))
     dip_width: int = flag(None, "DIP's channels (16 up to 64 pixels, else 128)", "prior", low=1)
     dip_iters: int = flag(None, "iterations of a DIP fit", "prior", low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit", "prior", low=0)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
 
-    t_start: int = flag(None, "steps of noise on a prior (default 0.6 T)", "sampling", low=1)
+    t_start: tuple = flag(None, "steps of noise on a prior (default 0.6 T); a list", "sampling",
+                          low=1, type=int_list)
     nfe: tuple = flag((3, 5, 10, 20, 50), "network evaluations, a list", "sampling", low=1,
                       type=int_list)
     eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
                       type=float_list)
-    order: int = flag(1, "order of the sampler: 2 is DPM-Solver++(2M), for eta 0", "sampling",
-                      (1, 2))
+    order: tuple = flag((1,), "order of the sampler: 2 is DPM-Solver++(2M), for eta 0; a list",
+                        "sampling", low=1, type=int_list)
+    grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
+                       "a list", "sampling", type=grids)
     samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16)", "sampling",
                         low=1)
     sigma: float = flag(0.1, "noise that --mode dip adds to its images, which are in [0, 1]",
@@ -150,7 +174,9 @@ def parser():
 
 def show(value):
     """(3, 5) -> '3,5': a list as it is written on the command line."""
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, (tuple, list)) else str(value)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_config(argv):
@@ -182,8 +208,11 @@ def read_saved_flags(path):
     try:
         saved = json.loads(path.read_text())
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        for f in fields(Config):  # what is a list now was one value in earlier versions
+            if f.metadata["type"] and isinstance(saved.get(f.name), (str, int, float)):
+                saved[f.name] = f.metadata["type"](saved[f.name])
         return asdict(check(Config(**saved)))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error}") from error
 
 
@@ -204,13 +233,16 @@ def check(cfg):
         raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
     if max(cfg.eta) > 1:
         raise ValueError(f"--eta must lie between 0 and 1, not {show(cfg.eta)}")
-    if cfg.order == 2 and max(cfg.eta) > 0:
+    if max(cfg.order) > 2:
+        raise ValueError(f"--order must be 1 or 2, not {show(cfg.order)}")
+    if not samplers(cfg):
         raise ValueError("--order 2 needs --eta 0: it is for the sampler without noise")
     if cfg.timesteps > 100_000:
         raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
-    if steps_of_prior(cfg) > cfg.timesteps:
-        raise ValueError(f"--t-start {cfg.t_start} is beyond T = --timesteps {cfg.timesteps}")
-    start = steps_of_prior(cfg) if cfg.mode == "prior" else cfg.timesteps
+    starts = steps_of_prior(cfg)
+    if max(starts) > cfg.timesteps:
+        raise ValueError(f"--t-start {max(starts)} is beyond T = --timesteps {cfg.timesteps}")
+    start = min(starts) if cfg.mode == "prior" else cfg.timesteps
     if cfg.mode != "dip" and max(cfg.nfe) > start:
         raise ValueError(f"--nfe {max(cfg.nfe)} is above --t-start {start}: "
                          "a step cannot be shorter than one")
@@ -218,8 +250,14 @@ def check(cfg):
 
 
 def steps_of_prior(cfg):
-    """t_start, the steps of noise that are put on a prior; 0.6 T unless it is given."""
-    return cfg.t_start if cfg.t_start is not None else max(1, round(0.6 * cfg.timesteps))
+    """Each t_start, the steps of noise that are put on a prior; 0.6 T unless they are given."""
+    return cfg.t_start if cfg.t_start is not None else (max(1, round(0.6 * cfg.timesteps)),)
+
+
+def samplers(cfg):
+    """Every (eta, order, grid) that was asked for and makes sense."""
+    return [(eta, order, grid) for eta in cfg.eta for order in cfg.order for grid in cfg.grid
+            if order == 1 or eta == 0]
 
 
 # ------------------------------------------------------------------ schedule and tables
@@ -294,9 +332,22 @@ def forward_table(schedule, predict):
     return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight], dim=1).float()  # [T, 5]
 
 
-def time_grid(t_start, nfe):
-    """nfe + 1 step counts from t_start to 0, uniform, both ends exact and none repeated."""
-    return [round(t_start * (nfe - i) / nfe) for i in range(nfe + 1)]
+def time_grid(schedule, t_start, nfe, grid="uniform"):
+    """nfe + 1 step counts from t_start to 0, both ends exact and none repeated: uniform or
+    quadratic in t (Song et al. 2021, D.2), or uniform in the log signal-to-noise ratio down to one
+    step (Lu et al. 2022) with the step to 0 last."""
+    if grid == "uniform":
+        return [round(t_start * (nfe - i) / nfe) for i in range(nfe + 1)]
+    if grid == "quadratic":
+        wanted = [t_start * ((nfe - i) / nfe) ** 2 for i in range(nfe)]
+    else:
+        snr = torch.tensor([schedule.at(tau) for tau in range(1, t_start + 1)]).logit()
+        even = torch.linspace(snr[-1].item(), snr[0].item(), nfe) if nfe > 1 else snr[-1:]
+        wanted = [1 + (snr - v).abs().argmin().item() for v in even]
+    taus = [t_start]
+    for i, tau in enumerate(wanted[1:], 1):  # at least nfe - i steps must be left below
+        taus.append(max(nfe - i, min(taus[-1] - 1, round(tau))))
+    return [*taus, 0]
 
 
 def reverse_table(schedule, predict, taus, eta):
@@ -418,24 +469,29 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # [B, C, H, W]
 
 
-def make_unet(cfg, channels, device):
-    """A U-Net whose initial weights are a function of the seed alone: PyTorch's default, U(-r, r)
-    with r = 1 / sqrt(fan_in), layer by layer, but zero where a layer starts at zero."""
-    with torch.device("meta"):  # no values yet, so no use of a global random state
-        net = UNet(channels, cfg.width)
-    net.to_empty(device=device)
+def draw_weights(net, seed, network):
+    """Fill a module with initial weights that are a function of seed and `network`, a number of its
+    own, alone: PyTorch's default, U(-r, r) with r = 1 / sqrt(fan_in), layer by layer, but zero
+    where a layer starts at zero. Returns the module."""
     for number, layer in enumerate(net.modules()):
-        if isinstance(layer, nn.GroupNorm):
+        if isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
             layer.reset_parameters()
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             r = 0.0 if hasattr(layer, "starts_at_zero") else layer.weight[0].numel() ** -0.5
             n = layer.weight.numel()
-            u = kernels.uniform((1, n + len(layer.bias)), cfg.seed, 0, number, kernels.WEIGHTS,
-                                device)[0]
+            u = kernels.uniform((1, n + len(layer.bias)), seed, network, number, kernels.WEIGHTS,
+                                layer.weight.device)[0]
             with torch.no_grad():
                 layer.weight.copy_((u[:n] * 2 - 1).mul(r).view_as(layer.weight))
                 layer.bias.copy_((u[n:] * 2 - 1).mul(r))
     return net
+
+
+def make_unet(cfg, channels, device):
+    """A U-Net whose initial weights depend on the seed alone."""
+    with torch.device("meta"):  # no values yet, so no use of a global random state
+        net = UNet(channels, cfg.width)
+    return draw_weights(net.to_empty(device=device), cfg.seed, 0)
 
 
 # ------------------------------------------------------------------ DIP network
@@ -644,15 +700,17 @@ def update_average(ema, net, n, decay=0.999):
 
 
 @torch.no_grad()
-def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1, film=None):
+def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1, grid="uniform",
+           film=None):
     """The reverse process from x_init (after t_start steps of noise) to x_0 in nfe network
     evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start;
     Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
     x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
     image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]; a list `film` receives
     every x_t [1, C, H, W] of the first image."""
-    taus = time_grid(t_start, nfe)
-    coef = reverse_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict, taus, eta)
+    schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
+    taus = time_grid(schedule, t_start, nfe, grid)
+    coef = reverse_table(schedule, cfg.predict, taus, eta)
     device = x_init.device
     size = SAMPLE_BATCH_CUDA if device.type == "cuda" else SAMPLE_BATCH
     coef, times = coef.to(device), torch.tensor(taus[:-1], device=device) - 1
@@ -714,6 +772,116 @@ def fit_dips(cfg, y, members, iters, progress, truth=None):
     return average, curve
 
 
+# ------------------------------------------------------------------ codes: one DIP for a data set
+
+CODE = 32  # numbers in a code
+CODE_EPOCHS, CODE_RATES = 6, (2e-3, 1e-2)  # passes; peak learning rates of decoder and codes
+CELLS = 200  # Gaussians in a mixture
+CELL_DRAW, CODE_DRAW, CENTRE_DRAW = 1, 2, 3  # draw numbers in the stream DIP_CODE; 0 is z's
+
+
+class CodeDecoder(nn.Module):
+    """One DIP for all images: code [B, CODE] -> x [B, C, H, W] in [0, 1], for H and W divisible by
+    4. A linear map to a quarter of the size, then twice upsampling and a 3x3 convolution."""
+
+    def __init__(self, channels, height, width_px, width):
+        super().__init__()
+        self.shape = (2 * width, height // 4, width_px // 4)
+        self.enter = nn.Linear(CODE, math.prod(self.shape))
+        self.norm0 = nn.BatchNorm2d(2 * width)
+        self.conv1 = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(width // 2)
+        self.last = nn.Conv2d(width // 2, channels, 3, padding=1)
+
+    def forward(self, code):
+        h = F.leaky_relu(self.norm0(self.enter(code).view(-1, *self.shape)), 0.2)  # [B, 2w, H/4, .]
+        for conv, norm in (self.conv1, self.norm1), (self.conv2, self.norm2):
+            h = F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
+            h = F.leaky_relu(norm(conv(h)), 0.2)
+        return torch.sigmoid(self.last(h))
+
+
+def principal_components(x_0, D):
+    """The D first of x_0 uint8 [N, C, H, W] in [0, 1]: whitened scores [N, D], and (mean [P], axes
+    [D, P]) so that mean + scores @ axes is the best linear reconstruction."""
+    X = x_0.flatten(1).float() / 255  # [N, P]
+    mean = X.mean(0)
+    X = X - mean
+    value, vector = torch.linalg.eigh((X.T @ X).double() / len(X))  # ascending
+    scale = value[-D:].flip(0).clamp(min=1e-12).sqrt().float()
+    axes = vector[:, -D:].flip(1).float().T * scale[:, None]  # [D, P]
+    return X @ (axes / scale[:, None] ** 2).T, mean, axes
+
+
+def fit_codes(cfg, x_0, run):
+    """Minimise sum_i |g_theta(c_i) - x_i|^2 over theta and a code c_i for each image, together
+    (Bojanowski et al. 2018, eq. 2), from whitened principal components; Adam, half a cosine.
+    Returns the decoder, to be evaluated with its running statistics, and codes [N, CODE]."""
+    N, C, H, W = x_0.shape
+    B = min(cfg.batch, N)
+    per_epoch = N // B
+    steps = cfg.dip_iters or CODE_EPOCHS * per_epoch
+    with torch.device("meta"):
+        decoder = CodeDecoder(C, H, W, cfg.dip_width or 32)
+    decoder = draw_weights(decoder.to_empty(device=run.device), cfg.seed, 1)
+    codes = nn.Embedding.from_pretrained(principal_components(x_0, CODE)[0], freeze=False,
+                                         sparse=True)
+    optimizers = [torch.optim.Adam(decoder.parameters(), fused=True),
+                  torch.optim.SparseAdam(codes.parameters())]  # moves the batch's codes only
+    progress = Progress("fit codes", steps, B)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = epoch_order(cfg, N, step // per_epoch, run.device)
+        index = order[step % per_epoch * B:][:B]
+        x = decoder(codes(index))
+        loss = (x - x_0[index].float() / 255).square().mean(dim=(1, 2, 3)).sum()
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for optimizer, lr in zip(optimizers, CODE_RATES):
+            optimizer.param_groups[0]["lr"] = lr * decay
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        if run.stop:
+            raise KeyboardInterrupt
+        progress(step + 1)
+    return decoder.eval().requires_grad_(False), codes.weight.detach()
+
+
+def fit_mixture(codes, seed):
+    """A mixture of Gaussians for codes [N, D]: cells of k-means, each with its share, mean and
+    covariance -> (shares [K], means [K, D], Cholesky factors [K, D, D])."""
+    N, D = codes.shape
+    K = min(CELLS, max(1, N // (2 * D)))  # a covariance wants more members than dimensions
+    numbers = torch.arange(N, device=codes.device)
+    keys = kernels.uniform((N,), seed, numbers, CENTRE_DRAW, kernels.DIP_CODE, codes.device)
+    means = codes[keys.argsort(stable=True)[:K]]
+    for _ in range(30):
+        cell = torch.cat([torch.cdist(part, means).argmin(1) for part in codes.split(8192)])
+        count = torch.bincount(cell, minlength=K)
+        total = torch.zeros_like(means).index_add_(0, cell, codes)
+        means = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], means)
+    factors = []
+    for k in range(K):
+        around = codes[cell == k] - means[k]
+        covariance = around.T @ around / max(1, len(around))
+        ridge = 1e-3 * covariance.diagonal().mean() + 1e-6
+        factors.append(torch.linalg.cholesky(covariance + ridge * torch.eye(D).to(codes)))
+    return count / N, means, torch.stack(factors)
+
+
+def draw_codes(mixture, n, seed):
+    """Codes [n, D] of new images from the mixture: number i is the same whatever n is."""
+    shares, means, factors = mixture
+    device = means.device
+    u = kernels.uniform((n,), seed, 0, CELL_DRAW, kernels.DIP_CODE, device)
+    cell = torch.searchsorted(shares.cumsum(0), u).clamp(max=len(shares) - 1)
+    z = kernels.normal((n, means.shape[1]), seed, 0, CODE_DRAW, kernels.DIP_CODE, device)
+    return means[cell] + (factors[cell] @ z[:, :, None])[:, :, 0]
+
+
 # ------------------------------------------------------------------ method 1: priors
 #
 # x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps, then the reverse process from t_start. Each
@@ -738,6 +906,24 @@ def prior_dip_images(cfg, x_0, sources, run):
     return torch.cat(priors) * 2 - 1
 
 
+@torch.no_grad()
+def prior_dip_codes(cfg, x_0, sources, run):
+    """New images from new codes: one decoder for the whole data set, a mixture fitted to the codes
+    of its images. No training image is handed over."""
+    with torch.enable_grad():
+        decoder, codes = fit_codes(cfg, x_0, run)
+    new = draw_codes(fit_mixture(codes, cfg.seed), len(sources), cfg.seed)
+    return torch.cat([decoder(part) for part in new.split(SAMPLE_BATCH)]) * 2 - 1
+
+
+def prior_pca(cfg, x_0, sources, run):
+    """The same mixture fitted to as many principal components and decoded linearly: what a DIP
+    decoder must beat."""
+    scores, mean, axes = principal_components(x_0, min(CODE, x_0[0].numel(), len(x_0)))
+    new = draw_codes(fit_mixture(scores, cfg.seed), len(sources), cfg.seed)
+    return ((mean + new @ axes).clamp(0, 1) * 2 - 1).view(-1, *x_0.shape[1:])
+
+
 def prior_gauss(cfg, x_0, sources, run):
     """Draws from one Gaussian with the training data's mean and full covariance: what can be had
     with no DIP at all. w (X - mean) / sqrt(N) with w ~ N(0, I) of N numbers has that covariance."""
@@ -756,7 +942,9 @@ def prior_blur(cfg, x_0, sources, run):
     return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
-PRIORS = {"dip-images": prior_dip_images, "gauss": prior_gauss, "blur": prior_blur}
+PRIORS = {"dip-images": prior_dip_images, "dip-codes": prior_dip_codes, "gauss": prior_gauss,
+          "pca": prior_pca, "blur": prior_blur}
+HAS_SOURCE = ("dip-images", "blur")  # number i starts from source image i
 
 
 def dip_iterations(cfg, y):
@@ -786,7 +974,7 @@ def run_prior(cfg, run):
         raise ValueError(f"--data {cfg.data}: images of {W}x{H} pixels; the U-Net needs sizes that "
                          "are multiples of 4")
     n = min(cfg.samples or 1000, N)
-    t_start = steps_of_prior(cfg)
+    starts = steps_of_prior(cfg)
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
         raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
@@ -798,69 +986,93 @@ def run_prior(cfg, run):
     net, rows, seconds = train_ddpm(cfg, x_0, cfg.timesteps, run, "full")
     nets = {"full": net}
     if cfg.mode == "prior" and cfg.train == "truncated":
-        nets["truncated"], more, more_seconds = train_ddpm(cfg, x_0, t_start, run, "truncated")
+        nets["truncated"], more, more_seconds = train_ddpm(cfg, x_0, max(starts), run, "truncated")
         rows, seconds = rows + more, seconds + more_seconds
     run.seconds["train"] = seconds
     write_log(run, rows)
 
-    judge = Judge(cfg, run, train, test, n)
+    judge = Judge(cfg, run, train, x_0, test, n)
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = x_0[measure.subset(N, n).to(run.device)]
-    arms, curves, pictures, starts, films = [], loss_curves(rows), {}, {}, {}
-    for arm in ["ddpm"] + (list(PRIORS) if cfg.mode == "prior" else []):
+    arms, curves, pictures, priors, films = [], loss_curves(rows), {}, {}, {}
+    for arm in arms_of(cfg):
         began = time.time()
         if arm == "ddpm":
-            network, steps = nets["full"], cfg.timesteps
             x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE,
                                     run.device)
         else:
-            network, steps = nets.get("truncated", nets["full"]), t_start
-            starts[arm] = PRIORS[arm](cfg, x_0, sources, run)
-            x_init = start_from_prior(cfg, starts[arm], t_start, numbers)
+            priors[arm] = PRIORS[arm](cfg, x_0, sources, run)
         synchronize(run.device)
         prior_seconds = time.time() - began
         run.seconds["dip"] += prior_seconds if arm.startswith("dip") else 0.0
-        for eta in cfg.eta:
-            for nfe in cfg.nfe:
-                film = [] if (nfe, eta) == (film_nfe(cfg), cfg.eta[0]) else None
+        for t_start in (cfg.timesteps,) if arm == "ddpm" else starts:
+            network = nets["full"] if arm == "ddpm" else nets.get("truncated", nets["full"])
+            if arm != "ddpm":
+                x_init = start_from_prior(cfg, priors[arm], t_start, numbers)
+            for nfe, (eta, order, grid) in itertools.product(cfg.nfe, samplers(cfg)):
+                shown = t_start in (cfg.timesteps, starts[0]) and samplers(cfg)[0] == (
+                    eta, order, grid)
+                film = [] if shown and nfe == film_nfe(cfg) else None
                 began = time.time()
-                x = sample(cfg, network, x_init, steps, nfe, eta, numbers, run.autocast,
-                           cfg.order, film)
+                x = sample(cfg, network, x_init, t_start, nfe, eta, numbers, run.autocast, order,
+                           grid, film)
                 synchronize(run.device)
                 took = time.time() - began
                 run.seconds["sample"] += took
-                row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "eta": eta, "order": cfg.order,
-                       "t_start": steps,
-                       "seconds": round(took + prior_seconds, 3),
-                       "prior_seconds": round(prior_seconds, 3)} | judge(x)
+                row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
+                       "order": order, "grid": grid, "seconds": round(took + prior_seconds, 3),
+                       "prior_seconds": round(prior_seconds, 3)}
+                row |= judge(x, sources if arm in HAS_SOURCE else None)
                 arms.append(row)
-                pictures[arm, nfe, eta] = x[:16].cpu()
-                films |= {arm: film} if film else {}
+                if shown:
+                    pictures[arm, nfe] = x[:16].cpu()
+                if film:
+                    films[arm] = film
                 say(describe(row))
                 if run.stop:
                     raise KeyboardInterrupt
     for row in arms:
         if "fid_lenet" in row:
-            series = row["name"] + (f" eta={row['eta']:g}" if len(cfg.eta) > 1 else "")
+            series = setting_of(row, cfg)
             curves.setdefault(f"quality/{series}", []).append([row["nfe"], row["fid_lenet"]])
             curves.setdefault(f"seconds/{series}", []).append(
                 [row["seconds"] * 1000 / n, row["fid_lenet"]])
     result = judge.summary() | {
         "data": about, "parameters": sum(p.numel() for p in net.parameters()),
         "arms": arms, "curves": curves,
-        "pictures": draw_arms(cfg, run, pictures, starts, sources) + [draw_film(run, films)]}
+        "pictures": draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]}
     finish(run, result)
-    print_table(arms, result.get("floor"))
+    print_table(cfg, arms, result.get("floor"))
+
+
+def arms_of(cfg):
+    """The arms of a run, the noise start first; a DIP of each --dip-source, and every control."""
+    if cfg.mode == "ddpm":
+        return ["ddpm"]
+    chosen = [f"dip-{source}" for source in cfg.dip_source]
+    return ["ddpm"] + [arm for arm in PRIORS if arm in chosen or not arm.startswith("dip-")]
+
+
+def setting_of(row, cfg):
+    """'gauss t_start 600 eta 0': the arm, and what else tells its rows apart in this run."""
+    several = {"t_start": steps_of_prior(cfg) if row["name"] != "ddpm" else (), "eta": cfg.eta,
+               "order": cfg.order, "grid": cfg.grid}
+    return " ".join([row["name"]] + [f"{key} {show(row[key])}" for key, values in several.items()
+                                     if len(values) > 1])
 
 
 class Judge:
-    """Measures sets of n samples against the test split in the features of a LeNet that is trained
-    on the whole training split, where there are labels for it. Its time goes to seconds["eval"]."""
+    """Measures sets of n samples: against the test split in the features of a LeNet that is trained
+    on the whole training split, where there are labels for it; and for copying, by the distance
+    of each sample to the nearest training image (L2 over pixels in [0, 1]: mean and 5th
+    percentile) and to its own source image. Its time goes to seconds["eval"]."""
 
-    def __init__(self, cfg, run, train, test, n):
+    def __init__(self, cfg, run, train, x_0, test, n):
         began = time.time()
-        self.run, self.lenet, self.n = run, None, n
+        self.run, self.lenet, self.n, self.x_0 = run, None, n, x_0
+        held_out = measure.subset(len(test.pixels), n)
+        self.real = self.copying(test.pixels[held_out].to(run.device))
         if train.labels is not None and min(n, len(test.pixels)) > 3:  # three neighbours and itself
             root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
             self.lenet = measure.feature_network(
@@ -868,28 +1080,43 @@ class Judge:
                 device=run.device, test=(test.pixels, test.labels))
             self.features = measure.features(self.lenet, test.pixels)
             # as many real images as generated ones, as recall asks for
-            self.manifold = self.features[measure.subset(len(test.pixels), n).to(run.device)]
+            self.manifold = self.features[held_out.to(run.device)]
             self.floor = measure.floor(self.lenet, train.pixels, test.pixels, n)
         run.seconds["eval"] += time.time() - began
 
-    def __call__(self, x):
+    def copying(self, x):
+        """Distances to the nearest training image, as a flat dictionary."""
+        d = measure.nearest(x, self.x_0)
+        return {"nearest": round(d.mean().item(), 3),
+                "nearest_5": round(d.quantile(0.05).item(), 3)}
+
+    def __call__(self, x, sources=None):
         """x [n, C, H, W] in [-1, 1] -> the set's measures, a flat dictionary."""
-        if self.lenet is None:
-            return {}
         began = time.time()
-        f, g = measure.features(self.lenet, (x + 1) / 2), self.features
-        kid, kid_std = measure.kid(f, g)
-        precision, recall = measure.precision_recall(f, self.manifold)
-        row = {"fid_lenet": round(measure.frechet_distance(f, g), 3), "kid": round(kid, 5),
-               "kid_std": round(kid_std, 5), "precision": round(precision, 4),
-               "recall": round(recall, 4)}
+        x = (x + 1) / 2
+        row = {}
+        if self.lenet is not None:
+            f, g = measure.features(self.lenet, x), self.features
+            kid, kid_std = measure.kid(f, g)
+            precision, recall = measure.precision_recall(f, self.manifold)
+            row = {"fid_lenet": round(measure.frechet_distance(f, g), 3), "kid": round(kid, 5),
+                   "kid_std": round(kid_std, 5), "precision": round(precision, 4),
+                   "recall": round(recall, 4)}
+        row |= self.copying(x)
+        if sources is not None:
+            own = (x - sources.float() / 255).flatten(1).norm(dim=1)
+            row["own_source"] = round(own.mean().item(), 3)
         self.run.seconds["eval"] += time.time() - began
         return row
 
     def summary(self):
+        notes = [f"{self.n} real test images lie {self.real['nearest']:g} from their nearest "
+                 f"training image (mean; 5th percentile {self.real['nearest_5']:g})"]
         if self.lenet is None:
-            return {"notes": ["no labels, or too few images: no LeNet features, no fid_lenet"]}
+            notes.append("no labels, or too few images: no LeNet features, no fid_lenet")
+            return {"notes": notes, "real": self.real}
         return {"floor": {"fid_lenet": round(self.floor, 3), "samples": self.n},
+                "notes": notes, "real": self.real,
                 "features": {"name": self.lenet.name, "accuracy": self.lenet.accuracy,
                              "checksum": self.lenet.checksum, "dimension": self.lenet.dimension}}
 
@@ -951,24 +1178,24 @@ def run_sample(cfg, run):
     numbers = torch.arange(n, device=run.device)
     x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
     arms, pictures, films = [], [], {}
-    for eta in cfg.eta:
-        for nfe in cfg.nfe:
-            film = [] if (nfe, eta) == (film_nfe(cfg), cfg.eta[0]) else None
-            began = time.time()
-            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast,
-                       cfg.order, film)
-            synchronize(run.device)
-            took = time.time() - began
-            run.seconds["sample"] += took
-            films |= {"ddpm": film} if film else {}
-            file = f"samples-nfe{nfe}-eta{eta:g}.png"
-            picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=zoom(x))
-            measure.save_png(picture, run.folder / file)
-            pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
-                                                      f"eta = {eta:g}"})
-            arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "eta": eta,
-                         "order": cfg.order, "t_start": cfg.timesteps, "seconds": round(took, 3)})
-            say(describe(arms[-1]) + f"   {run.folder / file}")
+    for nfe, (eta, order, grid) in itertools.product(cfg.nfe, samplers(cfg)):
+        film = [] if (nfe, eta, order, grid) == (film_nfe(cfg), *samplers(cfg)[0]) else None
+        began = time.time()
+        x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast, order, grid,
+                   film)
+        synchronize(run.device)
+        took = time.time() - began
+        run.seconds["sample"] += took
+        films |= {"ddpm": film} if film else {}
+        row = {"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "t_start": cfg.timesteps, "eta": eta,
+               "order": order, "grid": grid, "seconds": round(took, 3)}
+        arms.append(row)
+        file = "-".join(["samples", f"nfe{nfe}", *setting_of(row, cfg).split()[1:]]) + ".png"
+        picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=zoom(x))
+        measure.save_png(picture, run.folder / file)
+        pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
+                         f"eta = {eta:g}, order {order}, {grid} grid"})
+        say(describe(row) + f"   {run.folder / file}")
     pictures.append(draw_film(run, films))
     finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
                       "parameters": sum(p.numel() for p in net.parameters())})
@@ -992,23 +1219,25 @@ def measures(image, truth):
 
 def describe(row):
     """One row of results as one line of text."""
-    keys = ("nfe", "eta", "fid_lenet", "kid", "precision", "recall", "psnr", "ssim", "psnr_oracle",
-            "seconds")
-    return f"{row['name']:<12}" + "  ".join(f"{k} {row[k]:g}" for k in keys if k in row)
+    keys = ("nfe", "t_start", "eta", "order", "grid", "fid_lenet", "precision", "recall", "nearest",
+            "psnr", "ssim", "psnr_oracle", "seconds")
+    return f"{row['name']:<12}" + "  ".join(f"{k} {show(row[k])}" for k in keys if k in row)
 
 
-def print_table(arms, floor):
+def print_table(cfg, arms, floor):
     """fid_lenet of every arm (rows) at every number of evaluations (columns), seconds beside."""
-    rows = [r for r in arms if "fid_lenet" in r]
-    if not rows:
+    table = {}
+    for row in arms:
+        if "fid_lenet" in row:
+            table.setdefault(setting_of(row, cfg), {})[row["nfe"]] = (
+                f"{row['fid_lenet']:.1f} ({row['seconds']:.1f} s)")
+    if not table:
         return
-    nfes = sorted({r["nfe"] for r in rows})
+    width = 2 + max(11, *map(len, table))
     say(f"\nfid_lenet (seconds, the prior's included); floor {floor['fid_lenet']:g}")
-    say(f"{'evaluations':<16}" + "".join(f"{n:>18}" for n in nfes))
-    for arm, eta in dict.fromkeys((r["name"], r["eta"]) for r in rows):
-        cells = {r["nfe"]: f"{r['fid_lenet']:.1f} ({r['seconds']:.1f} s)" for r in rows
-                 if (r["name"], r["eta"]) == (arm, eta)}
-        say(f"{arm + f' eta={eta:g}':<16}" + "".join(f"{cells[n]:>18}" for n in nfes))
+    say(f"{'evaluations':<{width}}" + "".join(f"{nfe:>16}" for nfe in cfg.nfe))
+    for setting, cells in table.items():
+        say(f"{setting:<{width}}" + "".join(f"{cells[nfe]:>16}" for nfe in cfg.nfe))
 
 
 def loss_curves(rows):
@@ -1033,20 +1262,21 @@ def draw(run, file, caption, rows):
     return {"file": file, "caption": caption, "rows": list(rows)}
 
 
-def draw_arms(cfg, run, pictures, starts, sources):
-    """A picture for each number of evaluations, a row for each arm, and one of the priors."""
+def draw_arms(cfg, run, pictures, priors, sources):
+    """A picture for each number of evaluations, a row for each arm, by the first sampler and from
+    the first t_start; and one of the priors."""
+    eta, order, grid = samplers(cfg)[0]
     listed = []
-    for eta in cfg.eta:
-        for nfe in cfg.nfe:
-            rows = {arm: (x + 1) / 2 for (arm, n, e), x in pictures.items() if (n, e) == (nfe, eta)}
-            listed.append(draw(run, f"samples-nfe{nfe}-eta{eta:g}.png",
-                               f"{nfe} network evaluations, eta = {eta:g}", rows))
-    if starts:
-        n = min(16, *map(len, starts.values()))
+    for nfe in cfg.nfe:
+        rows = {arm: (x + 1) / 2 for (arm, n), x in pictures.items() if n == nfe}
+        listed.append(draw(run, f"samples-nfe{nfe}.png", f"{nfe} network evaluations, eta = "
+                           f"{eta:g}, order {order}, {grid} grid", rows))
+    if priors:
+        n = min(16, *map(len, priors.values()))
         rows = {"source": sources[:n].float() / 255}
-        rows |= {arm: (x[:n] + 1) / 2 for arm, x in starts.items()}
-        listed.append(draw(run, "priors.png", "what the arms start from, before noise; source: "
-                           "the training images that dip-images and blur are made of", rows))
+        rows |= {arm: (x[:n] + 1) / 2 for arm, x in priors.items()}
+        listed.append(draw(run, "priors.png", "what the arms start from, before noise; source: the "
+                           f"training images that {' and '.join(HAS_SOURCE)} are made of", rows))
     return listed
 
 

@@ -746,11 +746,14 @@ def chart(name, series, style, bound=None, marks=None):
             f'{f"<small>{band}</small>" if band else ""}</figure>')
 
 
+SETTING = ("t_start", "eta", "order", "grid")  # with its name and evaluations, an arm's row
+
+
 def _groups(arms):
-    """Rows that differ only in their seed, together: {(name, nfe, t_start, eta): [row, ...]}."""
+    """Rows that differ only in their seed, together: {(name, nfe, *SETTING): [row, ...]}."""
     groups = {}
     for arm in arms:
-        key = (str(arm.get("name", "–")), *map(arm.get, ("nfe", "t_start", "eta")))
+        key = (str(arm.get("name", "–")), *map(arm.get, ("nfe", *SETTING)))
         groups.setdefault(key, []).append(arm)
     return groups
 
@@ -819,7 +822,8 @@ def _pivot(arms, style):
     """Arms × evaluations with fid_lenet and seconds in a cell; without those arms × measures."""
     by_nfe = _values(arms, "nfe") and _values(arms, "fid_lenet")
     rows, heads = {}, {}
-    for (name, nfe, t_start, eta), group in _groups(arms).items():
+    told = [i for i, k in enumerate(SETTING) if len({str(arm.get(k)) for arm in arms}) > 1]
+    for (name, nfe, *setting), group in _groups(arms).items():
         if by_nfe:
             seconds = _values(group, "seconds")
             below = f"<small>{duration(statistics.fmean(seconds))}</small>" if seconds else ""
@@ -827,17 +831,16 @@ def _pivot(arms, style):
         else:
             cells = {NAMES.get(k, k): spread(_values(group, k)) if len(group) > 1
                      else show(group[0][k]) + over_images(group[0].get(f"{k}_std"))
-                     for k in group[0] if k not in ("seed", "t_start", "eta", "order")
+                     for k in group[0] if k not in ("seed", *SETTING)
                      and not k.endswith("_std") and _values(group, k)}
-        rows.setdefault((name, t_start, eta), {}).update(cells)
+        rows.setdefault((name, *setting), {}).update(cells)
         heads.update(dict.fromkeys(cells))
     if not heads:
         return ""
     heads = sorted(heads, key=lambda k: (k is None, k)) if by_nfe else list(heads)
     body = []
-    for (name, t_start, eta), cells in rows.items():
-        which = [f"t_start {show(t_start)}"] * (t_start is not None) + [f"η {show(eta)}"] * (
-            eta is not None)
+    for (name, *setting), cells in rows.items():
+        which = [f"{SETTING[i]} {show(setting[i])}" for i in told if setting[i] is not None]
         body.append([f"{swatch(style[name])}{esc(name)} <small>{', '.join(which)}</small>",
                      *(cells.get(k, "–") for k in heads)])
     seeds = len({str(arm.get("seed")) for arm in arms})

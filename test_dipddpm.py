@@ -944,7 +944,11 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --width 20", "--width"),
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
-    ("--mode prior --t-start 40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
+    ("--mode prior --order 3", "--order must be 1 or 2, not 3"),
+    ("--mode prior --order 2 --eta 1", "--order 2 needs --eta 0"),
+    ("--mode prior --grid cubic", "cubic is none of uniform"),
+    ("--mode prior --dip-source code", "code is none of images, codes"),
+    ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
     ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe"),
     ("--mode prior --no-such-flag", "--no-such-flag"),
@@ -1047,7 +1051,7 @@ def test_posterior_at_eta_one_is_ddpm(predict):
 def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
     # With x0_hat = x_0: the signal's share is sqrt(ab_s), the noise's variance 1 - ab_s.
     schedule = dipddpm.cosine_schedule(100)
-    taus = dipddpm.time_grid(90, 7)
+    taus = dipddpm.time_grid(schedule, 90, 7)
     rows = dipddpm.reverse_table(schedule, "x0", taus, eta).double()
     for row, tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
@@ -1062,12 +1066,23 @@ def test_last_step_adds_no_noise(eta):
     assert rows[-1, 2:].tolist() == [1, 0, 0, 0]
 
 
-def test_time_grid_holds_both_ends_and_never_stands_still():
+@pytest.mark.parametrize("grid", ["uniform", "quadratic", "logsnr"])
+def test_time_grid_holds_both_ends_and_never_stands_still(grid):
+    schedule = dipddpm.cosine_schedule(1000)
     for t_start in (1, 2, 7, 600, 1000):
         for nfe in {1, 2, 3, 5, 50, t_start} & set(range(1, t_start + 1)):
-            taus = dipddpm.time_grid(t_start, nfe)
+            taus = dipddpm.time_grid(schedule, t_start, nfe, grid)
             assert (taus[0], taus[-1], len(taus)) == (t_start, 0, nfe + 1)
             assert all(s < t for t, s in zip(taus, taus[1:]))
+
+
+def test_time_grids_are_even_in_what_they_are_named_for():
+    schedule = dipddpm.cosine_schedule(1000)
+    quadratic = np.sqrt(dipddpm.time_grid(schedule, 900, 10, "quadratic"))
+    assert np.diff(quadratic) == pytest.approx(-3, abs=0.1)
+    taus = dipddpm.time_grid(schedule, 900, 10, "logsnr")[:-1]
+    snr = torch.tensor([schedule.at(tau) for tau in taus]).logit()
+    assert taus[-1] == 1 and snr.diff().std() < 0.05 * snr.diff().mean()
 
 
 # ------------------------------------------------------------------ U-Net
@@ -1396,6 +1411,63 @@ def test_dip_fits_and_its_psnr_is_followed():
     assert (curve[-1][1] > curve[0][1] + 3).all() and 0 <= average.min() <= average.max() <= 1
 
 
+# ------------------------------------------------------------------ codes
+
+
+def blobs(n):
+    """Codes [n, 2] of two far groups with unlike shares, means and covariances."""
+    z = kernels.normal((n, 2), 1, 0, 0, 0)
+    first = torch.arange(n) % 4 > 0
+    turn = torch.tensor([[2.0, 1.0], [0.0, 0.5]])
+    return torch.where(first[:, None], z @ turn + 50, z / 3), first
+
+
+def test_new_codes_have_the_mixtures_shares_means_and_covariances(monkeypatch):
+    monkeypatch.setattr(dipddpm, "CELLS", 2)
+    codes, first = blobs(8000)
+    new = dipddpm.draw_codes(dipddpm.fit_mixture(codes, 0), 8000, 5)
+    new_first = new[:, 0] > 25
+    assert new_first.float().mean() == pytest.approx(0.75, abs=0.02)
+    for group, new_group in ((codes[first], new[new_first]), (codes[~first], new[~new_first])):
+        torch.testing.assert_close(new_group.mean(0), group.mean(0), atol=0.1, rtol=0)
+        torch.testing.assert_close(new_group.T.cov(), group.T.cov(), atol=0.25, rtol=0.1)
+
+
+def test_a_new_code_does_not_depend_on_how_many_are_drawn():
+    mixture = dipddpm.fit_mixture(blobs(400)[0], 0)
+    many = dipddpm.draw_codes(mixture, 50, 5)
+    torch.testing.assert_close(dipddpm.draw_codes(mixture, 7, 5), many[:7])
+    assert not torch.equal(dipddpm.draw_codes(mixture, 7, 6), many[:7])
+
+
+def test_principal_components_are_white_and_hold_what_lies_in_their_span():
+    z = kernels.normal((300, 3), 1, 0, 0, 0) * torch.tensor([40.0, 20.0, 10.0])
+    axes = torch.linalg.qr(kernels.normal((16, 3), 2, 0, 0, 0)).Q.T
+    x = (128 + z @ axes).round().clamp(0, 255).byte().view(-1, 1, 4, 4)
+    scores, mean, axes = dipddpm.principal_components(x, 3)
+    torch.testing.assert_close(scores.T @ scores / 300, torch.eye(3), atol=1e-4, rtol=0)
+    assert (mean + scores @ axes - x.flatten(1) / 255).abs().max() < 3 / 255  # rounding is left
+
+
+def test_codes_are_learned_with_their_decoder_and_give_new_images(tmp_path):
+    cfg, x = config(dip_width=8, dip_iters=300, batch=16), tiny_images(256)
+    run = bare_run(tmp_path)
+    decoder, codes = dipddpm.fit_codes(cfg, x, run)
+    again, _ = dipddpm.fit_codes(cfg, x, run)
+    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters()))
+    error = (decoder(codes) - x / 255).square().mean()
+    assert error < 0.1 * (x / 255).var()
+    new = dipddpm.prior_dip_codes(cfg, x, x[:40], run)
+    assert new.shape == (40, 1, 8, 8) and new.abs().max() <= 1 and new.std(0).max() > 0.1
+
+
+def test_pca_prior_has_the_datas_mean():
+    x = tiny_images(256)
+    new = dipddpm.prior_pca(config(), x, x.expand(-1, -1, -1, -1)[:200], None)
+    assert new.shape == (200, 1, 8, 8)
+    assert (new.mean(0) - (x / 127.5 - 1).mean(0)).abs().max() < 0.3
+
+
 # ------------------------------------------------------------------ method 1
 
 
@@ -1451,8 +1523,10 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
     assert set(result["seconds"]) == {"dip", "train", "sample", "eval", "total"}
     assert set(result["data"]) == {"name", "train", "test", "sha256"}
     rows = {(r["name"], r["nfe"], r["eta"]): r for r in result["arms"]}
-    assert set(rows) == {(a, n, e) for a in ("ddpm", "dip-images", "gauss", "blur")
-                         for n in (2, 4) for e in (0, 1)}
+    assert set(rows) == {(a, n, e) for a in ("ddpm", *dipddpm.PRIORS) for n in (2, 4)
+                         for e in (0, 1)}
+    assert {r["name"] for r in rows.values() if "own_source" in r} == {"dip-images", "blur"}
+    assert all(r["nearest"] > r["nearest_5"] >= 0 for r in rows.values()) and result["real"]
     assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
                for r in rows.values())
     assert {r["t_start"] for r in rows.values()} == {40, 24}
@@ -1466,7 +1540,7 @@ def test_sampling_from_a_run_needs_no_data(whole_run, tmp_path, monkeypatch, cap
     status, _, err = run_main(["--mode", "sample", "--resume", whole_run, "--samples", 5, "--nfe",
                                3, "--out", tmp_path / "s"], capsys)
     assert status == 0, err
-    assert (tmp_path / "s" / "samples-nfe3-eta0.png").exists()
+    assert (tmp_path / "s" / "samples-nfe3-eta-0.png").exists()
 
 
 def test_resuming_with_other_training_flags_or_data_is_refused_in_one_line(
