@@ -995,7 +995,7 @@ def run_prior(cfg, run):
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = x_0[measure.subset(N, n).to(run.device)]
-    arms, curves, pictures, priors, films = [], loss_curves(rows), {}, {}, {}
+    arms, curves, pictures, priors, films, begun = [], loss_curves(rows), {}, {}, {}, {}
     for arm in arms_of(cfg):
         began = time.time()
         if arm == "ddpm":
@@ -1027,6 +1027,7 @@ def run_prior(cfg, run):
                 arms.append(row)
                 if shown:
                     pictures[arm, nfe] = x[:16].cpu()
+                    begun[arm] = (x_init, t_start, prior_seconds)
                 if film:
                     films[arm] = film
                 say(describe(row))
@@ -1038,12 +1039,58 @@ def run_prior(cfg, run):
             curves.setdefault(f"quality/{series}", []).append([row["nfe"], row["fid_lenet"]])
             curves.setdefault(f"seconds/{series}", []).append(
                 [row["seconds"] * 1000 / n, row["fid_lenet"]])
+    for name, network in nets.items():
+        curves |= convergence(cfg, run, name, network, begun, numbers, judge, test)
     result = judge.summary() | {
         "data": about, "parameters": sum(p.numel() for p in net.parameters()),
         "arms": arms, "curves": curves,
         "pictures": draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]}
     finish(run, result)
     print_table(cfg, arms, result.get("floor"))
+
+
+def convergence(cfg, run, name, net, begun, numbers, judge, test):
+    """Curves over a training's snapshots: fid_lenet of each arm that samples with this network
+    against training seconds plus the DIP's, and the loss on held-out images against steps, each at
+    a fixed t. The arms begin where they began, {arm: (x_init, t_start, seconds)}."""
+    curves, net = {}, copy.deepcopy(net)
+    mine = [arm for arm in begun if (arm == "ddpm") == (name == "full") or cfg.train == "full"]
+    for file in sorted((run.folder / "snapshots").glob(f"{name}-*.pt")):
+        saved = torch.load(file, map_location=run.device, weights_only=True)
+        load_weights(net, saved["ema"], file)
+        for label, loss in held_out_losses(cfg, net, test.pixels, run).items():
+            curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
+        for arm in mine:
+            x_init, t_start, prior_seconds = begun[arm]
+            x = sample(cfg, net, x_init, t_start, film_nfe(cfg), *samplers(cfg)[0][:1], numbers,
+                       run.autocast, *samplers(cfg)[0][1:])
+            quality = judge(x).get("fid_lenet")
+            curves.setdefault(f"training/{arm}", []).append(
+                [saved["seconds"] + (prior_seconds if arm.startswith("dip") else 0.0), quality])
+            say(f"{arm:<12}step {saved['step']}  fid_lenet {quality}")
+            if run.stop:
+                raise KeyboardInterrupt
+    return curves
+
+
+@torch.no_grad()
+def held_out_losses(cfg, net, pixels, run, n=1000):
+    """Mean of (out - target)^2, not weighted, on n test images at five t: {"t = 0.1 T": loss}."""
+    coef = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict)
+    coef[:, 4] = 1
+    coef, x_0 = coef.to(run.device), pixels[:n].to(run.device)
+    numbers, losses = torch.arange(len(x_0), device=run.device), {}
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        loss = 0.0
+        for index in numbers.split(SAMPLE_BATCH):
+            t = torch.full_like(index, round(share * cfg.timesteps) - 1)
+            x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, index, 0, kernels.HELD_OUT)
+            with run.autocast():
+                out = net(x_t, t)
+            loss += kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, index, 0,
+                                       kernels.HELD_OUT).sum().item()
+        losses[f"t = {share:g} T"] = loss / len(x_0)
+    return losses
 
 
 def arms_of(cfg):

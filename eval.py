@@ -511,6 +511,7 @@ CHARTS = {  # the part of a curve's name before "/" -> how it is drawn; others a
                     QUALITY, True, True, True),
     "training": Axes("Quality against training time", "training seconds, the prior's included",
                      QUALITY, True, True, True),
+    "held-out": Axes("Loss on held-out images", "training step", "squared error", False, True),
     "loss": Axes("Training loss", "training step", "weighted loss", False, True),
     "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
 }

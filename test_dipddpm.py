@@ -1501,7 +1501,7 @@ def test_start_from_prior_has_the_marginal_at_t_start():
 
 
 FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 40 --samples 8 "
-        "--dip-iters 3 --dip-width 4 --nfe 2,4 --eta 0,1 --train truncated")
+        "--dip-iters 3 --dip-width 4 --nfe 2,4 --eta 0,1 --train truncated --snapshots 2")
 
 
 @pytest.fixture(scope="module")
@@ -1526,6 +1526,10 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
     assert set(rows) == {(a, n, e) for a in ("ddpm", *dipddpm.PRIORS) for n in (2, 4)
                          for e in (0, 1)}
     assert {r["name"] for r in rows.values() if "own_source" in r} == {"dip-images", "blur"}
+    for arm in ("ddpm", *dipddpm.PRIORS):
+        (early, _), (late, _) = result["curves"][f"training/{arm}"]
+        assert 0 < early < late
+    assert result["curves"]["held-out/truncated t = 0.5 T"][1][0] == 8  # the last step
     assert all(r["nearest"] > r["nearest_5"] >= 0 for r in rows.values()) and result["real"]
     assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
                for r in rows.values())

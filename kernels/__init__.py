@@ -7,6 +7,7 @@ from .rng import (
     DATA_ORDER,
     DIP_CODE,
     DIP_JITTER,
+    HELD_OUT,
     INIT_NOISE,
     STEP_NOISE,
     TRAIN_NOISE,
@@ -17,7 +18,7 @@ from .rng import (
 )
 
 __all__ = [
-    "CORRUPTION", "DATA_ORDER", "DIP_CODE", "DIP_JITTER", "INIT_NOISE", "STEP_NOISE",
+    "CORRUPTION", "DATA_ORDER", "DIP_CODE", "DIP_JITTER", "HELD_OUT", "INIT_NOISE", "STEP_NOISE",
     "TRAIN_NOISE", "TRAIN_TIME", "WEIGHTS",
     "noise_loss", "normal", "posterior_step", "q_sample", "uniform",
 ]

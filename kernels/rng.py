@@ -25,7 +25,7 @@ except ImportError:  # macOS and Windows: the references serve everything, the k
 
 
 (TRAIN_NOISE, TRAIN_TIME, INIT_NOISE, STEP_NOISE, DIP_CODE, DIP_JITTER, DATA_ORDER, CORRUPTION,
- WEIGHTS) = range(9)
+ WEIGHTS, HELD_OUT) = range(10)
 
 WORD = 0xFFFFFFFF
 BLOCK, WARPS = 256, 2  # quads and warps to a program: a lane's four quads share its work on the key
