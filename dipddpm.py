@@ -15,7 +15,8 @@ Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs 
             network at t = tau - 1; tau = 0 is the clean image, where alpha_bar is 1.
 Ranges      images are in [-1, 1] inside the diffusion, in [0, 1] inside DIP and every metric.
 Contents    Config and command line - schedule and tables - U-Net - DIP network - DDPM training -
-            sampling - DIP fitting - codes - method 1: priors - runs and main
+            sampling - DIP fitting - network, codes - method 1: priors, restoration, curves - runs
+            and main
 """
 
 import argparse
@@ -31,6 +32,7 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -70,22 +72,16 @@ def float_list(text):
     return tuple(float(part) for part in str(text).split(","))
 
 
-def dip_sources(text):
-    """'images,codes' -> ('images', 'codes'); ValueError names what is unknown."""
-    return known_names(text, ("images", "codes"))
-
-
-def grids(text):
-    """'uniform,logsnr' -> ('uniform', 'logsnr'); ValueError names what is unknown."""
-    return known_names(text, ("uniform", "quadratic", "logsnr"))
-
-
-def known_names(text, known):
-    names = tuple(str(text).split(","))
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
-    return names
+def names(*known):
+    """A reader of lists of names: names("a", "b")("b,a") -> ("b", "a"); an error tells what is
+    unknown."""
+    def read(text):
+        found = tuple(str(text).split(","))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
+        return found
+    return read
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,9 @@ class Config:
     device: str = flag(None, "cpu, cuda, cuda:1, ...; automatic when absent", "run")
     precision: str = flag("auto", "networks' arithmetic; auto is bf16 where the hardware has "
                           "matrix units for it", "run", ("auto", "fp32", "bf16"))
-    out: str = flag(None, "folder for results (default: a new one in runs/)", "run")
-    resume: str = flag(None, "folder of a run to continue, or to sample from", "run")
+    out: str = flag(None, "folder for results (default: a new one in runs/, or --resume's)", "run")
+    resume: str = flag(None, "folder of a run to continue; with --out, its networks are taken and "
+                       "it stays as it is", "run")
     sweep: str = flag(None, "NAME=V1,V2,...: one run for each value of a flag", "run")
 
     epochs: int = flag(30, "passes over the training data", "training", low=1)
@@ -112,21 +109,29 @@ class Config:
     schedule: str = flag("cosine", "noise schedule", "training", ("linear", "cosine"))
     predict: str = flag("v", "what the network predicts", "training", ("eps", "v", "x0"))
     width: int = flag(32, "channels of the U-Net's upper level", "training", low=8)
-    train: str = flag("full", "full: one network for all t; truncated: a second network that "
-                      "learns t < t_start only, for the arms with a prior", "training",
-                      ("full", "truncated"))
+    train: tuple = flag(("full",), "networks of the arms with a prior, a list. full: that of the "
+                        "noise start; truncated: one that learns t < t_start only; smoothed: one "
+                        "that learns DIP outputs instead of images", "training",
+                        type=names("full", "truncated", "smoothed"))
     snapshots: int = flag(0, "averaged weights kept so many times during training, for curves of "
                           "convergence", "training", low=0)
 
-    dip_source: tuple = flag(("images", "codes"), "images: one DIP for each image; codes: one "
-                             "decoder for all, new images from new codes; a list", "prior",
-                             type=dip_sources)
-    dip_arch: str = flag("skip", "DIP's network", "prior", ("skip",))
-    dip_width: int = flag(None, "DIP's channels (16 up to 64 pixels, else 128)", "prior", low=1)
+    dip_source: tuple = flag(("images", "codes"), "images: one DIP for each image; network: one, "
+                             "from image to image, for all; codes: one decoder for all, new images "
+                             "from new codes; a list", "prior",
+                             type=names("images", "network", "codes"))
+    dip_arch: str = flag("autoencoder", "the network of --dip-source network", "prior",
+                         ("conv2", "autoencoder", "resnet18"))
+    dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
+                          " codes: 32)", "prior", low=1)
     dip_iters: int = flag(None, "iterations of a DIP fit", "prior", low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit", "prior", low=0)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
 
+    task: tuple = flag(("generate",), "generate new images, or restore test images, a list: "
+                       "denoise, inpaint (half of the pixels), inpaint-box (a centre box), sr (two "
+                       "times), sr-4", "sampling",
+                       type=names("generate", "denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
     t_start: tuple = flag(None, "steps of noise on a prior (default 0.6 T); a list", "sampling",
                           low=1, type=int_list)
     nfe: tuple = flag((3, 5, 10, 20, 50), "network evaluations, a list", "sampling", low=1,
@@ -136,16 +141,17 @@ class Config:
     order: tuple = flag((1,), "order of the sampler: 2 is DPM-Solver++(2M), for eta 0; a list",
                         "sampling", low=1, type=int_list)
     grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
-                       "a list", "sampling", type=grids)
-    samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16)", "sampling",
-                        low=1)
-    sigma: float = flag(0.1, "noise that --mode dip adds to its images, which are in [0, 1]",
-                        "sampling", low=0)
+                       "a list", "sampling", type=names("uniform", "quadratic", "logsnr"))
+    samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16; a restoration: "
+                        "256)", "sampling", low=1)
+    sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and by tasks "
+                        "(0.1; inpaint and sr: 0)", "sampling", low=0)
 
 
+SMOOTHERS = {"images", "network"}  # DIP sources that turn a training image into a DIP's output
 # What a network's meaning depends on, and what its training does: resuming may not change these.
 NETWORK_FIELDS = ("timesteps", "schedule", "predict", "width")
-TRAINING_FIELDS = NETWORK_FIELDS + ("data", "seed", "epochs", "limit", "batch", "lr", "train")
+TRAINING_FIELDS = NETWORK_FIELDS + ("data", "seed", "epochs", "limit", "batch", "lr")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -188,15 +194,13 @@ def read_config(argv):
         folder = run_folder(given["resume"]) if "resume" in given else newest_run()
         saved = read_saved_flags(folder / "config.json")
         sampling = given.get("mode", saved["mode"]) == "sample"
-        fixed = NETWORK_FIELDS if sampling else TRAINING_FIELDS
-        if saved["train"] == "truncated" and not sampling:
-            fixed += ("t_start",)
-        for name in fixed:
+        for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
             if name in given and given[name] != saved[name]:
                 raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
                                  f"and cannot become {given[name]}")
-        if sampling:  # a new run, in a folder of its own
-            saved |= {"out": None, "samples": None}
+        saved["out"] = None
+        if sampling:
+            saved["samples"] = None
         given = saved | given | {"resume": str(folder)}
     if "mode" not in given:
         raise ValueError("--mode is required: dip, ddpm, prior or sample")
@@ -239,6 +243,9 @@ def check(cfg):
         raise ValueError("--order 2 needs --eta 0: it is for the sampler without noise")
     if cfg.timesteps > 100_000:
         raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
+    if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
+        raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
+                         "DIP makes of the training images")
     starts = steps_of_prior(cfg)
     if max(starts) > cfg.timesteps:
         raise ValueError(f"--t-start {max(starts)} is beyond T = --timesteps {cfg.timesteps}")
@@ -476,7 +483,7 @@ def draw_weights(net, seed, network):
     for number, layer in enumerate(net.modules()):
         if isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
             layer.reset_parameters()
-        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             r = 0.0 if hasattr(layer, "starts_at_zero") else layer.weight[0].numel() ** -0.5
             n = layer.weight.numel()
             u = kernels.uniform((1, n + len(layer.bias)), seed, network, number, kernels.WEIGHTS,
@@ -608,10 +615,22 @@ def denoising_loss(cfg, net, x_0, index, position, B, t_max, coef, step, autocas
     return kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, position, step)
 
 
+def batches(cfg, N, device):
+    """Indices int64 [B] of the images of one training step after the other, for ever."""
+    B = min(cfg.batch, N)
+    for epoch in itertools.count():
+        order = epoch_order(cfg, N, epoch, device)
+        yield from order[:N // B * B].split(B)
+
+
+def half_cosine(step, steps):
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def learning_rate(cfg, step, steps):
     """Linear warm-up over the first 3 % of the steps, then half a cosine down to zero."""
     warmup = max(1, round(0.03 * steps))
-    return cfg.lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return cfg.lr * min(1.0, (step + 1) / warmup) * half_cosine(step, steps)
 
 
 def train_ddpm(cfg, x_0, t_max, run, name):
@@ -629,7 +648,7 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
-    done, seconds, rows = restore(run.state.get(name), net, ema, optimizer)
+    done, seconds, rows = continue_from(run.state.get(name), net, ema, optimizer, t_max)
     lr = rates[0].clone()  # a tensor, so that a graph can set it
     optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
     position = torch.arange(B, device=run.device)  # of an image in the batch
@@ -675,7 +694,7 @@ def train_ddpm(cfg, x_0, t_max, run, name):
             progress(done, f"loss {mean:.4f}")
         if run.stop or done == steps or (loss_count == 0
                                          and time.time() - saved_at > CHECKPOINT_SECONDS):
-            run.state[name] = {"step": done, "seconds": clock(), "rows": rows,
+            run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
                                "net": net.state_dict(), "ema": ema.state_dict(),
                                "optimizer": optimizer.state_dict()}
             save_checkpoint(run)
@@ -699,24 +718,67 @@ def update_average(ema, net, n, decay=0.999):
 # ------------------------------------------------------------------ sampling
 
 
+class Measurement(NamedTuple):
+    """What a restoration knows: y = A x + sigma eps of images x [n, C, H, W] in [0, 1], with
+    `mask` [n, 1, H, W] (ones where A has none) and A's task."""
+
+    task: str
+    y: torch.Tensor
+    mask: torch.Tensor
+    sigma: float
+
+    def part(self, rows):
+        return self._replace(y=self.y[rows], mask=self.mask[rows])
+
+    def A(self, x):
+        return TASKS[self.task][0](x, self.mask)
+
+    def back(self, y):
+        """A's pseudo-inverse: A(back(y)) = y for every y that A can give."""
+        return TASKS[self.task][1](y, self.mask)
+
+    def consistent(self, x0_hat, noise):
+        """x0_hat in [-1, 1] with its range part replaced, x + lambda A+ (y - A x) (Wang et al.
+        2023, DDNM, eq. 13); lambda is 1 where y is exact, else as large as leaves the step no
+        noisier than `noise`, that of x_s / sqrt(ab_s) (their eq. 19 has the random part)."""
+        x = (x0_hat + 1) / 2
+        weight = (noise / (2 * self.sigma)).clamp(max=1) if self.sigma else 1.0
+        return (x + weight * self.back(self.y - self.A(x))) * 2 - 1
+
+
+def pooling(k):
+    """Super-resolution's A and pseudo-inverse: means of k x k blocks, and each mean k x k times."""
+    return (lambda x, mask: F.avg_pool2d(x, k),
+            lambda y, mask: y.repeat_interleave(k, -1).repeat_interleave(k, -2))
+
+
+MASKING = (lambda x, mask: x * mask,) * 2
+TASKS = {"denoise": (lambda x, mask: x,) * 2, "inpaint": MASKING, "inpaint-box": MASKING,
+         "sr": pooling(2), "sr-4": pooling(4)}
+
+
 @torch.no_grad()
 def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1, grid="uniform",
-           film=None):
+           film=None, measured=None):
     """The reverse process from x_init (after t_start steps of noise) to x_0 in nfe network
     evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start;
     Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
     x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
     image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]; a list `film` receives
-    every x_t [1, C, H, W] of the first image."""
+    every x_t [1, C, H, W] of the first image. With a Measurement every x0_hat is made consistent
+    with it, which restores instead of generating."""
     schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
     taus = time_grid(schedule, t_start, nfe, grid)
     coef = reverse_table(schedule, cfg.predict, taus, eta)
     device = x_init.device
     size = SAMPLE_BATCH_CUDA if device.type == "cuda" else SAMPLE_BATCH
     coef, times = coef.to(device), torch.tensor(taus[:-1], device=device) - 1
+    noise = torch.tensor([math.sqrt(1 / schedule.at(tau) - 1) for tau in taus[1:]], device=device)
     done = []
-    for x_t, numbers in zip(x_init.split(size), sample_numbers.split(size)):
-        x_t = x_t.clone()
+    for rows in torch.arange(len(x_init)).split(size):
+        x_t, numbers = x_init[rows].clone(), sample_numbers[rows]
+        known = measured and measured.part(rows)
+        everywhere = torch.ones_like(x_t, dtype=torch.bool) if known else None
         x0_prev = torch.zeros_like(x_t) if order == 2 else None
         step = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -724,8 +786,13 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
             t = times.index_select(0, step).expand(len(x_t))
             with autocast():
                 out = net(x_t, t)
+            value = None
+            if known:
+                a, b = coef.index_select(0, step)[0, :2]
+                value = known.consistent((a * x_t + b * out.float()).clamp(-1, 1),
+                                         noise.index_select(0, step))
             kernels.posterior_step(x_t, out, coef, step[0], cfg.seed, numbers, inplace=True,
-                                   x0_prev=x0_prev)
+                                   mask=everywhere, value=value, x0_prev=x0_prev)
             step.add_(1)
 
         advance = Graphed(reverse_step, device)
@@ -742,37 +809,162 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
 # ------------------------------------------------------------------ DIP fitting
 
 
-def fit_dips(cfg, y, members, iters, progress, truth=None):
-    """Fit one DIP to each image: minimise |f_theta(z + jitter) - y|^2 over theta from random
+def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None):
+    """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
     theta, z ~ U(0, 0.1) fixed, Adam, jitter N(0, (1/30)^2) fresh at every iteration (Ulyanov et al.
-    2018, eq. 2 and supplementary). y [K, C, H, W] in [0, 1], not clipped; members int64 [K] number
-    the images, and with the seed decide theta. z and jitter are shared: the fits never meet, so
-    they need not differ. The loss is the sum of the images' means, so each gets the gradient that
-    it would get alone. Returns the exponential average of the outputs [K, C, H, W], and with a
-    truth [(iteration, PSNR in dB of each image's average [K])]."""
-    K, C, H, W = y.shape
+    2018, eq. 2 and supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a
+    Measurement of K images; members int64 [K] number the images, and with the seed decide theta. z
+    and jitter are shared: the fits never meet, so they need not differ. The loss is the sum of the
+    images' means, so each gets the gradient that it would get alone. Returns the exponential
+    average of the outputs [K, C, H, W] and, with a truth, [(iteration, PSNR in dB of each image's
+    average [K])].
+
+    From a Measurement one value in ten is held out of the fit, and each image's result is the one
+    of its averages, every 10 iterations, that is nearest to those: a stop that needs no truth."""
+    A, (K, C), (H, W) = (lambda x: x), y.shape[:2], y.shape[2:]
+    if measured is not None:
+        A, (H, W) = measured.A, measured.mask.shape[2:]
+    size = (K, C, H, W)
+    given = A(torch.ones(size, dtype=y.dtype, device=y.device))
+    held = torch.zeros_like(given)
+    if measured is not None:
+        u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
+        held = given * (u < 0.1)
+    seen = given - held
+    share = seen / seen.sum(dim=(1, 2, 3), keepdim=True)
     width = cfg.dip_width or (16 if max(H, W) <= 64 else 128)
     Cz = min(width, 32)
     net = SkipDIP(members, C, H, W, width, Cz, cfg.seed).to(y.dtype)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True)
     z = 0.1 * kernels.uniform((1, Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, y.device)
-    average, curve = torch.zeros_like(y), []
+    average, curve = torch.zeros(size, dtype=y.dtype, device=y.device), []
+    best, best_risk = average.clone(), torch.full_like(share[:, :1, :1, :1], math.inf)
     for i in range(iters):
         jitter = kernels.normal((1, Cz, H, W), cfg.seed, 0, i, kernels.DIP_JITTER, y.device)
         z_i = (z + jitter / 30).to(y.dtype).expand(K, -1, -1, -1)
         x = net(z_i.reshape(1, K * Cz, H, W))  # [K, C, H, W]
-        loss = (x - y).square().mean(dim=(1, 2, 3)).sum()
+        loss = ((A(x) - y).square() * share).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         average.lerp_(x.detach(), 1 - min(0.9, (1 + i) / (10 + i)))
-        if truth is not None and ((i + 1) % 10 == 0 or i + 1 == iters):
-            curve.append((i + 1, measure.psnr(average, truth)))
+        if (i + 1) % 10 == 0 or i + 1 == iters:
+            if truth is not None:
+                curve.append((i + 1, measure.psnr(average, truth)))
+            if measured is not None:
+                risk = ((A(average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
+                best = torch.where(risk < best_risk, average, best)
+                best_risk = torch.minimum(risk, best_risk)
         progress(i + 1)
-    return average, curve
+    return (average if measured is None else best), curve
 
 
-# ------------------------------------------------------------------ codes: one DIP for a data set
+def fit_in_groups(cfg, y, members, iters, run, truth=None, measured=None):
+    """`fit_dips` for any number of images, --dip-group at a time: outputs and curves, a list."""
+    K = cfg.dip_group
+    groups = torch.arange(len(y)).split(K)
+    progress, fits = Progress("fit DIPs", len(groups) * iters, min(len(y), K)), []
+    for g, rows in enumerate(groups):
+        fits.append(fit_dips(cfg, y[rows], members[rows], iters,
+                             lambda i, g=g: progress(g * iters + i),
+                             None if truth is None else truth[rows],
+                             measured and measured.part(rows)))
+        if run.stop:
+            raise KeyboardInterrupt
+    outputs, curves = zip(*fits)
+    return torch.cat(outputs), curves
+
+
+# ------------------------------------------------------------------ network: one DIP for a data set
+
+NETWORK_ITERS, NETWORK_RATE = 300, 1e-3
+
+
+def conv2(C, width):
+    """Two 3x3 convolutions and a sigmoid."""
+    return nn.Sequential(nn.Conv2d(C, width, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(width, C, 3, padding=1), nn.Sigmoid())
+
+
+def autoencoder(C, width):
+    """Four 3x3 convolutions and a tanh, at full resolution: it narrows nothing."""
+    widths = [C, width, width, width, C]
+    layers = [layer for c_in, c_out in zip(widths, widths[1:])
+              for layer in (nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers[:-1], nn.Tanh())
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 5, left)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+        self.norm1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(c_out)
+        same = stride == 1 and c_in == c_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        h = self.conv2(F.relu(self.norm1(self.conv1(x))))
+        return F.relu(self.shortcut(x) + self.norm2(h))
+
+
+class ResNet18(nn.Module):
+    """A ResNet-18 encoder (He et al. 2016, table 1; random weights, widths w ... 8 w) and six
+    transposed convolutions: an image becomes 8 w numbers at 1/32 of its size."""
+
+    def __init__(self, C, width):
+        super().__init__()
+        widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width,
+                  8 * width]
+        self.enter = nn.Sequential(nn.Conv2d(C, width, 7, 2, padding=3), nn.BatchNorm2d(width),
+                                   nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
+        self.blocks = nn.Sequential(*(BasicBlock(a, b, 2 if b > a else 1)
+                                      for a, b in zip(widths, widths[1:])))
+        ups = [8 * width, 4 * width, 2 * width, width, width, width]
+        self.ups = nn.ModuleList(nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, padding=1),
+                                               nn.BatchNorm2d(b), nn.ReLU())
+                                 for a, b in zip(ups, ups[1:]))
+        self.last = nn.ConvTranspose2d(width, C, 3, padding=1)
+
+    def forward(self, x):
+        h = self.blocks(self.enter(x))
+        for up in self.ups:
+            h = up(h)
+        return torch.sigmoid(self.last(h)[..., :x.shape[2], :x.shape[3]])  # 32 ceil(H / 32) is more
+
+
+ARCHS = {"conv2": conv2, "autoencoder": autoencoder, "resnet18": ResNet18}
+
+
+def fit_network(cfg, x_0, run):
+    """Minimise E_i |f_theta(x_i) - x_i|^2 over the images of x_0 uint8 [N, C, H, W], from random
+    theta, Adam, half a cosine: the DIP of a whole data set, f: [B, C, H, W] -> the same, in [0, 1].
+    Nothing in it is narrow but `resnet18`: given time the others become the identity."""
+    N, C = x_0.shape[:2]
+    with torch.device("meta"):
+        f = ARCHS[cfg.dip_arch](C, cfg.dip_width or 64)
+    f = draw_weights(f.to_empty(device=run.device), cfg.seed, 2)
+    optimizer = torch.optim.Adam(f.parameters(), fused=True)
+    steps = cfg.dip_iters or NETWORK_ITERS
+    progress = Progress("fit network", steps, min(cfg.batch, N))
+    for step, index in zip(range(steps), batches(cfg, N, run.device)):
+        x = x_0[index].float() / 255
+        loss = (f(x) - x).square().mean()
+        optimizer.param_groups[0]["lr"] = NETWORK_RATE * half_cosine(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if run.stop:
+            raise KeyboardInterrupt
+        progress(step + 1)
+    return f.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------ codes: a decoder for a data set
 
 CODE = 32  # numbers in a code
 CODE_EPOCHS, CODE_RATES = 6, (2e-3, 1e-2)  # passes; peak learning rates of decoder and codes
@@ -821,8 +1013,7 @@ def fit_codes(cfg, x_0, run):
     Returns the decoder, to be evaluated with its running statistics, and codes [N, CODE]."""
     N, C, H, W = x_0.shape
     B = min(cfg.batch, N)
-    per_epoch = N // B
-    steps = cfg.dip_iters or CODE_EPOCHS * per_epoch
+    steps = cfg.dip_iters or CODE_EPOCHS * (N // B)
     with torch.device("meta"):
         decoder = CodeDecoder(C, H, W, cfg.dip_width or 32)
     decoder = draw_weights(decoder.to_empty(device=run.device), cfg.seed, 1)
@@ -831,15 +1022,11 @@ def fit_codes(cfg, x_0, run):
     optimizers = [torch.optim.Adam(decoder.parameters(), fused=True),
                   torch.optim.SparseAdam(codes.parameters())]  # moves the batch's codes only
     progress = Progress("fit codes", steps, B)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = epoch_order(cfg, N, step // per_epoch, run.device)
-        index = order[step % per_epoch * B:][:B]
+    for step, index in zip(range(steps), batches(cfg, N, run.device)):
         x = decoder(codes(index))
         loss = (x - x_0[index].float() / 255).square().mean(dim=(1, 2, 3)).sum()
-        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimizer, lr in zip(optimizers, CODE_RATES):
-            optimizer.param_groups[0]["lr"] = lr * decay
+            optimizer.param_groups[0]["lr"] = lr * half_cosine(step, steps)
             optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:
@@ -892,18 +1079,17 @@ def draw_codes(mixture, n, seed):
 def prior_dip_images(cfg, x_0, sources, run):
     """One DIP for each source image, fitted shortly."""
     y = sources.float() / 255
-    iters = dip_iterations(cfg, y)
     members = torch.arange(len(y), device=run.device)
-    groups = list(zip(y.split(cfg.dip_group), members.split(cfg.dip_group)))
-    progress = Progress("fit DIPs", len(groups) * iters, min(len(y), cfg.dip_group))
-    priors = []
-    for g, (y_g, members_g) in enumerate(groups):
-        average, _ = fit_dips(cfg, y_g, members_g, iters,
-                              lambda i, g=g: progress(g * iters + i))
-        priors.append(average)
-        if run.stop:
-            raise KeyboardInterrupt
-    return torch.cat(priors) * 2 - 1
+    return fit_in_groups(cfg, y, members, cfg.dip_iters or 60, run)[0] * 2 - 1
+
+
+@torch.no_grad()
+def prior_dip_network(cfg, x_0, sources, run):
+    """The source images through one DIP that was fitted to the whole data set."""
+    with torch.enable_grad():
+        f = fit_network(cfg, x_0, run)
+    x = torch.cat([f(part.float() / 255) for part in sources.split(SAMPLE_BATCH)])
+    return x.clamp(0, 1) * 2 - 1
 
 
 @torch.no_grad()
@@ -942,18 +1128,9 @@ def prior_blur(cfg, x_0, sources, run):
     return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
-PRIORS = {"dip-images": prior_dip_images, "dip-codes": prior_dip_codes, "gauss": prior_gauss,
-          "pca": prior_pca, "blur": prior_blur}
-HAS_SOURCE = ("dip-images", "blur")  # number i starts from source image i
-
-
-def dip_iterations(cfg, y):
-    """--dip-iters, or by default a short fit for a prior, one to about the peak for a denoiser."""
-    if cfg.dip_iters is not None:
-        return cfg.dip_iters
-    if cfg.mode == "prior":
-        return 60
-    return 150 if max(y.shape[-2:]) <= 64 else 600
+PRIORS = {"dip-images": prior_dip_images, "dip-network": prior_dip_network,
+          "dip-codes": prior_dip_codes, "gauss": prior_gauss, "pca": prior_pca, "blur": prior_blur}
+HAS_SOURCE = ("dip-images", "dip-network", "blur")  # number i starts from source image i
 
 
 def start_from_prior(cfg, prior, t_start, numbers):
@@ -964,8 +1141,7 @@ def start_from_prior(cfg, prior, t_start, numbers):
 
 
 def run_prior(cfg, run):
-    """--mode prior and --mode ddpm: train, then let every arm sample with the same network, seeds
-    and count, and measure it against the test split."""
+    """--mode prior and --mode ddpm: train, then generate or restore."""
     train = data.load(cfg.data, cfg.data_dir, "train")
     test = data.load(train.name if cfg.data == "auto" else cfg.data, cfg.data_dir, "test")
     x_0 = train.pixels[:cfg.limit].to(run.device)
@@ -973,8 +1149,6 @@ def run_prior(cfg, run):
     if H % 4 or W % 4:
         raise ValueError(f"--data {cfg.data}: images of {W}x{H} pixels; the U-Net needs sizes that "
                          "are multiples of 4")
-    n = min(cfg.samples or 1000, N)
-    starts = steps_of_prior(cfg)
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
         raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
@@ -982,20 +1156,47 @@ def run_prior(cfg, run):
     run.begin()
     say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
         f"{run.device}, {run.precision}")
-
-    net, rows, seconds = train_ddpm(cfg, x_0, cfg.timesteps, run, "full")
-    nets = {"full": net}
-    if cfg.mode == "prior" and cfg.train == "truncated":
-        nets["truncated"], more, more_seconds = train_ddpm(cfg, x_0, max(starts), run, "truncated")
-        rows, seconds = rows + more, seconds + more_seconds
-    run.seconds["train"] = seconds
+    nets, rows = train_networks(cfg, x_0, run)
     write_log(run, rows)
+    result = {"data": about, "parameters": sum(p.numel() for p in nets["full"].parameters()),
+              "arms": [], "curves": loss_curves(rows), "pictures": []}
+    if "generate" in cfg.task:
+        generate(cfg, run, nets, train, x_0, test, result)
+    for task in cfg.task:
+        if task != "generate":
+            restore(cfg, run, nets, task, test, result)
+    finish(run, result)
+    print_table(cfg, result)
 
+
+def train_networks(cfg, x_0, run):
+    """{"full": the network of the noise start, and what else --train lists}, and log rows."""
+    nets, rows = {}, []
+    for name in dict.fromkeys(("full", *(cfg.train if cfg.mode == "prior" else ()))):
+        images, t_max = x_0, cfg.timesteps
+        if name == "truncated":
+            t_max = max(steps_of_prior(cfg))
+        if name == "smoothed":
+            source = next(source for source in cfg.dip_source if source in SMOOTHERS)
+            x = PRIORS[f"dip-{source}"](cfg, x_0, x_0, run)
+            images = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        nets[name], more, seconds = train_ddpm(cfg, images, t_max, run, name)
+        rows += more
+        run.seconds["train"] += seconds
+    return nets, rows
+
+
+def generate(cfg, run, nets, train, x_0, test, result):
+    """Every arm samples with the same seeds and count and is measured against the test split. Rows,
+    curves and pictures go to `result`."""
+    N, C, H, W = x_0.shape
+    n = min(cfg.samples or 1000, N)
     judge = Judge(cfg, run, train, x_0, test, n)
+    result |= judge.summary()
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = x_0[measure.subset(N, n).to(run.device)]
-    arms, curves, pictures, priors, films, begun = [], loss_curves(rows), {}, {}, {}, {}
+    arms, pictures, priors, films, begun = result["arms"], {}, {}, {}, {}
     for arm in arms_of(cfg):
         began = time.time()
         if arm == "ddpm":
@@ -1006,33 +1207,29 @@ def run_prior(cfg, run):
         synchronize(run.device)
         prior_seconds = time.time() - began
         run.seconds["dip"] += prior_seconds if arm.startswith("dip") else 0.0
-        for t_start in (cfg.timesteps,) if arm == "ddpm" else starts:
-            network = nets["full"] if arm == "ddpm" else nets.get("truncated", nets["full"])
+        for t_start in (cfg.timesteps,) if arm == "ddpm" else steps_of_prior(cfg):
             if arm != "ddpm":
                 x_init = start_from_prior(cfg, priors[arm], t_start, numbers)
-            for nfe, (eta, order, grid) in itertools.product(cfg.nfe, samplers(cfg)):
-                shown = t_start in (cfg.timesteps, starts[0]) and samplers(cfg)[0] == (
-                    eta, order, grid)
-                film = [] if shown and nfe == film_nfe(cfg) else None
-                began = time.time()
-                x = sample(cfg, network, x_init, t_start, nfe, eta, numbers, run.autocast, order,
-                           grid, film)
-                synchronize(run.device)
-                took = time.time() - began
-                run.seconds["sample"] += took
-                row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
-                       "order": order, "grid": grid, "seconds": round(took + prior_seconds, 3),
-                       "prior_seconds": round(prior_seconds, 3)}
-                row |= judge(x, sources if arm in HAS_SOURCE else None)
-                arms.append(row)
-                if shown:
-                    pictures[arm, nfe] = x[:16].cpu()
-                    begun[arm] = (x_init, t_start, prior_seconds)
-                if film:
-                    films[arm] = film
-                say(describe(row))
-                if run.stop:
-                    raise KeyboardInterrupt
+            shown = t_start in (cfg.timesteps, steps_of_prior(cfg)[0])
+            if shown:
+                begun[arm] = (x_init, t_start, prior_seconds)
+            for trained in ("full",) if arm == "ddpm" else cfg.train:
+                for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
+                    first = shown and (trained, setting) == (
+                        "full" if arm == "ddpm" else cfg.train[0], samplers(cfg)[0])
+                    film = [] if first and nfe == film_nfe(cfg) else None
+                    x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe,
+                                          setting, numbers, film=film)
+                    row |= {"train": trained, "seconds": round(row["seconds"] + prior_seconds, 3),
+                            "prior_seconds": round(prior_seconds, 3)}
+                    row |= judge(x, sources if arm in HAS_SOURCE else None)
+                    arms.append(row)
+                    if first:
+                        pictures[arm, nfe] = x[:16].cpu()
+                    if film:
+                        films[arm] = film
+                    say(describe(row))
+    curves = result["curves"]
     for row in arms:
         if "fid_lenet" in row:
             series = setting_of(row, cfg)
@@ -1041,36 +1238,142 @@ def run_prior(cfg, run):
                 [row["seconds"] * 1000 / n, row["fid_lenet"]])
     for name, network in nets.items():
         curves |= convergence(cfg, run, name, network, begun, numbers, judge, test)
-    result = judge.summary() | {
-        "data": about, "parameters": sum(p.numel() for p in net.parameters()),
-        "arms": arms, "curves": curves,
-        "pictures": draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]}
-    finish(run, result)
-    print_table(cfg, arms, result.get("floor"))
+    result["pictures"] += draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]
+
+
+def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, **how):
+    """`sample`, and a row of results.json that says how it was done and how long it took."""
+    eta, order, grid = setting
+    began = time.time()
+    x = sample(cfg, net, x_init, t_start, nfe, eta, numbers, run.autocast, order, grid, **how)
+    synchronize(run.device)
+    took = time.time() - began
+    run.seconds["sample"] += took
+    if run.stop:
+        raise KeyboardInterrupt
+    return x, {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
+               "order": order, "grid": grid, "seconds": round(took, 3)}
+
+
+# ------------------------------------------------------------------ method 1: restoration
+
+MASK_DRAW, HELD_DRAW = 1, 2  # draw numbers in the stream CORRUPTION; 0 is the noise's
+
+
+def corrupt(cfg, task, truth, numbers):
+    """truth [n, C, H, W] in [0, 1] -> the Measurement y = A truth + sigma eps, not clipped."""
+    n, _, H, W = truth.shape
+    mask = torch.ones(n, 1, H, W, device=truth.device)
+    if task == "inpaint":
+        u = kernels.uniform(mask.shape, cfg.seed, numbers, MASK_DRAW, kernels.CORRUPTION,
+                            truth.device)
+        mask = (u < 0.5).float()
+    if task == "inpaint-box":
+        mask[:, :, H // 4:H - H // 4, W // 4:W - W // 4] = 0
+    sigma = cfg.sigma if cfg.sigma is not None else 0.1 if task == "denoise" else 0.0
+    exact = Measurement(task, truth, mask, sigma)
+    y = exact.A(truth)
+    eps = kernels.normal(y.shape, cfg.seed, numbers, 0, kernels.CORRUPTION, truth.device)
+    return exact._replace(y=y + sigma * exact.A(torch.ones_like(truth)) * eps)
+
+
+def restore(cfg, run, nets, task, test, result):
+    """Restore n test images: a DIP alone; the DDPM from noise; the DDPM from the DIP's output and,
+    as a control, from A+ y, which costs nothing; to denoise also from y itself, which is x_t (up to
+    scale) for the t whose noise is y's. The DDPM's steps are kept consistent with y. Rows and
+    pictures go to `result`."""
+    n = min(cfg.samples or 256, len(test.pixels))
+    held_out = measure.subset(len(test.pixels), n)
+    truth = test.pixels[held_out].to(run.device).float() / 255
+    numbers = torch.arange(n, device=run.device)
+    measured = corrupt(cfg, task, truth, numbers)
+    corrupted = measured.back(measured.y).clamp(0, 1)
+    rows, shown = [], {"truth": truth[:16], "corrupted": corrupted[:16]}
+
+    def add(row, x):
+        rows.append({"task": task, "sigma": measured.sigma} | row | measures(x, truth))
+        say(describe(rows[-1]))
+
+    add({"name": "corrupted", "seed": cfg.seed}, corrupted)
+    began = time.time()
+    x_dip, _ = fit_in_groups(cfg, measured.y, numbers, cfg.dip_iters or 300, run, None, measured)
+    synchronize(run.device)
+    dip_seconds = round(time.time() - began, 3)
+    run.seconds["dip"] += dip_seconds
+    shown["dip"] = x_dip[:16]
+    add({"name": "dip", "seed": cfg.seed, "seconds": dip_seconds}, x_dip)
+
+    def starts():
+        """(arm, x_init, t_start, seconds that the start took)"""
+        eps = kernels.normal(truth.shape, cfg.seed, numbers, 0, kernels.INIT_NOISE, truth.device)
+        yield "ddpm", eps, cfg.timesteps, 0.0
+        for t_start in steps_of_prior(cfg):
+            for arm, x, seconds in ("dip-images", x_dip, dip_seconds), ("pinv", corrupted, 0.0):
+                yield arm, start_from_prior(cfg, x * 2 - 1, t_start, numbers), t_start, seconds
+        if task == "denoise" and measured.sigma:
+            ab = SCHEDULES[cfg.schedule](cfg.timesteps).alpha_bar
+            noise = (1 / ab - 1).sqrt()  # of x_t / sqrt(ab), which is in [-1, 1]: twice sigma
+            t = (noise - 2 * measured.sigma).abs().argmin()
+            yield "ddpm-y", (measured.y * 2 - 1) * ab[t].sqrt().float(), t.item() + 1, 0.0
+
+    for arm, x_init, t_start, seconds in starts():
+        network = nets["full"] if arm == "ddpm" else nets[cfg.train[0]]
+        for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
+            if nfe > t_start:
+                continue
+            x, row = timed_sample(cfg, run, arm, network, x_init, t_start, nfe, setting, numbers,
+                                  measured=None if arm == "ddpm-y" else measured)
+            x = ((x + 1) / 2).clamp(0, 1)
+            add(row | {"seconds": round(row["seconds"] + seconds, 3),
+                       "prior_seconds": seconds}, x)
+            if nfe == film_nfe(cfg):
+                shown.setdefault(arm, x[:16])
+    for row in rows[1:]:
+        result["curves"].setdefault(f"restored {task}/{setting_of(row, cfg)}", []).append(
+            [row.get("nfe", 0), row["psnr"]])
+    result["arms"] += rows
+    result["pictures"].append(draw(run, f"{task}.png", f"{task}, sigma = {measured.sigma:g}, "
+                                   f"{film_nfe(cfg)} network evaluations", shown))
+
+
+# ------------------------------------------------------------------ method 1: curves and judge
 
 
 def convergence(cfg, run, name, net, begun, numbers, judge, test):
-    """Curves over a training's snapshots: fid_lenet of each arm that samples with this network
-    against training seconds plus the DIP's, and the loss on held-out images against steps, each at
-    a fixed t. The arms begin where they began, {arm: (x_init, t_start, seconds)}."""
+    """Curves over a training's snapshots: fid_lenet of the noise start and of each DIP arm that
+    sample with this network, against training seconds plus the DIP's; and the loss on held-out
+    images against steps, each at a fixed t. The arms begin where they began, {arm: (x_init,
+    t_start, seconds)}. Seconds of training are steps times the median step's, so that neither a
+    pause nor a busy minute bends the curve. The noise start is also shown at the most evaluations
+    of the run: its best, where the DIPs' is early."""
     curves, net = {}, copy.deepcopy(net)
-    mine = [arm for arm in begun if (arm == "ddpm") == (name == "full") or cfg.train == "full"]
-    for file in sorted((run.folder / "snapshots").glob(f"{name}-*.pt")):
+    files = sorted((run.folder / "snapshots").glob(f"{name}-*.pt"))
+    pace = median_step(run.state[name]["rows"])
+    mine = [arm for arm in begun if (name == "full" if arm == "ddpm" else
+                                     arm.startswith("dip") and name in cfg.train)]
+    for file in files:
         saved = torch.load(file, map_location=run.device, weights_only=True)
         load_weights(net, saved["ema"], file)
         for label, loss in held_out_losses(cfg, net, test.pixels, run).items():
             curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
         for arm in mine:
             x_init, t_start, prior_seconds = begun[arm]
-            x = sample(cfg, net, x_init, t_start, film_nfe(cfg), *samplers(cfg)[0][:1], numbers,
-                       run.autocast, *samplers(cfg)[0][1:])
-            quality = judge(x).get("fid_lenet")
-            curves.setdefault(f"training/{arm}", []).append(
-                [saved["seconds"] + (prior_seconds if arm.startswith("dip") else 0.0), quality])
-            say(f"{arm:<12}step {saved['step']}  fid_lenet {quality}")
-            if run.stop:
-                raise KeyboardInterrupt
+            network = f" {name}" if arm != "ddpm" and len(cfg.train) > 1 else ""
+            for nfe in sorted({film_nfe(cfg), max(cfg.nfe)} if arm == "ddpm" else {film_nfe(cfg)}):
+                x, _ = timed_sample(cfg, run, arm, net, x_init, t_start, nfe, samplers(cfg)[0],
+                                    numbers)
+                quality = judge(x).get("fid_lenet")
+                curves.setdefault(f"training/{arm}{network}, {nfe} evaluations", []).append(
+                    [saved["step"] * pace + (prior_seconds if arm != "ddpm" else 0.0), quality])
+                say(f"{arm:<12}{name} step {saved['step']}  nfe {nfe}  fid_lenet {quality}")
     return curves
+
+
+def median_step(rows):
+    """Seconds of a training step: the median over the log's rows."""
+    steps, seconds = [[0, *(row[i] for row in rows)] for i in (1, 3)]
+    return statistics.median((s - r) / (n - m) for m, n, r, s in
+                             zip(steps, steps[1:], seconds, seconds[1:]))
 
 
 @torch.no_grad()
@@ -1103,10 +1406,11 @@ def arms_of(cfg):
 
 def setting_of(row, cfg):
     """'gauss t_start 600 eta 0': the arm, and what else tells its rows apart in this run."""
-    several = {"t_start": steps_of_prior(cfg) if row["name"] != "ddpm" else (), "eta": cfg.eta,
-               "order": cfg.order, "grid": cfg.grid}
+    prior = row["name"] != "ddpm"
+    several = {"train": cfg.train if prior else (), "t_start": steps_of_prior(cfg) if prior else (),
+               "eta": cfg.eta, "order": cfg.order, "grid": cfg.grid}
     return " ".join([row["name"]] + [f"{key} {show(row[key])}" for key, values in several.items()
-                                     if len(values) > 1])
+                                     if len(values) > 1 and key in row])
 
 
 class Judge:
@@ -1179,20 +1483,16 @@ def run_dip(cfg, run):
     truth = test.pixels[:n].to(run.device).float() / 255
     members = torch.arange(n, device=run.device)
     z = kernels.normal(truth.shape, cfg.seed, members, 0, kernels.CORRUPTION, run.device)
-    y = truth + cfg.sigma * z  # not clipped: clipping would bias black pixels by 0.4 sigma
-    iters = dip_iterations(cfg, y)
+    sigma = cfg.sigma if cfg.sigma is not None else 0.1
+    y = truth + sigma * z  # not clipped: clipping would bias black pixels by 0.4 sigma
+    iters = cfg.dip_iters or (150 if max(y.shape[-2:]) <= 64 else 600)  # to about the peak
     run.begin()
-    say(f"data: {test.name}, {n} images; sigma {cfg.sigma}; {iters} iterations; {run.device}")
-    began, fits = time.time(), []
-    for y_g, truth_g, members_g in zip(*(v.split(cfg.dip_group) for v in (y, truth, members))):
-        progress = Progress("fit DIPs", iters, len(y_g))
-        fits.append(fit_dips(cfg, y_g, members_g, iters, progress, truth_g))
-        if run.stop:
-            raise KeyboardInterrupt
+    say(f"data: {test.name}, {n} images; sigma {sigma}; {iters} iterations; {run.device}")
+    began = time.time()
+    x, fits = fit_in_groups(cfg, y, members, iters, run, truth)
     run.seconds["dip"] = took = time.time() - began
-    x = torch.cat([average for average, _ in fits])
-    psnr = torch.stack([torch.cat(p) for p in zip(*([p for _, p in curve] for _, curve in fits))])
-    iterations = [i for i, _ in fits[0][1]]
+    psnr = torch.stack([torch.cat(p) for p in zip(*([p for _, p in curve] for curve in fits))])
+    iterations = [i for i, _ in fits[0]]
     best, where = psnr.max(0)  # psnr: [checks, n]
     curves = {"psnr/mean over images": [[i, round(p.mean().item(), 3)]
                                         for i, p in zip(iterations, psnr)]}
@@ -1203,7 +1503,7 @@ def run_dip(cfg, run):
                 "iterations_oracle": sum(iterations[w] for w in where) / n}
     for row in arms:
         say(describe(row))
-    picture = draw(run, "dip.png", f"sigma = {cfg.sigma:g}, {iters} iterations",
+    picture = draw(run, "dip.png", f"sigma = {sigma:g}, {iters} iterations",
                    {"truth": truth[:16], "noisy": y[:16], "dip": x[:16]})
     mean = psnr.mean(1)
     finish(run, {
@@ -1225,23 +1525,17 @@ def run_sample(cfg, run):
     numbers = torch.arange(n, device=run.device)
     x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
     arms, pictures, films = [], [], {}
-    for nfe, (eta, order, grid) in itertools.product(cfg.nfe, samplers(cfg)):
-        film = [] if (nfe, eta, order, grid) == (film_nfe(cfg), *samplers(cfg)[0]) else None
-        began = time.time()
-        x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast, order, grid,
-                   film)
-        synchronize(run.device)
-        took = time.time() - began
-        run.seconds["sample"] += took
+    for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
+        film = [] if (nfe, setting) == (film_nfe(cfg), samplers(cfg)[0]) else None
+        x, row = timed_sample(cfg, run, "ddpm", net, x_init, cfg.timesteps, nfe, setting, numbers,
+                              film=film)
         films |= {"ddpm": film} if film else {}
-        row = {"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "t_start": cfg.timesteps, "eta": eta,
-               "order": order, "grid": grid, "seconds": round(took, 3)}
         arms.append(row)
         file = "-".join(["samples", f"nfe{nfe}", *setting_of(row, cfg).split()[1:]]) + ".png"
         picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=zoom(x))
         measure.save_png(picture, run.folder / file)
         pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
-                         f"eta = {eta:g}, order {order}, {grid} grid"})
+                         f"eta = {setting[0]:g}, order {setting[1]}, {setting[2]} grid"})
         say(describe(row) + f"   {run.folder / file}")
     pictures.append(draw_film(run, films))
     finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
@@ -1266,25 +1560,29 @@ def measures(image, truth):
 
 def describe(row):
     """One row of results as one line of text."""
-    keys = ("nfe", "t_start", "eta", "order", "grid", "fid_lenet", "precision", "recall", "nearest",
-            "psnr", "ssim", "psnr_oracle", "seconds")
+    keys = ("task", "train", "nfe", "t_start", "eta", "order", "grid", "fid_lenet", "precision",
+            "recall", "nearest", "psnr", "ssim", "psnr_oracle", "seconds")
     return f"{row['name']:<12}" + "  ".join(f"{k} {show(row[k])}" for k in keys if k in row)
 
 
-def print_table(cfg, arms, floor):
-    """fid_lenet of every arm (rows) at every number of evaluations (columns), seconds beside."""
-    table = {}
-    for row in arms:
-        if "fid_lenet" in row:
-            table.setdefault(setting_of(row, cfg), {})[row["nfe"]] = (
-                f"{row['fid_lenet']:.1f} ({row['seconds']:.1f} s)")
-    if not table:
-        return
-    width = 2 + max(11, *map(len, table))
-    say(f"\nfid_lenet (seconds, the prior's included); floor {floor['fid_lenet']:g}")
-    say(f"{'evaluations':<{width}}" + "".join(f"{nfe:>16}" for nfe in cfg.nfe))
-    for setting, cells in table.items():
-        say(f"{setting:<{width}}" + "".join(f"{cells[nfe]:>16}" for nfe in cfg.nfe))
+def print_table(cfg, result):
+    """fid_lenet of every arm, or PSNR in dB of every restoration (rows), at every number of
+    evaluations (columns), seconds beside."""
+    tables = {}
+    for row in result["arms"]:
+        key = "psnr" if "psnr" in row else "fid_lenet"
+        if key in row:
+            title = (f"{row['task']}, sigma {row['sigma']:g}: PSNR in dB" if "task" in row else
+                     f"fid_lenet; floor {result['floor']['fid_lenet']:g}")
+            cell = f"{row[key]:.1f} ({row.get('seconds', 0):.1f} s)"
+            tables.setdefault(title, {}).setdefault(setting_of(row, cfg), {})[row.get("nfe")] = cell
+    for title, table in tables.items():
+        width = 2 + max(11, *map(len, table))
+        columns = [*([None] * any(None in cells for cells in table.values())), *cfg.nfe]
+        say(f"\n{title} (seconds, the prior's included)")
+        say(f"{'evaluations':<{width}}" + "".join(f"{nfe or 'none':>16}" for nfe in columns))
+        for setting, cells in table.items():
+            say(f"{setting:<{width}}" + "".join(f"{cells.get(nfe, '–'):>16}" for nfe in columns))
 
 
 def loss_curves(rows):
@@ -1414,10 +1712,10 @@ class Run:
         self.state = {}  # what a checkpoint holds of each network's training
         self.about = {}  # its data's name, counts, checksum, and an image's shape
         self.config = asdict(cfg)
-        resumed = cfg.resume and cfg.mode != "sample"
-        self.folder = Path(cfg.resume) if resumed else new_folder(cfg)
-        if resumed and (self.folder / "checkpoint.pt").exists():
-            saved = load_checkpoint(self.folder)
+        continued = cfg.resume and cfg.mode != "sample"
+        self.folder = Path(cfg.resume) if continued and not cfg.out else new_folder(cfg)
+        if continued and (Path(cfg.resume) / "checkpoint.pt").exists():
+            saved = load_checkpoint(cfg.resume)
             self.state = saved["networks"]
             self.about = {key: saved[key] for key in ("data", "shape")}
         self.clock = Clock(sum(saved["seconds"] for saved in self.state.values()))
@@ -1426,6 +1724,8 @@ class Run:
         """Make the folder: not before the input is known to be good, so that misuse leaves none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         measure.write_json(self.config, self.folder / "config.json")
+        if self.state and not (self.folder / "checkpoint.pt").exists():
+            save_checkpoint(self)
 
     def autocast(self):
         """bf16 inside the networks where asked for; the mathematics around them stays float32."""
@@ -1500,10 +1800,13 @@ def load_weights(module, state, where):
                          f"{str(error).splitlines()[-1].strip()}") from error
 
 
-def restore(saved, net, ema, optimizer):
+def continue_from(saved, net, ema, optimizer, t_max):
     """A training state from a checkpoint, or a beginning: -> step, seconds, rows."""
     if saved is None:
         return 0, 0.0, []
+    if saved.get("t_max", t_max) != t_max:
+        raise ValueError(f"the checkpoint's network was trained for t < {saved['t_max']}: it "
+                         f"cannot serve --t-start {t_max}")
     load_weights(net, saved["net"], "checkpoint")
     load_weights(ema, saved["ema"], "checkpoint")
     optimizer.load_state_dict(saved["optimizer"])

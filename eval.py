@@ -513,6 +513,7 @@ CHARTS = {  # the part of a curve's name before "/" -> how it is drawn; others a
                      QUALITY, True, True, True),
     "held-out": Axes("Loss on held-out images", "training step", "squared error", False, True),
     "loss": Axes("Training loss", "training step", "weighted loss", False, True),
+    "restored": Axes("Restoration", "network evaluations (0: the DIP alone)", "PSNR in dB"),
     "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
 }
 NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
@@ -625,11 +626,24 @@ def table(head, rows, kind=""):
     return f'<div class="scroll"><table class="{kind}">{head}{rows}</table></div>'
 
 
-def swatch(i):
-    """Line, dash and marker of series `i`, for keys and tables: colour alone never tells."""
+def styles(names):
+    """{name: (number of its colour and marker, number of its dash)}: an arm, the first word of a
+    name, keeps its colour and marker in all its settings, which differ by their dashes."""
+    arms, style = {}, {}
+    for name in names:
+        settings = arms.setdefault(name.split(" ")[0].strip(",()"), [])
+        settings.append(name)
+        i = list(arms.values()).index(settings)
+        style[name] = (i % len(MARKS), (i + len(settings) - 1) % len(DASHES))
+    return style
+
+
+def swatch(style):
+    """Line, dash and marker of a series, for keys and tables: colour alone never tells."""
+    i, dash = style
     return (f'<svg class="key" viewBox="0 0 34 12" style="color:var(--s{i})" aria-hidden="true">'
             '<path d="M1 6h32" stroke="currentColor" stroke-width="2" '
-            f'stroke-dasharray="{DASHES[i]}"/>'
+            f'stroke-dasharray="{DASHES[dash]}"/>'
             f'<path d="{MARKS[i]}" transform="translate(17 6)" fill="currentColor"/></svg>')
 
 
@@ -676,7 +690,9 @@ def chart(name, series, style, bound=None, marks=None):
     nothing can be drawn: the mean over seeds in a band of a standard deviation, or every line where
     they do not match. `bound` is a dashed line; `marks` {text: x} are points in time.
     """
-    axes = CHARTS.get(name, Axes(name))
+    kind, _, rest = name.partition(" ")
+    axes = CHARTS.get(kind, Axes(name))
+    axes = axes._replace(title=f"{axes.title}: {rest}" if rest and kind in CHARTS else axes.title)
     bound = bound if axes.floor and _number(bound) and bound > 0 else None
     lines, bands = {}, {}
     for label, each in series.items():
@@ -725,10 +741,10 @@ def chart(name, series, style, bound=None, marks=None):
         over = [f"{at_x(x):.1f} {at_y(y + s):.1f}" for x, y, s in band]
         under = [f"{at_x(x):.1f} {at_y(y - s) if y > s or not axes.log_y else bottom:.1f}"
                  for x, y, s in reversed(band)]
-        svg.append(f'<path d="M{"L".join(over + under)}z" fill="var(--s{style[label]})" '
+        svg.append(f'<path d="M{"L".join(over + under)}z" fill="var(--s{style[label][0]})" '
                    'opacity=".18"/>')
     for label, each in lines.items():
-        i = style[label]
+        i, dash = style[label]
         drawn = [f'<path d="{MARKS[i]}" transform="translate({at_x(x):.1f} {at_y(y):.1f})" '
                  f'fill="currentColor"><title>{esc(label)}: {show(x)}, {show(y)}</title></path>'
                  for line in each for x, y in line if len(line) <= 30]
@@ -736,7 +752,7 @@ def chart(name, series, style, bound=None, marks=None):
                        for line in each)
         svg.append(f'<g style="color:var(--s{i})"><path d="{path}" fill="none" stroke-width="2" '
                    'stroke="currentColor" stroke-linejoin="round" stroke-dasharray='
-                   f'"{DASHES[i]}"/>{"".join(drawn)}</g>')
+                   f'"{DASHES[dash]}"/>{"".join(drawn)}</g>')
     key = "".join(f"<li>{swatch(style[label])}{esc(label)}</li>" for label in lines
                   if label != name)
     band = " Bands: a standard deviation over seeds." if bands else ""
@@ -747,7 +763,8 @@ def chart(name, series, style, bound=None, marks=None):
             f'{f"<small>{band}</small>" if band else ""}</figure>')
 
 
-SETTING = ("t_start", "eta", "order", "grid")  # with its name and evaluations, an arm's row
+# With its name and evaluations these make an arm's row.
+SETTING = ("task", "sigma", "train", "t_start", "eta", "order", "grid")
 
 
 def _groups(arms):
@@ -762,18 +779,20 @@ def _groups(arms):
 def _cards(results, arms, style):
     """Headlines: each arm's best setting, by fid_lenet if there is one, else PSNR; the cost."""
     key, sign = ("fid_lenet", 1) if _values(arms, "fid_lenet") else ("psnr", -1)
+    tasks = {arm.get("task") for arm in arms}
     best, cards = {}, []  # (small title, number, small print)
-    for (name, nfe, *_), rows in _groups(arms).items():
-        if values := _values(rows, key):
-            best.setdefault(name, []).append((sign * statistics.fmean(values), nfe, rows))
-    for name, settings in best.items():
-        _, nfe, rows = min(settings, key=lambda setting: setting[0])
+    for (name, nfe, task, sigma, *_), rows in _groups(arms).items():
+        if values := _values(rows, key):  # a card for each arm; of several tasks, for each of these
+            title = (f"{task}, sigma {show(sigma)}", None) if len(tasks) > 1 else (name, name)
+            best.setdefault(title, []).append((sign * statistics.fmean(values), name, nfe, rows))
+    for (title, arm), settings in best.items():
+        _, name, nfe, rows = min(settings, key=lambda setting: setting[0])
         seconds = _values(rows, "seconds")
-        detail = [f"{show(nfe)} evaluations" if nfe else "",
+        detail = ["" if arm else name, f"{show(nfe)} evaluations" if nfe else "",
                   duration(statistics.fmean(seconds)) if seconds else ""]
         unit = " <small>dB</small>" if key == "psnr" else ""
-        cards.append((swatch(style[name]) + esc(name), spread(_values(rows, key)) + unit,
-                      " · ".join(filter(None, detail))))
+        cards.append(((swatch(style[arm]) if arm else "") + esc(title),
+                      spread(_values(rows, key)) + unit, esc(" · ".join(filter(None, detail)))))
     bound, seconds = results.get("floor") or {}, results.get("seconds") or {}
     if _number(bound.get("fid_lenet")):
         cards.append(("floor", show(bound["fid_lenet"]),
@@ -788,7 +807,8 @@ def _cards(results, arms, style):
                       duration(seconds["total"]), " · ".join(parts)))
     cards = [f"<div><span>{a}</span><b>{b}</b><small>{c}</small></div>" for a, b, c in cards]
     seeds = len({str(arm.get("seed")) for arm in arms})
-    note = f"Best setting of each arm by {NAMES.get(key, key)}" + (
+    of_each = "arm" if len(tasks) == 1 else "task"
+    note = f"Best setting of each {of_each} by {NAMES.get(key, key)}" + (
         f", mean ± standard deviation over {seeds} seeds." if seeds > 1 else "; one seed.")
     return ((f'<p class="soft">{note}</p>' if best else "")
             + (f'<div class="cards">{"".join(cards)}</div>' if cards else ""))
@@ -820,15 +840,23 @@ def over_images(deviation):
 
 
 def _pivot(arms, style):
-    """Arms × evaluations with fid_lenet and seconds in a cell; without those arms × measures."""
-    by_nfe = _values(arms, "nfe") and _values(arms, "fid_lenet")
+    """The tables of arms, one for each task: arms × evaluations with fid_lenet (or PSNR) and
+    seconds in a cell; without evaluations arms × measures."""
+    tables, told = {}, [k for k in SETTING[2:] if len({str(arm.get(k)) for arm in arms}) > 1]
+    for arm in arms:
+        tables.setdefault((arm.get("task"), arm.get("sigma")), []).append(arm)
+    return "".join(_table_of_arms(rows, style, told, *which) for which, rows in tables.items())
+
+
+def _table_of_arms(arms, style, told, task, sigma):
+    key = next((key for key in ("fid_lenet", "psnr")
+                if _values(arms, "nfe") and _values(arms, key)), None)
     rows, heads = {}, {}
-    told = [i for i, k in enumerate(SETTING) if len({str(arm.get(k)) for arm in arms}) > 1]
     for (name, nfe, *setting), group in _groups(arms).items():
-        if by_nfe:
+        if key:
             seconds = _values(group, "seconds")
             below = f"<small>{duration(statistics.fmean(seconds))}</small>" if seconds else ""
-            cells = {nfe: spread(_values(group, "fid_lenet")) + below}
+            cells = {nfe: spread(_values(group, key)) + below}
         else:
             cells = {NAMES.get(k, k): spread(_values(group, k)) if len(group) > 1
                      else show(group[0][k]) + over_images(group[0].get(f"{k}_std"))
@@ -838,17 +866,19 @@ def _pivot(arms, style):
         heads.update(dict.fromkeys(cells))
     if not heads:
         return ""
-    heads = sorted(heads, key=lambda k: (k is None, k)) if by_nfe else list(heads)
+    heads = sorted(heads, key=lambda k: (k is not None, k)) if key else list(heads)
     body = []
     for (name, *setting), cells in rows.items():
-        which = [f"{SETTING[i]} {show(setting[i])}" for i in told if setting[i] is not None]
+        which = [f"{k} {show(v)}" for k, v in zip(SETTING, setting) if k in told and v is not None]
         body.append([f"{swatch(style[name])}{esc(name)} <small>{', '.join(which)}</small>",
                      *(cells.get(k, "–") for k in heads)])
     seeds = len({str(arm.get("seed")) for arm in arms})
-    caption = ("fid_lenet by network evaluations, with the sampling time. " if by_nfe else "") + (
-        f"Mean ± standard deviation over {seeds} seeds." if seeds > 1
-        else "One seed." if by_nfe else "One seed; mean ± standard deviation over images.")
-    return f'<h2>Arms</h2><p class="soft">{caption}</p>' + table(["arm", *map(show, heads)], body)
+    caption = f"{NAMES.get(key, key)} by network evaluations, with the time. " if key else ""
+    caption += (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1
+                else "One seed." if key else "One seed; mean ± standard deviation over images.")
+    title = "Arms" if task is None else f"{task}, sigma {show(sigma)}"
+    return f'<h2>{esc(title)}</h2><p class="soft">{caption}</p>' + table(
+        ["arm", *map(show, heads)], body)
 
 
 def read_results(folder):
@@ -929,11 +959,11 @@ def _page(title, results):
         kind, _, label = name.partition("/")
         charts.setdefault(kind, {})[label or kind] = lines
     names = [name for name, *_ in _groups(arms)] + [label for c in charts.values() for label in c]
-    style = {name: i % len(MARKS) for i, name in enumerate(dict.fromkeys(names))}
+    style = styles(dict.fromkeys(names))
     bound = (results.get("floor") or {}).get("fid_lenet")
     marks = {kind: {text: statistics.fmean(filter(_number, x)) for text, x in texts.items()
                     if any(map(_number, x))} for kind, texts in results["marks"].items()}
-    first = [kind for kind in CHARTS if kind in charts]
+    first = [kind for known in CHARTS for kind in charts if kind.split(" ")[0] == known]
     figures = "".join(chart(kind, charts[kind], style, bound, marks.get(kind))
                       for kind in dict.fromkeys([*first, *charts]))
     pictures = "".join(_picture(picture, folder) for picture, folder in results["pictures"])

@@ -947,7 +947,9 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --order 3", "--order must be 1 or 2, not 3"),
     ("--mode prior --order 2 --eta 1", "--order 2 needs --eta 0"),
     ("--mode prior --grid cubic", "cubic is none of uniform"),
-    ("--mode prior --dip-source code", "code is none of images, codes"),
+    ("--mode prior --dip-source code", "code is none of images, network"),
+    ("--mode prior --task deblur", "deblur is none of generate, denoise"),
+    ("--mode prior --train smoothed --dip-source codes", "smoothed needs --dip-source network"),
     ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
     ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe"),
@@ -1411,6 +1413,115 @@ def test_dip_fits_and_its_psnr_is_followed():
     assert (curve[-1][1] > curve[0][1] + 3).all() and 0 <= average.min() <= average.max() <= 1
 
 
+def measured(task, n=3, sigma=0.0, size=8):
+    """Drawn images and what a restoration of them knows."""
+    images = data.load("digits", limit=n).pixels if size == 28 else tiny_images(n)
+    truth = images.float() / 255
+    return truth, dipddpm.corrupt(config(sigma=sigma), task, truth, torch.arange(n))
+
+
+@pytest.mark.parametrize("task", dipddpm.TASKS)
+def test_back_is_the_pseudo_inverse_of_a(task):
+    x, m = measured(task)
+    y = m.A(x)
+    torch.testing.assert_close(m.A(m.back(y)), y)  # A A+ A = A
+    other = random_images(3, 1, 8, 8)
+    torch.testing.assert_close(m.back(m.A(m.back(y))), m.back(y))  # A+ A A+ = A+
+    left, right = (m.back(m.A(x)) * other).sum(), (x * m.back(m.A(other))).sum()
+    assert left.item() == pytest.approx(right.item(), rel=1e-5)  # A+ A is symmetric
+    assert (task == "denoise") == torch.equal(m.back(m.A(other)), other)
+
+
+@pytest.mark.parametrize("task", dipddpm.TASKS)
+def test_what_is_known_exactly_is_kept_and_what_is_not_is_left(task):
+    x, m = measured(task)
+    x0_hat = random_images(3, 1, 8, 8) * 2 - 1
+    corrected = m.consistent(x0_hat, torch.tensor(0.3))
+    torch.testing.assert_close(m.A((corrected + 1) / 2), m.y)
+    change = corrected - x0_hat  # lies in A's range: nothing else moves
+    torch.testing.assert_close(m.back(m.A(change)), change)
+    noisy = m._replace(sigma=0.5)  # noise 0.3 in [-1, 1] is 0.3 of 2 sigma
+    torch.testing.assert_close(noisy.consistent(x0_hat, torch.tensor(0.3)) - x0_hat, 0.3 * change)
+    torch.testing.assert_close(noisy.consistent(x0_hat, torch.tensor(9.0)), corrected)
+
+
+def test_corruption_has_its_noise_only_where_something_is_seen():
+    x = torch.full((200, 1, 8, 8), 0.5)
+    m = dipddpm.corrupt(config(sigma=0.3), "inpaint", x, torch.arange(200))
+    seen = m.mask.bool()
+    assert seen.float().mean() == pytest.approx(0.5, abs=0.02) and (m.y[~seen] == 0).all()
+    assert m.y[seen].mean() == pytest.approx(0.5, abs=0.02)
+    assert m.y[seen].std() == pytest.approx(0.3, rel=0.03)
+    assert dipddpm.corrupt(config(), "denoise", x, torch.arange(200)).sigma == 0.1
+    assert dipddpm.corrupt(config(), "sr", x, torch.arange(200)).y.shape == (200, 1, 4, 4)
+
+
+@pytest.mark.parametrize("task", dipddpm.TASKS)
+def test_a_restored_image_agrees_with_what_was_measured(task):
+    truth, m = measured(task)
+    cfg = config(timesteps=40, width=8)
+    net = dipddpm.make_unet(cfg, 1, "cpu").eval()
+    x_init = kernels.normal((3, 1, 8, 8), 0, torch.arange(3), 0, kernels.INIT_NOISE)
+    for order in (1, 2):
+        x = dipddpm.sample(cfg, net, x_init, 40, 5, 0.0, torch.arange(3), contextlib.nullcontext,
+                           order, measured=m)
+        torch.testing.assert_close(m.A((x + 1) / 2), m.y)
+
+
+def test_held_out_values_decide_the_stop_and_nothing_else():
+    truth, m = measured("inpaint", sigma=0.2)
+    cfg, members = config(dip_width=4), torch.arange(3)
+    u = kernels.uniform(m.y.shape, 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
+    spoilt = m._replace(y=torch.where(u < 0.1, torch.full_like(m.y, 9.0), m.y))
+    for iters in (1, 10):  # one snapshot: there is nothing to choose
+        fits = [dipddpm.fit_dips(cfg, v.y, members, iters, lambda i: None, measured=v)[0]
+                for v in (m, spoilt)]
+        assert torch.equal(*fits)
+
+
+def test_a_held_out_stop_is_nearer_to_the_truth_than_the_end():
+    truth, m = measured("denoise", n=4, sigma=0.3, size=28)
+    stopped, _ = dipddpm.fit_dips(config(dip_width=8), m.y, torch.arange(4), 400, lambda i: None,
+                                  measured=m)
+    ended, curve = dipddpm.fit_dips(config(dip_width=8), m.y, torch.arange(4), 400, lambda i: None,
+                                    truth=truth)
+    oracle = torch.stack([p for _, p in curve]).max(0).values.mean()
+    assert measures.psnr(stopped, truth).mean() > measures.psnr(ended, truth).mean() + 0.5
+    assert measures.psnr(stopped, truth).mean() > oracle - 1.5  # it sees a tenth less
+
+
+# ------------------------------------------------------------------ network
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 32), (64, 96)])
+@pytest.mark.parametrize("arch", dipddpm.ARCHS)
+def test_network_dips_keep_the_size_of_an_image(arch, size):
+    f = dipddpm.ARCHS[arch](3, 8).eval()
+    assert f(torch.rand(2, 3, *size)).shape == (2, 3, *size)
+
+
+def test_resnet18_has_the_papers_parameters():
+    encoder = dipddpm.ResNet18(3, 64)
+    count = sum(p.numel() for part in (encoder.enter, encoder.blocks) for p in part.parameters())
+    # 11,689,512 of the published one, without its classifier; its convolutions have no biases
+    biases = sum(m.bias.numel() for part in (encoder.enter, encoder.blocks) for m in part.modules()
+                 if isinstance(m, torch.nn.Conv2d))
+    assert count - biases == 11_689_512 - 513_000
+
+
+@pytest.mark.parametrize("arch", dipddpm.ARCHS)
+def test_a_network_dip_learns_its_data_set_and_is_a_function_of_the_seed(arch, tmp_path):
+    cfg = config(dip_arch=arch, dip_width=8, dip_iters=200, batch=16)
+    x, run = tiny_images(64), bare_run(tmp_path)
+    prior = dipddpm.prior_dip_network(cfg, x, x, run)
+    assert torch.equal(prior, dipddpm.prior_dip_network(cfg, x, x, run))
+    start = dipddpm.prior_dip_network(config(dip_arch=arch, dip_width=8, dip_iters=1, batch=16), x,
+                                      x, run)
+    real = x / 127.5 - 1
+    assert prior.abs().max() <= 1
+    assert (prior - real).square().mean() < 0.8 * (start - real).square().mean()
+
+
 # ------------------------------------------------------------------ codes
 
 
@@ -1501,7 +1612,8 @@ def test_start_from_prior_has_the_marginal_at_t_start():
 
 
 FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 40 --samples 8 "
-        "--dip-iters 3 --dip-width 4 --nfe 2,4 --eta 0,1 --train truncated --snapshots 2")
+        "--dip-iters 3 --dip-width 4 --nfe 2,4 --eta 0,1 --train truncated,smoothed --snapshots 2 "
+        "--dip-source images,network,codes --dip-arch conv2")
 
 
 @pytest.fixture(scope="module")
@@ -1522,12 +1634,14 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
                            "parameters", "seconds", "arms", "floor", "curves"}
     assert set(result["seconds"]) == {"dip", "train", "sample", "eval", "total"}
     assert set(result["data"]) == {"name", "train", "test", "sha256"}
-    rows = {(r["name"], r["nfe"], r["eta"]): r for r in result["arms"]}
-    assert set(rows) == {(a, n, e) for a in ("ddpm", *dipddpm.PRIORS) for n in (2, 4)
+    rows = {(r["name"], r["train"], r["nfe"], r["eta"]): r for r in result["arms"]}
+    nets = {arm: ("truncated", "smoothed") for arm in dipddpm.PRIORS} | {"ddpm": ("full",)}
+    assert set(rows) == {(a, t, n, e) for a in nets for t in nets[a] for n in (2, 4)
                          for e in (0, 1)}
-    assert {r["name"] for r in rows.values() if "own_source" in r} == {"dip-images", "blur"}
-    for arm in ("ddpm", *dipddpm.PRIORS):
-        (early, _), (late, _) = result["curves"][f"training/{arm}"]
+    assert {r["name"] for r in rows.values() if "own_source" in r} == {
+        "dip-images", "dip-network", "blur"}
+    for series in ("ddpm, 4", "dip-codes smoothed, 4", "dip-images truncated, 4"):
+        (early, _), (late, _) = result["curves"][f"training/{series} evaluations"]
         assert 0 < early < late
     assert result["curves"]["held-out/truncated t = 0.5 T"][1][0] == 8  # the last step
     assert all(r["nearest"] > r["nearest_5"] >= 0 for r in rows.values()) and result["real"]
@@ -1537,6 +1651,48 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
     for file in ("config.json", "log.csv", "checkpoint.pt", "report.html", "priors.png"):
         assert (whole_run / file).stat().st_size > 0
     assert not list(whole_run.glob("*.tmp"))
+
+
+def test_restoring_with_a_runs_networks_leaves_the_run_as_it_is(whole_run, tmp_path, capsys):
+    before = {file: file.read_bytes() for file in whole_run.glob("*.*")}
+    out = tmp_path / "restored"
+    status, _, err = run_main(["--resume", whole_run, "--out", out, "--eta", 0, "--train",
+                               "full,truncated", "--task", ",".join(dipddpm.TASKS)], capsys)
+    assert status == 0, err
+    assert before == {file: file.read_bytes() for file in whole_run.glob("*.*")}
+    result = json.loads((out / "results.json").read_text())
+    for task in dipddpm.TASKS:
+        rows = {(r["name"], r.get("nfe")) for r in result["arms"] if r["task"] == task}
+        starts = ["ddpm", "dip-images", "pinv"] + ["ddpm-y"] * (task == "denoise")
+        assert rows == {("corrupted", None), ("dip", None)} | {
+            (name, nfe) for name in starts for nfe in (2, 4)}
+        assert (out / f"{task}.png").exists()
+        assert result["curves"][f"restored {task}/dip"][0][0] == 0
+    page = (out / "report.html").read_text()
+    assert all(f"<h2>{task}, sigma" in page for task in dipddpm.TASKS)
+    saved = [dipddpm.load_checkpoint(folder)["networks"]["full"] for folder in (whole_run, out)]
+    assert all(torch.equal(saved[0]["ema"][k], saved[1]["ema"][k]) for k in saved[0]["ema"])
+
+
+def test_a_sweep_over_a_runs_networks_trains_nothing(whole_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dipddpm, "denoising_loss", None)  # a training step would fail
+    status, _, err = run_main(["--resume", whole_run, "--out", tmp_path / "s", "--sweep",
+                               "dip-iters=2,3", "--dip-source", "images", "--nfe", 2, "--train",
+                               "truncated"], capsys)
+    assert status == 0, err
+    assert (tmp_path / "s" / "comparison.html").exists()
+    folders = sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir())
+    assert folders == ["dip-iters=2", "dip-iters=3"]
+
+
+def test_a_truncated_network_serves_no_other_start(whole_run, tmp_path, capsys):
+    status, _, err = run_main(["--resume", whole_run, "--t-start", 30], capsys)
+    assert status == 2 and "trained for t < 24" in err and err.count("\n") == 1
+
+
+def test_seconds_of_a_step_are_not_bent_by_a_pause():
+    rows = [["full", 50 * n, 0, 10.0 * n + (1000 if n > 3 else 0), 0, 0] for n in range(1, 9)]
+    assert dipddpm.median_step(rows) == pytest.approx(0.2)
 
 
 def test_sampling_from_a_run_needs_no_data(whole_run, tmp_path, monkeypatch, capsys):
