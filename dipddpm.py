@@ -1166,7 +1166,7 @@ def run_prior(cfg, run):
         if task != "generate":
             restore(cfg, run, nets, task, test, result)
     finish(run, result)
-    print_table(cfg, result)
+    say(measure.text_tables([run.folder]))
 
 
 def train_networks(cfg, x_0, run):
@@ -1432,7 +1432,7 @@ class Judge:
             self.features = measure.features(self.lenet, test.pixels)
             # as many real images as generated ones, as recall asks for
             self.manifold = self.features[held_out.to(run.device)]
-            self.floor = measure.floor(self.lenet, train.pixels, test.pixels, n)
+            self.floor, self.floor_std = measure.floor(self.lenet, train.pixels, test.pixels, n)
         run.seconds["eval"] += time.time() - began
 
     def copying(self, x):
@@ -1466,7 +1466,8 @@ class Judge:
         if self.lenet is None:
             notes.append("no labels, or too few images: no LeNet features, no fid_lenet")
             return {"notes": notes, "real": self.real}
-        return {"floor": {"fid_lenet": round(self.floor, 3), "samples": self.n},
+        return {"floor": {"fid_lenet": round(self.floor, 3), "std": round(self.floor_std, 3),
+                          "samples": self.n},
                 "notes": notes, "real": self.real,
                 "features": {"name": self.lenet.name, "accuracy": self.lenet.accuracy,
                              "checksum": self.lenet.checksum, "dimension": self.lenet.dimension}}
@@ -1563,26 +1564,6 @@ def describe(row):
     keys = ("task", "train", "nfe", "t_start", "eta", "order", "grid", "fid_lenet", "precision",
             "recall", "nearest", "psnr", "ssim", "psnr_oracle", "seconds")
     return f"{row['name']:<12}" + "  ".join(f"{k} {show(row[k])}" for k in keys if k in row)
-
-
-def print_table(cfg, result):
-    """fid_lenet of every arm, or PSNR in dB of every restoration (rows), at every number of
-    evaluations (columns), seconds beside."""
-    tables = {}
-    for row in result["arms"]:
-        key = "psnr" if "psnr" in row else "fid_lenet"
-        if key in row:
-            title = (f"{row['task']}, sigma {row['sigma']:g}: PSNR in dB" if "task" in row else
-                     f"fid_lenet; floor {result['floor']['fid_lenet']:g}")
-            cell = f"{row[key]:.1f} ({row.get('seconds', 0):.1f} s)"
-            tables.setdefault(title, {}).setdefault(setting_of(row, cfg), {})[row.get("nfe")] = cell
-    for title, table in tables.items():
-        width = 2 + max(11, *map(len, table))
-        columns = [*([None] * any(None in cells for cells in table.values())), *cfg.nfe]
-        say(f"\n{title} (seconds, the prior's included)")
-        say(f"{'evaluations':<{width}}" + "".join(f"{nfe or 'none':>16}" for nfe in columns))
-        for setting, cells in table.items():
-            say(f"{setting:<{width}}" + "".join(f"{cells.get(nfe, '–'):>16}" for nfe in columns))
 
 
 def loss_curves(rows):

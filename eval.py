@@ -9,17 +9,21 @@
 `python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json, and for several runs also
 makes one page of them all, comparison.html beside them.
 
+Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
+
 `fid_lenet` is the Fréchet distance in the features of a LeNet trained here on the data set's own
 training split. It is comparable between results that carry the same network checksum and sample
 count, is read beside its floor (real against real), and is not the Inception FID of the papers.
 """
 import base64
+import copy
 import hashlib
 import html
 import io
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import warnings
@@ -29,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 # ---------------------------------------------------------------- image against image
@@ -41,6 +45,8 @@ def _pair(a, b, data_range):
     if a.shape != b.shape or a.dim() != 4 or a.numel() == 0:
         raise ValueError("two image batches of one shape [N, C, H, W] expected, "
                          f"not {list(a.shape)} and {list(b.shape)}")
+    if not 0 < data_range < math.inf:
+        raise ValueError(f"a data_range above 0 expected, not {data_range}")
     for which, x in (("first", a), ("second", b)):
         if not x.is_floating_point():
             raise ValueError(f"the {which} images are {x.dtype}: scale them to floats in [0, 1]")
@@ -114,13 +120,18 @@ def delta_e(a, b, data_range=1.0):
     a, b = _pair(a, b, data_range)
     if a.shape[1] not in (1, 3):
         raise ValueError(f"colour differences are of 1 or 3 channels, not {a.shape[1]}")
-    a, b = (x.expand(-1, 3, -1, -1) for x in (a, b))
-    return _blocks(lambda x, y: ciede2000(lab(x), lab(y)).mean((1, 2)), a, b)
+    a, b = (x.expand(-1, 3, -1, -1).flatten(2) for x in (a, b))  # [N, 3, H W]
+
+    def mean(a, b):  # in parts of an image, since thirty planes of a photo are much memory
+        parts = zip(a.split(500_000, 2), b.split(500_000, 2))
+        return sum(ciede2000(lab(x), lab(y)).sum(1) for x, y in parts) / a.shape[2]
+
+    return _blocks(mean, a, b)
 
 
 def lab(rgb):
-    """sRGB in [0, 1] -> CIE L*a*b* under D65, of the same shape [N, 3, ...]; BT.709 primaries, CIE
-    1976 with the constants as published."""
+    """sRGB in [0, 1] -> CIE L*a*b* under D65, of the same shape [N, 3, ...]: IEC 61966-2-1 with
+    BT.709 primaries, then CIE 15 with its rounded constants 0.008856 and 7.787."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055)**2.4, rgb / 12.92)
     to_xyz = rgb.new_tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
                              [0.019334, 0.119193, 0.950227]])
@@ -195,9 +206,9 @@ def frechet_distance(f, g):
 def kid(f, g, subsets=100, size=1000):
     """Kernel distance (Bińkowski et al. 2018, §4): [N, D], [M, D] -> (mean, standard deviation).
 
-    The unbiased MMD² under k(x, y) = (x·y / D + 1)³, over fixed random subsets of at most `size`
-    rows and half a set, so that small sets show a spread too: that of one subset's estimate. The
-    mean is near 0, and may be negative, for equal laws.
+    The unbiased MMD² under k(x, y) = (x·y / D + 1)³: mean and deviation over fixed random subsets
+    of at most `size` rows and half a set, so that small sets show a spread too. The mean is near 0,
+    and may be negative, for equal laws.
     """
     f, g = _two_sets(f, g, 4)
     m = min(size, len(f) // 2, len(g) // 2)
@@ -226,20 +237,23 @@ def precision_recall(f, g, k=3):
     """
     f, g = _two_sets(f, g, k + 1)
 
+    def distances(x, y):  # not by a matrix product, which loses the zeros of equal points
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
     def radii(x):  # the nearest of all is the point itself, hence k + 1
-        return torch.cat([torch.cdist(rows, x).topk(k + 1, largest=False).values[:, -1]
+        return torch.cat([distances(rows, x).topk(k + 1, largest=False).values[:, -1]
                           for rows in x.split(1000)])
 
     radius_f, radius_g = radii(f), radii(g)
     inside_f, inside_g = [], torch.zeros(len(g), dtype=torch.bool, device=g.device)
     for rows, radius in zip(f.split(1000), radius_f.split(1000)):
-        distance = torch.cdist(rows, g)  # [rows, M]
+        distance = distances(rows, g)  # [rows, M]
         inside_f.append((distance <= radius_g).any(1))
         inside_g |= (distance <= radius[:, None]).any(0)
     return torch.cat(inside_f).double().mean().item(), inside_g.double().mean().item()
 
 
-def nearest(images, others, block=10000):
+def nearest(images, others):
     """Distance from each image to its nearest one in `others`, which shows copying.
 
     L2 over pixels in [0, 1]: [N, C, H, W], [M, C, H, W], uint8 or float -> float32 [N].
@@ -249,7 +263,7 @@ def nearest(images, others, block=10000):
                          f"{list(others.shape)}")
     x = _unit(images).flatten(1)
     best = torch.full((len(x),), math.inf, device=x.device)
-    for part in others.split(block):
+    for part in others.split(max(1, 2**23 // others[0].numel())):
         y = _unit(part.to(x.device)).flatten(1)
         for rows in torch.arange(len(x), device=x.device).split(1000):
             index = torch.cdist(x[rows], y).argmin(1)
@@ -318,6 +332,8 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", test
         raise ValueError("features need uint8 pixels [N, C, H, W] and a label for each, not "
                          f"{pixels.dtype} {list(pixels.shape)} and "
                          f"{None if labels is None else list(labels.shape)}")
+    if not len(pixels) or labels.is_floating_point() or labels.min() < 0:
+        raise ValueError("features need at least one image, and labels that are numbers from 0 on")
     digest = hashlib.sha256(f"{LENET_VERSION} {seed} {epochs} {list(pixels.shape)}".encode())
     for x in (pixels, labels.long()):
         digest.update(x.cpu().contiguous().numpy())
@@ -382,9 +398,11 @@ def _load_cache(path, net):
         return None
     try:
         cached = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(cached["state"])
-        if cached["checksum"] != _checksum(net):
+        whole = copy.deepcopy(net)  # so that nothing damaged reaches `net`
+        whole.load_state_dict(cached["state"])
+        if cached["checksum"] != _checksum(whole):
             raise ValueError("checksum")
+        net.load_state_dict(cached["state"])
     except Exception as error:  # a damaged file can raise nearly anything
         warnings.warn(f"{path} is damaged ({type(error).__name__}) and is made again",
                       stacklevel=3)
@@ -415,23 +433,27 @@ def features(net, images, batch=1000):
     return torch.cat([net.net(_unit(part.to(device)))[0] for part in images.split(batch)])
 
 
-def subset(N, n):
+def subset(N, n, number=0):
     """Fixed numbers of n of N images, int64 [n]. At random: a stride meets the period of data sets
     that store their classes in turn, and even in MNIST neither a stride nor the first n are typical
     (1,000 training images score 7.9 and 10.0 against the test split, at random 2.3, sd 0.6)."""
-    return torch.randperm(N, generator=torch.Generator().manual_seed(0))[:n]
+    return torch.randperm(N, generator=torch.Generator().manual_seed(number))[:n]
 
 
-def floor(net, train_pixels, test_pixels, samples):
-    """fid_lenet of `samples` training images, a fixed random subset, against the test split.
+def floor(net, train_pixels, test_pixels, samples, subsets=5):
+    """fid_lenet of `samples` training images against the test split -> (mean, standard deviation)
+    over fixed random subsets.
 
     The same count as the generated ones, since the distance falls with the count: what a perfect
     generator would score. ValueError if the training split is smaller than that.
     """
     if not 2 <= samples <= len(train_pixels):
         raise ValueError(f"a floor of {samples} images from a split of {len(train_pixels)}")
-    real = train_pixels[subset(len(train_pixels), samples).to(train_pixels.device)]
-    return frechet_distance(features(net, real), features(net, test_pixels))
+    test, values = features(net, test_pixels), []
+    for number in range(subsets):
+        rows = subset(len(train_pixels), samples, number).to(train_pixels.device)
+        values.append(frechet_distance(features(net, train_pixels[rows]), test))
+    return statistics.fmean(values), statistics.stdev(values)
 
 
 # ---------------------------------------------------------------- files
@@ -449,7 +471,7 @@ def _replace(path, content):
 
 
 def write_text(text, path):
-    _replace(path, text.encode())
+    _replace(path, text.encode(errors="replace"))
 
 
 def write_json(value, path):
@@ -583,7 +605,7 @@ def esc(value):
 
 
 def _number(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e300
 
 
 def _values(rows, key):
@@ -601,14 +623,18 @@ def show(x):
     return f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
 
 
-def spread(values):
-    """What the seeds gave: mean ± standard deviation, to two digits of that; or the one value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    if not deviation:
-        return show(statistics.fmean(values)) if values else "–"
-    digits = max(0, 1 - math.floor(math.log10(deviation)))
-    return (f"{statistics.fmean(values):,.{digits}f} "
-            f"<small>± {deviation:,.{digits}f}</small>")
+def spread(values, of=0):
+    """What the seeds gave: mean ± standard deviation, to two digits of that; or the one value. Of
+    more seeds than there are values, their number too."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    text = show(mean)
+    if deviation > 1e-9 * abs(mean):
+        digits = max(0, 1 - math.floor(math.log10(deviation)))
+        text = f"{mean:,.{digits}f} <small>± {deviation:,.{digits}f}</small>"
+    return text + (f" <small>({len(values)} of {of} seeds)</small>" if len(values) < of else "")
 
 
 def duration(seconds):
@@ -657,32 +683,40 @@ def place(values, log, a, b):
         ticks = [m * 10.0**e for e in range(math.floor(lo), math.ceil(hi)) for m in (1, 2, 5)]
         if hi - lo > 3:
             ticks = ticks[::3]  # whole decades
-    else:
-        step = 10**math.floor(math.log10((hi - lo) / 4))
-        step *= next((m for m in (1, 2, 5) if hi - lo <= 6 * m * step), 10)
-        ticks = [round(i * step, 12) for i in range(math.ceil(lo / step), math.ceil(hi / step))]
-    ticks = [v for v in ticks if lo <= f(v) <= hi]
+        ticks = [v for v in ticks if lo <= f(v) <= hi]
+    if not log or len(ticks) < 2:
+        low, high = (10**lo, 10**hi) if log else (lo, hi)
+        step = 10**math.floor(math.log10((high - low) / 4))
+        step *= next((m for m in (1, 2, 5) if high - low <= 6 * m * step), 10)
+        ticks = [float(f"{i * step:.12g}")
+                 for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     few = sorted(set(values))  # evaluations are labelled one by one: 3, 5, 10, 20, 50
     few = few if len(few) <= 6 and all(v == round(v) for v in few) else []
     return lambda v: a + (f(v) - lo) / (hi - lo) * (b - a), few or ticks
 
 
-def clean(points, axes):
-    """Points that the axes can show, at most 400: more become means of runs of equal length."""
-    points = [p for p in points if _number(p[0]) and _number(p[1])
-              and (p[0] > 0 or not axes.log_x) and (p[1] > 0 or not axes.log_y)]
+def visible(point, axes):
+    x, y = point
+    return _number(x) and _number(y) and (x > 0 or not axes.log_x) and (y > 0 or not axes.log_y)
+
+
+def thin(points):
+    """At most 400 points: more become means of runs of equal length."""
     run = math.ceil(len(points) / 400) or 1
     return [tuple(map(statistics.fmean, zip(*points[i:i + run])))
             for i in range(0, len(points), run)]
 
 
-def over_seeds(lines):
-    """Lines of equal length -> one of (mean x, mean y, standard deviation of y); else None."""
+def over_seeds(lines, axes):
+    """Lines that stand at the same x, or whose x is a measured time -> one of (mean x, mean y,
+    standard deviation of y), of the points that every seed has; else None."""
     if len({len(line) for line in lines}) != 1:
         return None
-    return [(statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points),
-             statistics.stdev(y for _, y in points) if len(points) > 1 else 0.0)
-            for points in zip(*lines)]
+    points = [p for p in zip(*lines) if all(visible(point, axes) for point in p)]
+    if "seconds" not in axes.x and any(len({x for x, _ in p}) > 1 for p in points):
+        return None
+    return thin([(statistics.fmean(x for x, _ in p), statistics.fmean(y for _, y in p),
+                  statistics.stdev(y for _, y in p) if len(p) > 1 else 0.0) for p in points])
 
 
 def chart(name, series, style, bound=None, marks=None):
@@ -696,18 +730,18 @@ def chart(name, series, style, bound=None, marks=None):
     bound = bound if axes.floor and _number(bound) and bound > 0 else None
     lines, bands = {}, {}
     for label, each in series.items():
-        each = [line for line in (clean(line, axes) for line in each) if line]
-        if each and (mean := over_seeds(each)):
+        if mean := over_seeds(each, axes):
             lines[label] = [[(x, y) for x, y, _ in mean]]
             if len(each) > 1:
                 bands[label] = mean
-        elif each:
+        elif each := [thin(seen) for line in each
+                      if (seen := [point for point in line if visible(point, axes)])]:
             lines[label] = each
     if not lines:
         return ""
     left, right, top, bottom = 62, 466, 12, 262
     points = [point for each in lines.values() for line in each for point in line]
-    marks = marks or {}
+    marks = {text: x for text, x in (marks or {}).items() if x > 0 or not axes.log_x}
     edges = [y + d for band in bands.values() for _, y, s in band for d in (-s, s)
              if not axes.log_y or y + d > 0]
     at_x, x_ticks = place([x for x, _ in points] + list(marks.values()), axes.log_x, left, right)
@@ -768,12 +802,13 @@ SETTING = ("task", "sigma", "train", "t_start", "eta", "order", "grid")
 
 
 def _groups(arms):
-    """Rows that differ only in their seed, together: {(name, nfe, *SETTING): [row, ...]}."""
+    """Rows that differ only in their seed, together: {(name, nfe, *SETTING): [row, ...]}. Of a
+    seed that comes twice the last row counts."""
     groups = {}
     for arm in arms:
         key = (str(arm.get("name", "–")), *map(arm.get, ("nfe", *SETTING)))
-        groups.setdefault(key, []).append(arm)
-    return groups
+        groups.setdefault(key, {})[str(arm.get("seed"))] = arm
+    return {key: list(rows.values()) for key, rows in groups.items()}
 
 
 def _cards(results, arms, style):
@@ -795,7 +830,7 @@ def _cards(results, arms, style):
                       spread(_values(rows, key)) + unit, esc(" · ".join(filter(None, detail)))))
     bound, seconds = results.get("floor") or {}, results.get("seconds") or {}
     if _number(bound.get("fid_lenet")):
-        cards.append(("floor", show(bound["fid_lenet"]),
+        cards.append(("floor", show(bound["fid_lenet"]) + over_images(bound.get("std")),
                       f"fid_lenet of {show(bound.get('samples'))} training images"))
     if _number(results.get("parameters")):
         cards.append(("parameters", show(results["parameters"]), "in the diffusion network"))
@@ -816,13 +851,15 @@ def _cards(results, arms, style):
 
 def _picture(picture, folder):
     """A PNG of the run's folder, with the names of its rows where the entry has them."""
-    path, caption = folder / str(picture.get("file")), esc(picture.get("caption") or "")
+    path, caption = folder / Path(str(picture.get("file"))).name, esc(picture.get("caption") or "")
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
             width, height = image.size
-    except OSError:
-        return f"<figure><figcaption>{esc(path.name)} is missing. {caption}</figcaption></figure>"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return f"<figure><figcaption>{esc(path.name)} {why}. {caption}</figcaption></figure>"
     # small pictures are enlarged by whole factors, so that every pixel is drawn alike
     scale = max(1, min(3, 960 // width, 480 // height))
     names = [esc(name) for name in picture.get("rows") or []]
@@ -839,26 +876,65 @@ def over_images(deviation):
     return f" <small>± {show(deviation)}</small>" if _number(deviation) else ""
 
 
+def by_task(arms):
+    """{(task, sigma): its rows}, and the settings in which any two rows differ."""
+    tasks = {}
+    for arm in arms:
+        tasks.setdefault((arm.get("task"), arm.get("sigma")), []).append(arm)
+    return tasks, [k for k in SETTING[2:] if len({str(arm.get(k)) for arm in arms}) > 1]
+
+
+def text_tables(folders, keys=("fid_lenet", "psnr")):
+    """Arms × evaluations of finished runs as Markdown, a table for each task and each of `keys`
+    that it has: mean ± standard deviation over seeds, and seconds."""
+    results, lines = merge([read_results(folder) for folder in folders]), []
+    tasks, told = by_task(results["arms"])
+    for (task, sigma), arms in tasks.items():
+        for key in keys:
+            rows, heads = {}, set()
+            for (name, nfe, *setting), group in _groups(arms).items():
+                if values := _values(group, key):
+                    took = _values(group, "seconds") if key in ("fid_lenet", "psnr") else []
+                    label = " ".join([name, *(f"{k} {show(v)}" for k, v in zip(SETTING, setting)
+                                              if k in told and v is not None)])
+                    rows.setdefault(label, {})[nfe] = re.sub("<.*?>", "", spread(values)) + (
+                        f" ({duration(statistics.fmean(took))})" if took else "")
+                    heads.add(nfe)
+            if not rows:
+                continue
+            heads = sorted(heads, key=lambda nfe: (nfe is not None, nfe))
+            floor = (results.get("floor") or {}).get("fid_lenet")
+            title = " ".join([f"{task}, sigma {show(sigma)}:" if task else "", NAMES.get(key, key),
+                              f"(floor {show(floor)})" if key == "fid_lenet" and floor else ""])
+            cells = [["evaluations", *("none" if nfe is None else show(nfe) for nfe in heads)]]
+            cells += [[label, *(row.get(nfe, "") for nfe in heads)] for label, row in rows.items()]
+            widths = [max(map(len, column)) for column in zip(*cells)]
+            drawn = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
+                                       enumerate(zip(row, widths))) + " |" for row in cells]
+            ruler = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":")
+                                   for i, w in enumerate(widths)) + "|"
+            lines += ["", title.strip(), "", drawn[0], ruler, *drawn[1:]]
+    return "\n".join(lines)
+
+
 def _pivot(arms, style):
     """The tables of arms, one for each task: arms × evaluations with fid_lenet (or PSNR) and
     seconds in a cell; without evaluations arms × measures."""
-    tables, told = {}, [k for k in SETTING[2:] if len({str(arm.get(k)) for arm in arms}) > 1]
-    for arm in arms:
-        tables.setdefault((arm.get("task"), arm.get("sigma")), []).append(arm)
-    return "".join(_table_of_arms(rows, style, told, *which) for which, rows in tables.items())
+    tasks, told = by_task(arms)
+    return "".join(_table_of_arms(rows, style, told, *which) for which, rows in tasks.items())
 
 
 def _table_of_arms(arms, style, told, task, sigma):
     key = next((key for key in ("fid_lenet", "psnr")
                 if _values(arms, "nfe") and _values(arms, key)), None)
-    rows, heads = {}, {}
+    rows, heads, seeds = {}, {}, len({str(arm.get("seed")) for arm in arms})
     for (name, nfe, *setting), group in _groups(arms).items():
         if key:
             seconds = _values(group, "seconds")
             below = f"<small>{duration(statistics.fmean(seconds))}</small>" if seconds else ""
-            cells = {nfe: spread(_values(group, key)) + below}
+            cells = {nfe: spread(_values(group, key), seeds) + below}
         else:
-            cells = {NAMES.get(k, k): spread(_values(group, k)) if len(group) > 1
+            cells = {NAMES.get(k, k): spread(_values(group, k), seeds) if seeds > 1
                      else show(group[0][k]) + over_images(group[0].get(f"{k}_std"))
                      for k in group[0] if k not in ("seed", *SETTING)
                      and not k.endswith("_std") and _values(group, k)}
@@ -872,7 +948,6 @@ def _table_of_arms(arms, style, told, task, sigma):
         which = [f"{k} {show(v)}" for k, v in zip(SETTING, setting) if k in told and v is not None]
         body.append([f"{swatch(style[name])}{esc(name)} <small>{', '.join(which)}</small>",
                      *(cells.get(k, "–") for k in heads)])
-    seeds = len({str(arm.get("seed")) for arm in arms})
     caption = f"{NAMES.get(key, key)} by network evaluations, with the time. " if key else ""
     caption += (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1
                 else "One seed." if key else "One seed; mean ± standard deviation over images.")
@@ -881,25 +956,61 @@ def _table_of_arms(arms, style, told, task, sigma):
         ["arm", *map(show, heads)], body)
 
 
+SHAPES = {"config": dict, "data": dict, "features": dict, "seconds": dict, "curves": dict,
+          "marks": dict, "arms": list, "pictures": list, "notes": list}
+
+
 def read_results(folder):
-    """FOLDER/results.json, with its folder; ValueError if it is no JSON object."""
+    """FOLDER/results.json, with its folder; ValueError, which names the file, if it is not one."""
     path = Path(folder) / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no run there (no results.json)") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(results, dict):
         raise ValueError(f"{path} holds no JSON object")
+    results = {key: value for key, value in results.items() if value is not None}
+    floor = results.get("floor", {})
+    if isinstance(floor, (int, float)):
+        results["floor"] = {"fid_lenet": floor}
+    for key, kind in (SHAPES | {"floor": dict}).items():
+        if not isinstance(results.get(key, kind()), kind):
+            raise ValueError(f"{path}: {key} is {type(results[key]).__name__}, no {kind.__name__}")
+    for key, kind in ("arms", dict), ("pictures", dict), ("notes", str):
+        if not all(isinstance(item, kind) for item in results.get(key, [])):
+            raise ValueError(f"{path}: {key} holds what is no {kind.__name__}")
+    for name, points in results.get("curves", {}).items():
+        if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2
+                                                   for p in points):
+            raise ValueError(f"{path}: curve {name} is no list of [x, y]")
+    if not all(isinstance(texts, dict) for texts in results.get("marks", {}).values()):
+        raise ValueError(f"{path}: marks are no {{curve: {{text: x}}}}")
+    for arm in results.get("arms", []):
+        if not (arm.get("nfe") is None or _number(arm["nfe"])):
+            raise ValueError(f"{path}: nfe {arm['nfe']!r} is no number")
     return results | {"folder": Path(folder)}
 
 
-RUNS_OWN = ("seed", "out", "resume", "sweep", "data_dir", "device")  # no setting of the method
+RUNS_OWN = ("seed", "out", "resume", "sweep", "data_dir")  # no setting of the method
+
+
+def identity(run):
+    """What must agree before numbers of two runs may be averaged: flags, data, features, device."""
+    def part(key):
+        return run.get(key, {})
+    known = {"data": part("data").get("name"), "data sha256": part("data").get("sha256"),
+             "features": part("features").get("checksum"), "device": run.get("device"),
+             "floor samples": part("floor").get("samples")}
+    return part("config") | {key: value[:12] if key in ("data sha256", "features") else value
+                             for key, value in known.items() if value is not None}
 
 
 def merge(runs):
-    """Results of one or more runs as one. Runs that differ only in their seed stand together; where
-    other flags differ, every name says which. A curve becomes a list with a line for each seed."""
-    configs = [run.get("config") or {} for run in runs]
+    """Results of one or more runs as one. Runs of one `identity` but for their seed stand together;
+    else every name says what differs. A curve becomes a list with a line for each seed."""
+    configs = [identity(run) for run in runs]
     flags = dict.fromkeys(key for config in configs for key in config)
     same = {k: configs[0].get(k) for k in flags
             if len({json.dumps(config.get(k)) for config in configs}) == 1}
@@ -999,10 +1110,21 @@ def _page(title, results):
 
 
 def _open(path):
-    """A picture file -> [1, 1 or 3, H, W] in [0, 1]."""
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)[None].double() / 255
+    """A picture file, upright, 8 or 16 bits -> [1, 1 or 3, H, W] in [0, 1]; opacity is left out.
+    ValueError, which names the file, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"samples of mode {image.mode} have no known range")
+            if image.mode.startswith("I;16"):  # which convert() would clip
+                pixels, scale = np.asarray(image).astype(np.float64), 65535
+            else:
+                pixels, scale = np.array(image.convert("L" if image.mode in ("1", "L", "LA")
+                                                       else "RGB")), 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)[None].double() / scale
 
 
 def main(arguments=None):
@@ -1015,19 +1137,25 @@ def main(arguments=None):
             raise ValueError(f"{missing[0]} does not exist")
         elif len(paths) == 2 and all(path.is_file() for path in paths):
             a, b = map(_open, paths)
+            if a.shape[2:] != b.shape[2:]:
+                sizes = [f"{path} is {x.shape[3]}×{x.shape[2]}" for path, x in zip(paths, (a, b))]
+                raise ValueError(", ".join(sizes))
+            if a.shape != b.shape:  # one of them is grey
+                a, b = (x.expand(-1, 3, -1, -1) for x in (a, b))
             for measure in (mse, mae, psnr, ssim, delta_e):
                 print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
         elif paths and all(path.is_dir() for path in paths):
             for path in paths:
                 report(path)
                 print(path / "report.html")
+            print(text_tables(paths, ("fid_lenet", "recall", "nearest", "psnr", "ssim")))
             if len(paths) > 1:
                 together = Path(os.path.commonpath([p.resolve() for p in paths]))
                 compare(paths, together / "comparison.html")
                 print(together / "comparison.html")
         else:
             raise ValueError("two pictures or some run folders expected")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         print("eval:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
@@ -1999,7 +2000,7 @@ def test_nearest_finds_the_copy_in_any_block():
     others = random_images(25, 1, 6, 6)
     images = torch.cat([others[[19]], others[[3]] + 0.01])
     others[3] = others[3].clamp(max=0.99)
-    distance = measures.nearest(images.clamp(0, 1), others, block=7)
+    distance = measures.nearest(images.clamp(0, 1), others)
     brute = (images.clamp(0, 1)[:, None] - others).flatten(2).norm(dim=2).min(1).values
     assert distance[0] == 0 and torch.allclose(distance, brute)
 
@@ -2028,10 +2029,15 @@ def test_features_are_learned_once_and_read_back(striped, tmp_path, monkeypatch)
     (file,) = (tmp_path / "cache").iterdir()
     assert file.name.startswith("features-stripes-") and file.suffix == ".pt"
 
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="damaged"):
-        again = measures.feature_network(pixels, labels, "stripes", folders, test=striped, epochs=1)
-    assert again.checksum == net.checksum  # same seed, same weights
+    content = torch.load(file, weights_only=True)
+    content["state"]["fc1.weight"][0, 0] = math.nan
+    torch.save(content, altered := io.BytesIO())
+    for damaged in (file.read_bytes()[:1000], altered.getvalue()):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="damaged"):
+            again = measures.feature_network(pixels, labels, "stripes", folders, test=striped,
+                                             epochs=1)
+        assert again.checksum == net.checksum  # same seed, same weights
 
     monkeypatch.setattr(measures, "_fit", None)  # from here on nothing can be trained
     cached = measures.feature_network(pixels, labels, "stripes", folders, epochs=1)
@@ -2046,9 +2052,10 @@ def test_features_are_learned_once_and_read_back(striped, tmp_path, monkeypatch)
 def test_floor_takes_images_from_the_whole_split(striped):
     pixels, _ = striped
     net = measures.FeatureNet(measures.LeNet(1, 2).eval(), "untrained", None, "", 84)
-    expected = measures.frechet_distance(measures.features(net, pixels[measures.subset(80, 40)]),
-                                         measures.features(net, pixels))
-    assert measures.floor(net, pixels, pixels, 40) == pytest.approx(expected)
+    each = [measures.frechet_distance(measures.features(net, pixels[measures.subset(80, 40, i)]),
+                                      measures.features(net, pixels)) for i in range(3)]
+    mean, deviation = measures.floor(net, pixels, pixels, 40, 3)
+    assert mean == pytest.approx(np.mean(each)) and deviation == pytest.approx(np.std(each, ddof=1))
     with pytest.raises(ValueError, match="81 images from a split of 80"):
         measures.floor(net, pixels, pixels, 81)
 
@@ -2110,7 +2117,7 @@ def test_feature_network_reads_mnist():
     net = measures.feature_network(train.pixels, train.labels, "mnist", [data.cache_root()],
                                    test=(test.pixels, test.labels))
     assert net.accuracy >= 0.988
-    assert 0.3 < measures.floor(net, train.pixels, test.pixels, 10_000) < 3
+    assert 0.3 < measures.floor(net, train.pixels, test.pixels, 10_000)[0] < 3
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 9)])
@@ -2225,6 +2232,73 @@ def test_comparison_of_settings_names_what_differs(tmp_path):
     assert 'opacity=".18"' not in page and page.count("data:image/png") == 2
 
 
+def test_runs_on_other_data_or_features_are_never_averaged(tmp_path):
+    first, second = runs_of(tmp_path, {}, {})
+    for change, label in (({"data": {"name": "mnist"}}, "ddpm (data mnist)"),
+                          ({"features": {"checksum": "abcdef"}}, "ddpm (features abcdef)"),
+                          ({"floor": {"fid_lenet": 1, "samples": 9}}, "ddpm (floor samples 9)"),
+                          ({"device": "H200"}, "ddpm (device H200)")):
+        results = json.loads((second / "results.json").read_text())
+        measures.write_json(results | change, second / "results.json")
+        measures.compare([first, second], tmp_path / "c.html")
+        page = (tmp_path / "c.html").read_text()
+        assert label in page and 'opacity=".18"' not in page
+        measures.write_json(results, second / "results.json")
+
+
+def test_curves_are_averaged_only_where_every_seed_has_a_point():
+    axes = measures.CHARTS["quality"]
+    lines = [[[5, 20], [10, None], [20, 5]], [[5, 22], [10, 12], [20, 7]]]
+    assert measures.over_seeds(lines, axes) == [(5, 21, pytest.approx(2**0.5)),
+                                                (20, 6, pytest.approx(2**0.5))]
+    moved = [[[5, 20]], [[6, 22]]]
+    assert measures.over_seeds(moved, axes) is None
+    assert measures.over_seeds(moved, measures.CHARTS["seconds"])[0][0] == 5.5  # measured times
+    assert measures.over_seeds([[[5, 20]], []], axes) is None
+
+
+def test_a_seed_that_comes_twice_counts_once(tmp_path):
+    folder = next(runs_of(tmp_path, {}))
+    measures.compare([folder, folder], tmp_path / "c.html")
+    assert "±" not in (tmp_path / "c.html").read_text().replace("mean ± standard", "")
+
+
+@pytest.mark.parametrize("low, high", [(6.1, 9.2), (2.3, 4.4), (0.21, 0.45), (1, 1), (3, 3000)])
+def test_every_axis_has_numbers(low, high):
+    for log in (False, True):
+        _, ticks = measures.place([low, high, (low + high) / 2.1], log, 0, 100)
+        assert len(ticks) >= 2
+
+
+@pytest.mark.parametrize("change", [
+    {"config": 7}, {"arms": {"a": 1}}, {"arms": [None]}, {"floor": "x"}, {"curves": [1]},
+    {"curves": {"a": [[1]]}}, {"arms": [{"nfe": [3]}]}, {"pictures": ["a.png"]}, {"marks": [3]},
+    {"marks": {"a": 3}}, {"notes": [3]}, [1]])
+def test_damaged_results_are_one_line_that_names_the_file(change, tmp_path, capsys):
+    content = RESULTS | change if isinstance(change, dict) else change
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert measures.main([tmp_path]) == 2
+    err = capsys.readouterr().err
+    assert "results.json" in err and err.count("\n") == 1
+
+
+def test_extreme_numbers_leave_a_page(tmp_path):
+    page = make_report(tmp_path, RESULTS | {
+        "arms": [{"name": "a", "nfe": 3, "fid_lenet": 10**400}],
+        "curves": {"quality/a": [[1, 1e308], [2, 3]], "loss/b": [[1, -1e308], [2, 1e308]]},
+        "marks": {"quality": {"never": -1.0}}, "pictures": [{"file": "../a.png"}]})
+    assert "</html>" in page and "never" not in page
+
+
+def test_text_tables_have_mean_and_spread_over_seeds(tmp_path):
+    table = measures.text_tables(list(runs_of(tmp_path, {}, {})))
+    assert table.splitlines() == [
+        "", "fid_lenet (floor 6.25)", "",
+        "| evaluations |            5 |           10 |",
+        "|-------------|-------------:|-------------:|",
+        "| ddpm        | 20.50 ± 0.71 | 10.50 ± 0.71 |"]
+
+
 def test_report_of_restoration_tabulates_every_measure(tmp_path):
     arms = [{"name": "ladder", "seed": s, "psnr": 24 + s, "ssim": 0.9} for s in (0, 1)]
     page = make_report(tmp_path, {"arms": arms})
@@ -2242,6 +2316,26 @@ def test_command_compares_two_pictures(tmp_path, capsys):
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["mse", "mae", "psnr", "ssim", "delta_e"]
     assert float(lines["mse"]) == pytest.approx(0.04) and float(lines["mae"]) == pytest.approx(0.2)
+
+
+def test_command_reads_16_bits_grey_and_turned_pictures(tmp_path, capsys):
+    grey = np.arange(144, dtype=np.uint16).reshape(12, 12)
+    Image.fromarray(grey * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "grey.png")
+    rgb = Image.fromarray(np.repeat(grey.astype(np.uint8)[..., None], 3, 2))
+    rgb.save(tmp_path / "rgb.png")
+    turned, exif = rgb.rotate(90), Image.Exif()
+    exif[0x112] = 6  # turn by 270 degrees to be upright
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for name in ("deep", "rgb", "turned"):
+        assert measures.main([tmp_path / "grey.png", tmp_path / f"{name}.png"]) == 0
+        assert "psnr    inf" in capsys.readouterr().out
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tiff")
+    assert measures.main([tmp_path / "grey.png", tmp_path / "float.tiff"]) == 2
+    assert "float.tiff cannot be read: samples of mode F" in capsys.readouterr().err
+    Image.fromarray(grey[:11].astype(np.uint8)).save(tmp_path / "low.png")
+    assert measures.main([tmp_path / "grey.png", tmp_path / "low.png"]) == 2
+    assert "grey.png is 12×12" in capsys.readouterr().err
 
 
 def test_command_fails_in_one_line(tmp_path, capsys):
