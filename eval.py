@@ -877,26 +877,31 @@ def over_images(deviation):
 
 
 def by_task(arms):
-    """{(task, sigma): its rows}, and the settings in which any two rows differ."""
+    """{(task, sigma): its rows}."""
     tasks = {}
     for arm in arms:
         tasks.setdefault((arm.get("task"), arm.get("sigma")), []).append(arm)
-    return tasks, [k for k in SETTING[2:] if len({str(arm.get(k)) for arm in arms}) > 1]
+    return tasks
+
+
+def told(arms, name, setting):
+    """Of a row's setting, "t_start 300, order 2": what differs between the rows of its arm."""
+    mine = [arm for arm in arms if str(arm.get("name", "–")) == name]
+    return ", ".join(f"{k} {show(v)}" for k, v in zip(SETTING[2:], setting[2:])
+                     if v is not None and len({str(arm.get(k)) for arm in mine}) > 1)
 
 
 def text_tables(folders, keys=("fid_lenet", "psnr")):
     """Arms × evaluations of finished runs as Markdown, a table for each task and each of `keys`
     that it has: mean ± standard deviation over seeds, and seconds."""
     results, lines = merge([read_results(folder) for folder in folders]), []
-    tasks, told = by_task(results["arms"])
-    for (task, sigma), arms in tasks.items():
+    for (task, sigma), arms in by_task(results["arms"]).items():
         for key in keys:
             rows, heads = {}, set()
             for (name, nfe, *setting), group in _groups(arms).items():
                 if values := _values(group, key):
                     took = _values(group, "seconds") if key in ("fid_lenet", "psnr") else []
-                    label = " ".join([name, *(f"{k} {show(v)}" for k, v in zip(SETTING, setting)
-                                              if k in told and v is not None)])
+                    label = f"{name} {told(arms, name, setting)}".strip()
                     rows.setdefault(label, {})[nfe] = re.sub("<.*?>", "", spread(values)) + (
                         f" ({duration(statistics.fmean(took))})" if took else "")
                     heads.add(nfe)
@@ -920,11 +925,10 @@ def text_tables(folders, keys=("fid_lenet", "psnr")):
 def _pivot(arms, style):
     """The tables of arms, one for each task: arms × evaluations with fid_lenet (or PSNR) and
     seconds in a cell; without evaluations arms × measures."""
-    tasks, told = by_task(arms)
-    return "".join(_table_of_arms(rows, style, told, *which) for which, rows in tasks.items())
+    return "".join(_table_of_arms(rows, style, *which) for which, rows in by_task(arms).items())
 
 
-def _table_of_arms(arms, style, told, task, sigma):
+def _table_of_arms(arms, style, task, sigma):
     key = next((key for key in ("fid_lenet", "psnr")
                 if _values(arms, "nfe") and _values(arms, key)), None)
     rows, heads, seeds = {}, {}, len({str(arm.get("seed")) for arm in arms})
@@ -945,15 +949,14 @@ def _table_of_arms(arms, style, told, task, sigma):
     heads = sorted(heads, key=lambda k: (k is not None, k)) if key else list(heads)
     body = []
     for (name, *setting), cells in rows.items():
-        which = [f"{k} {show(v)}" for k, v in zip(SETTING, setting) if k in told and v is not None]
-        body.append([f"{swatch(style[name])}{esc(name)} <small>{', '.join(which)}</small>",
+        body.append([f"{swatch(style[name])}{esc(name)} <small>{told(arms, name, setting)}</small>",
                      *(cells.get(k, "–") for k in heads)])
     caption = f"{NAMES.get(key, key)} by network evaluations, with the time. " if key else ""
     caption += (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1
                 else "One seed." if key else "One seed; mean ± standard deviation over images.")
     title = "Arms" if task is None else f"{task}, sigma {show(sigma)}"
     return f'<h2>{esc(title)}</h2><p class="soft">{caption}</p>' + table(
-        ["arm", *map(show, heads)], body)
+        ["arm", *("none" if head is None else show(head) for head in heads)], body)
 
 
 SHAPES = {"config": dict, "data": dict, "features": dict, "seconds": dict, "curves": dict,
