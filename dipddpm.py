@@ -1236,9 +1236,42 @@ def generate(cfg, run, nets, train, x_0, test, result):
             curves.setdefault(f"quality/{series}", []).append([row["nfe"], row["fid_lenet"]])
             curves.setdefault(f"seconds/{series}", []).append(
                 [row["seconds"] * 1000 / n, row["fid_lenet"]])
+    result["notes"] += headlines(cfg, arms, n)
     for name, network in nets.items():
         curves |= convergence(cfg, run, name, network, begun, numbers, judge, test)
     result["pictures"] += draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]
+
+
+def headlines(cfg, arms, n):
+    """For each arm with a prior: with how few evaluations it is as good as the noise start at its
+    most, plus 5 %, and from how many images on the seconds of its DIP are paid back. A list of
+    sentences; of a single run, so no more than a hint."""
+    notes, most = [], max(cfg.nfe)
+    if not all("fid_lenet" in row for row in arms):
+        return notes
+    noise = min((row for row in arms if row["name"] == "ddpm" and row["nfe"] == most),
+                key=lambda row: row["fid_lenet"])
+    series = {}
+    for row in arms:
+        if row["name"] != "ddpm":
+            series.setdefault(setting_of(row, cfg), []).append(row)
+    for name, rows in series.items():
+        there = [row for row in rows if row["fid_lenet"] <= 1.05 * noise["fid_lenet"]]
+        if not there:
+            notes.append(f"{name} does not reach the noise start's quality at {most} evaluations "
+                         f"({noise['fid_lenet']:.2f}, plus 5 %): at best "
+                         f"{min(row['fid_lenet'] for row in rows):.2f}")
+            continue
+        row = min(there, key=lambda row: row["nfe"])
+        once = row["prior_seconds"] if row["name"] != "dip-images" else 0.0
+        saved = (noise["seconds"] - row["seconds"] + once) / n  # an image
+        notes.append(
+            f"{name} reaches the noise start's quality at {most} evaluations "
+            f"({noise['fid_lenet']:.2f}, plus 5 %) with {row['nfe']}; recall {row['recall']:.3f} "
+            f"against {noise['recall']:.3f}; " + (
+                f"{once:.1f} s for its prior are paid back from {math.ceil(once / saved)} images on"
+                if saved > 0 else "its prior is never paid back"))
+    return notes
 
 
 def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, **how):
@@ -1413,11 +1446,20 @@ def setting_of(row, cfg):
                                      if len(values) > 1 and key in row])
 
 
+def total_variation(counts, others):
+    """Half the sum of |p - q| between the shares of two histograms: 0 where they agree, at most 1;
+    the share of samples that would have to change class."""
+    size = max(len(counts), len(others))
+    p, q = (F.pad(c, (0, size - len(c))).double() / c.sum() for c in (counts, others))
+    return 0.5 * (p - q).abs().sum().item()
+
+
 class Judge:
     """Measures sets of n samples: against the test split in the features of a LeNet that is trained
-    on the whole training split, where there are labels for it; and for copying, by the distance
-    of each sample to the nearest training image (L2 over pixels in [0, 1]: mean and 5th
-    percentile) and to its own source image. Its time goes to seconds["eval"]."""
+    on the whole training split, where there are labels for it, and in the shares of the classes
+    that it sees; and for copying, by the distance of each sample to the nearest training image (L2
+    over pixels in [0, 1]: mean and 5th percentile) and to its own source image. Its time goes to
+    seconds["eval"]."""
 
     def __init__(self, cfg, run, train, x_0, test, n):
         began = time.time()
@@ -1430,6 +1472,7 @@ class Judge:
                 train.pixels, train.labels, train.name, [root, data.cache_root(), run.folder],
                 device=run.device, test=(test.pixels, test.labels))
             self.features = measure.features(self.lenet, test.pixels)
+            self.shares = torch.bincount(measure.classes(self.lenet, test.pixels))
             # as many real images as generated ones, as recall asks for
             self.manifold = self.features[held_out.to(run.device)]
             self.floor, self.floor_std = measure.floor(self.lenet, train.pixels, test.pixels, n)
@@ -1450,9 +1493,11 @@ class Judge:
             f, g = measure.features(self.lenet, x), self.features
             kid, kid_std = measure.kid(f, g)
             precision, recall = measure.precision_recall(f, self.manifold)
+            shares = torch.bincount(measure.classes(self.lenet, x), minlength=len(self.shares))
             row = {"fid_lenet": round(measure.frechet_distance(f, g), 3), "kid": round(kid, 5),
                    "kid_std": round(kid_std, 5), "precision": round(precision, 4),
-                   "recall": round(recall, 4)}
+                   "recall": round(recall, 4),
+                   "class_gap": round(total_variation(shares, self.shares), 4)}
         row |= self.copying(x)
         if sources is not None:
             own = (x - sources.float() / 255).flatten(1).norm(dim=1)

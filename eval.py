@@ -433,6 +433,13 @@ def features(net, images, batch=1000):
     return torch.cat([net.net(_unit(part.to(device)))[0] for part in images.split(batch)])
 
 
+@torch.no_grad()
+def classes(net, images, batch=1000):
+    """FeatureNet, images [N, C, H, W] (uint8, or floats in [0, 1]) -> its classes, int64 [N]."""
+    device = net.net.fc1.weight.device
+    return torch.cat([net.net(_unit(part.to(device)))[1].argmax(1) for part in images.split(batch)])
+
+
 def subset(N, n, number=0):
     """Fixed numbers of n of N images, int64 [n]. At random: a stride meets the period of data sets
     that store their classes in turn, and even in MNIST neither a stride nor the first n are typical

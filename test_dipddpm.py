@@ -1691,6 +1691,26 @@ def test_a_truncated_network_serves_no_other_start(whole_run, tmp_path, capsys):
     assert status == 2 and "trained for t < 24" in err and err.count("\n") == 1
 
 
+def test_headlines_say_with_how_few_evaluations_and_when_a_prior_is_paid_back():
+    def row(name, nfe, fid, seconds, prior=0.0):
+        return {"name": name, "train": "full", "nfe": nfe, "t_start": 600, "eta": 0.0, "order": 1,
+                "grid": "uniform", "fid_lenet": fid, "recall": 0.5, "seconds": seconds + prior,
+                "prior_seconds": prior}
+    arms = [row("ddpm", 3, 50, 2), row("ddpm", 50, 10, 32), row("dip-codes", 3, 10.4, 2, 45),
+            row("dip-codes", 50, 9, 32, 45), row("gauss", 3, 70, 2), row("gauss", 50, 60, 32),
+            row("dip-images", 3, 10, 2, 75), row("dip-images", 50, 9, 32, 75)]
+    codes, gauss, images = dipddpm.headlines(config(nfe=(3, 50)), arms, 100)
+    assert "with 3;" in codes and "paid back from 150 images" in codes  # 45 s of 0.3 s an image
+    assert "does not reach" in gauss and "60.00" in gauss
+    assert "never paid back" in images  # each image pays for its own
+
+
+def test_class_gap_is_the_share_of_samples_in_a_wrong_class():
+    a, b = torch.tensor([5, 5]), torch.tensor([2, 4, 4])
+    assert dipddpm.total_variation(a, b) == pytest.approx(0.4)
+    assert dipddpm.total_variation(b, b) == 0
+
+
 def test_seconds_of_a_step_are_not_bent_by_a_pause():
     rows = [["full", 50 * n, 0, 10.0 * n + (1000 if n > 3 else 0), 0, 0] for n in range(1, 9)]
     assert dipddpm.median_step(rows) == pytest.approx(0.2)
