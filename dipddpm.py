@@ -967,8 +967,7 @@ def fit_network(cfg, x_0, run):
 # ------------------------------------------------------------------ codes: a decoder for a data set
 
 CODE = 32  # numbers in a code
-CODE_EPOCHS, CODE_RATES = 6, (2e-3, 1e-2)  # passes; peak learning rates of decoder and codes
-CELLS = 200  # Gaussians in a mixture
+CODE_EPOCHS, CODE_RATES = 3, (2e-3, 1e-2)  # passes; peak learning rates of decoder and codes
 CELL_DRAW, CODE_DRAW, CENTRE_DRAW = 1, 2, 3  # draw numbers in the stream DIP_CODE; 0 is z's
 
 
@@ -1039,9 +1038,10 @@ def fit_codes(cfg, x_0, run):
 
 def fit_mixture(codes, seed):
     """A mixture of Gaussians for codes [N, D]: cells of k-means, each with its share, mean and
-    covariance -> (shares [K], means [K, D], Cholesky factors [K, D, D])."""
+    covariance -> (shares [K], means [K, D], Cholesky factors [K, D, D]). There are as many as leave
+    2 D members to a cell: with fewer cells new images are worse, with fewer members too."""
     N, D = codes.shape
-    K = min(CELLS, max(1, N // (2 * D)))  # a covariance wants more members than dimensions
+    K = max(1, N // (2 * D))
     numbers = torch.arange(N, device=codes.device)
     keys = kernels.uniform((N,), seed, numbers, CENTRE_DRAW, kernels.DIP_CODE, codes.device)
     means = codes[keys.argsort(stable=True)[:K]]

@@ -1534,15 +1534,24 @@ def blobs(n):
     return torch.where(first[:, None], z @ turn + 50, z / 3), first
 
 
-def test_new_codes_have_the_mixtures_shares_means_and_covariances(monkeypatch):
-    monkeypatch.setattr(dipddpm, "CELLS", 2)
+def test_new_codes_have_the_groups_shares_means_and_covariances():
     codes, first = blobs(8000)
-    new = dipddpm.draw_codes(dipddpm.fit_mixture(codes, 0), 8000, 5)
+    shares, means, _ = mixture = dipddpm.fit_mixture(codes, 0)
+    assert len(means) == 2000 and shares.sum() == pytest.approx(1, abs=1e-5)
+    new = dipddpm.draw_codes(mixture, 8000, 5)
     new_first = new[:, 0] > 25
     assert new_first.float().mean() == pytest.approx(0.75, abs=0.02)
     for group, new_group in ((codes[first], new[new_first]), (codes[~first], new[~new_first])):
         torch.testing.assert_close(new_group.mean(0), group.mean(0), atol=0.1, rtol=0)
         torch.testing.assert_close(new_group.T.cov(), group.T.cov(), atol=0.25, rtol=0.1)
+
+
+def test_one_cell_is_one_gaussian():
+    codes = kernels.normal((4, 2), 1, 0, 0, 0)
+    shares, means, factors = dipddpm.fit_mixture(codes, 0)
+    assert shares.tolist() == [1] and torch.allclose(means[0], codes.mean(0))
+    torch.testing.assert_close(factors[0] @ factors[0].T, codes.T.cov(correction=0), atol=2e-3,
+                               rtol=0)
 
 
 def test_a_new_code_does_not_depend_on_how_many_are_drawn():
