@@ -124,8 +124,10 @@ class Config:
                          ("conv2", "autoencoder", "resnet18"))
     dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
                           " codes: 32)", "prior", low=1)
-    dip_iters: int = flag(None, "iterations of a DIP fit", "prior", low=1)
-    dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit", "prior", low=0)
+    dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: three "
+                          "passes; dip: 150, or 600 above 64 pixels; a restoration: 300)", "prior",
+                          low=1)
+    dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
 
     task: tuple = flag(("generate",), "generate new images, or restore test images, a list: "
@@ -348,8 +350,8 @@ def time_grid(schedule, t_start, nfe, grid="uniform"):
     if grid == "quadratic":
         wanted = [t_start * ((nfe - i) / nfe) ** 2 for i in range(nfe)]
     else:
-        snr = torch.tensor([schedule.at(tau) for tau in range(1, t_start + 1)]).logit()
-        even = torch.linspace(snr[-1].item(), snr[0].item(), nfe) if nfe > 1 else snr[-1:]
+        snr = schedule.alpha_bar[:t_start].logit()
+        even = torch.linspace(snr[-1], snr[0], nfe, dtype=snr.dtype) if nfe > 1 else snr[-1:]
         wanted = [1 + (snr - v).abs().argmin().item() for v in even]
     taus = [t_start]
     for i, tau in enumerate(wanted[1:], 1):  # at least nfe - i steps must be left below
@@ -648,7 +650,9 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
-    done, seconds, rows = continue_from(run.state.get(name), net, ema, optimizer, t_max)
+    saved = run.state.get(name)
+    done, seconds, rows = continue_from(saved, net, ema, optimizer, t_max)
+    t_max = saved.get("t_max", t_max) if saved else t_max
     lr = rates[0].clone()  # a tensor, so that a graph can set it
     optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
     position = torch.arange(B, device=run.device)  # of an image in the batch
@@ -692,6 +696,8 @@ def train_ddpm(cfg, x_0, t_max, run, name):
             loss_sum.zero_()
             loss_count = 0
             progress(done, f"loss {mean:.4f}")
+        if run.stop and not torch.isfinite(loss_sum):
+            raise KeyboardInterrupt  # without a checkpoint: the last one is good
         if run.stop or done == steps or (loss_count == 0
                                          and time.time() - saved_at > CHECKPOINT_SECONDS):
             run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
@@ -737,13 +743,24 @@ class Measurement(NamedTuple):
         """A's pseudo-inverse: A(back(y)) = y for every y that A can give."""
         return TASKS[self.task][1](y, self.mask)
 
-    def consistent(self, x0_hat, noise):
-        """x0_hat in [-1, 1] with its range part replaced, x + lambda A+ (y - A x) (Wang et al.
-        2023, DDNM, eq. 13); lambda is 1 where y is exact, else as large as leaves the step no
-        noisier than `noise`, that of x_s / sqrt(ab_s) (their eq. 19 has the random part)."""
+    def consistent(self, x0_hat, weight=1.0):
+        """x0_hat in [-1, 1], its range part replaced: x + weight A+ (y - A x) (Wang et al. 2023,
+        DDNM, eq. 13; eq. 17 has the weight)."""
         x = (x0_hat + 1) / 2
-        weight = (noise / (2 * self.sigma)).clamp(max=1) if self.sigma else 1.0
         return (x + weight * self.back(self.y - self.A(x))) * 2 - 1
+
+    def noisy_step(self, x_t, x0_hat, ab_t, ab_s, sigma, z):
+        """A reverse step with a noisy y: x_s gets as much of y as brings no more than x_s's own
+        noise, 1 - ab_s, and that much less of eps_hat and z (Wang et al. 2023, DDNM+, eq. 17-19;
+        there only of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s and sigma are scalars."""
+        y_noise = 2 * self.sigma * ab_s.sqrt()  # of sqrt(ab_s) y, in [-1, 1]
+        weight = ((1 - ab_s).sqrt() / y_noise).clamp(max=1)
+        there = self.back(self.A(torch.ones_like(x_t)))  # 1 where y says something
+        left = (1 - ab_s - there * (weight * y_noise) ** 2).clamp(min=0)
+        fresh = torch.minimum(left, sigma**2)
+        eps_hat = (x_t - ab_t.sqrt() * x0_hat) / (1 - ab_t).sqrt()
+        return (ab_s.sqrt() * self.consistent(x0_hat, weight) + (left - fresh).sqrt() * eps_hat
+                + fresh.sqrt() * z)
 
 
 def pooling(k):
@@ -773,7 +790,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
     device = x_init.device
     size = SAMPLE_BATCH_CUDA if device.type == "cuda" else SAMPLE_BATCH
     coef, times = coef.to(device), torch.tensor(taus[:-1], device=device) - 1
-    noise = torch.tensor([math.sqrt(1 / schedule.at(tau) - 1) for tau in taus[1:]], device=device)
+    levels = torch.tensor([schedule.at(tau) for tau in taus], device=device)  # alpha_bar
     done = []
     for rows in torch.arange(len(x_init)).split(size):
         x_t, numbers = x_init[rows].clone(), sample_numbers[rows]
@@ -786,13 +803,18 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
             t = times.index_select(0, step).expand(len(x_t))
             with autocast():
                 out = net(x_t, t)
-            value = None
             if known:
-                a, b = coef.index_select(0, step)[0, :2]
-                value = known.consistent((a * x_t + b * out.float()).clamp(-1, 1),
-                                         noise.index_select(0, step))
-            kernels.posterior_step(x_t, out, coef, step[0], cfg.seed, numbers, inplace=True,
-                                   mask=everywhere, value=value, x0_prev=x0_prev)
+                a, b, *_, sigma, _ = coef.index_select(0, step)[0]
+                x0_hat = (a * x_t + b * out.float()).clamp(-1, 1)
+            if known and known.sigma:
+                z = kernels.normal(x_t.shape, cfg.seed, numbers, step[0], kernels.STEP_NOISE,
+                                   device)
+                ab_t, ab_s = levels.index_select(0, step)[0], levels.index_select(0, step + 1)[0]
+                x_t.copy_(known.noisy_step(x_t, x0_hat, ab_t, ab_s, sigma, z))
+            else:
+                kernels.posterior_step(
+                    x_t, out, coef, step[0], cfg.seed, numbers, inplace=True, x0_prev=x0_prev,
+                    mask=everywhere, value=known.consistent(x0_hat) if known else None)
             step.add_(1)
 
         advance = Graphed(reverse_step, device)
@@ -968,7 +990,7 @@ def fit_network(cfg, x_0, run):
 
 CODE = 32  # numbers in a code
 CODE_EPOCHS, CODE_RATES = 3, (2e-3, 1e-2)  # passes; peak learning rates of decoder and codes
-CELL_DRAW, CODE_DRAW, CENTRE_DRAW = 1, 2, 3  # draw numbers in the stream DIP_CODE; 0 is z's
+CELL_DRAW, CODE_DRAW, CENTRE_DRAW, GAUSS_DRAW = 1, 2, 3, 4  # in the stream DIP_CODE; 0 is z's
 
 
 class CodeDecoder(nn.Module):
@@ -998,12 +1020,15 @@ def principal_components(x_0, D):
     """The D first of x_0 uint8 [N, C, H, W] in [0, 1]: whitened scores [N, D], and (mean [P], axes
     [D, P]) so that mean + scores @ axes is the best linear reconstruction."""
     X = x_0.flatten(1).float() / 255  # [N, P]
+    N, P = X.shape
     mean = X.mean(0)
     X = X - mean
-    value, vector = torch.linalg.eigh((X.T @ X).double() / len(X))  # ascending
+    value, vector = torch.linalg.eigh((X.T @ X if P <= N else X @ X.T).double() / N)  # ascending
     scale = value[-D:].flip(0).clamp(min=1e-12).sqrt().float()
-    axes = vector[:, -D:].flip(1).float().T * scale[:, None]  # [D, P]
-    return X @ (axes / scale[:, None] ** 2).T, mean, axes
+    vector = vector[:, -D:].flip(1).float()
+    if P > N:  # from the scores to the axes
+        vector = X.T @ vector / (scale * math.sqrt(N))
+    return X @ (vector / scale), mean, vector.T * scale[:, None]
 
 
 def fit_codes(cfg, x_0, run):
@@ -1112,13 +1137,11 @@ def prior_pca(cfg, x_0, sources, run):
 
 def prior_gauss(cfg, x_0, sources, run):
     """Draws from one Gaussian with the training data's mean and full covariance: what can be had
-    with no DIP at all. w (X - mean) / sqrt(N) with w ~ N(0, I) of N numbers has that covariance."""
-    X = x_0.flatten(1).float() / 127.5 - 1  # [N, D]
-    mean = X.mean(0)
-    X -= mean
-    N, n = len(X), len(sources)
-    w = kernels.normal((n, N), cfg.seed, 0, 0, kernels.DIP_CODE, x_0.device)
-    return (mean + w @ X / math.sqrt(N)).view(n, *x_0.shape[1:])
+    with no DIP at all."""
+    scores, mean, axes = principal_components(x_0, min(len(x_0), x_0[0].numel()))
+    z = kernels.normal((len(sources), len(axes)), cfg.seed, 0, GAUSS_DRAW, kernels.DIP_CODE,
+                       x_0.device)
+    return ((mean + z @ axes) * 2 - 1).view(-1, *x_0.shape[1:])
 
 
 def prior_blur(cfg, x_0, sources, run):
@@ -1177,9 +1200,12 @@ def train_networks(cfg, x_0, run):
         if name == "truncated":
             t_max = max(steps_of_prior(cfg))
         if name == "smoothed":
+            began = time.time()
             source = next(source for source in cfg.dip_source if source in SMOOTHERS)
             x = PRIORS[f"dip-{source}"](cfg, x_0, x_0, run)
             images = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            synchronize(run.device)
+            run.seconds["dip"] += time.time() - began
         nets[name], more, seconds = train_ddpm(cfg, images, t_max, run, name)
         rows += more
         run.seconds["train"] += seconds
@@ -1197,6 +1223,9 @@ def generate(cfg, run, nets, train, x_0, test, result):
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = x_0[measure.subset(N, n).to(run.device)]
     arms, pictures, priors, films, begun = result["arms"], {}, {}, {}, {}
+    for network in nets.values():  # the first call of all would pay for what is set up once
+        x_init = torch.zeros(min(n, SAMPLE_BATCH), C, H, W, device=run.device)
+        sample(cfg, network, x_init, 2, 2, 0.0, numbers[:len(x_init)], run.autocast)
     for arm in arms_of(cfg):
         began = time.time()
         if arm == "ddpm":
@@ -1210,7 +1239,7 @@ def generate(cfg, run, nets, train, x_0, test, result):
         for t_start in (cfg.timesteps,) if arm == "ddpm" else steps_of_prior(cfg):
             if arm != "ddpm":
                 x_init = start_from_prior(cfg, priors[arm], t_start, numbers)
-            shown = t_start in (cfg.timesteps, steps_of_prior(cfg)[0])
+            shown = arm == "ddpm" or t_start == steps_of_prior(cfg)[0]
             if shown:
                 begun[arm] = (x_init, t_start, prior_seconds)
             for trained in ("full",) if arm == "ddpm" else cfg.train:
@@ -1330,6 +1359,8 @@ def restore(cfg, run, nets, task, test, result):
     add({"name": "corrupted", "seed": cfg.seed}, corrupted)
     began = time.time()
     x_dip, _ = fit_in_groups(cfg, measured.y, numbers, cfg.dip_iters or 300, run, None, measured)
+    if not measured.sigma:  # what is known exactly is kept, as the arms that sample keep it
+        x_dip = ((measured.consistent(x_dip * 2 - 1) + 1) / 2).clamp(0, 1)
     synchronize(run.device)
     dip_seconds = round(time.time() - began, 3)
     run.seconds["dip"] += dip_seconds
@@ -1350,14 +1381,14 @@ def restore(cfg, run, nets, task, test, result):
             yield "ddpm-y", (measured.y * 2 - 1) * ab[t].sqrt().float(), t.item() + 1, 0.0
 
     for arm, x_init, t_start, seconds in starts():
-        network = nets["full"] if arm == "ddpm" else nets[cfg.train[0]]
+        trained = "full" if arm in ("ddpm", "ddpm-y") else list(nets)[-1]
         for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
-            if nfe > t_start:
-                continue
-            x, row = timed_sample(cfg, run, arm, network, x_init, t_start, nfe, setting, numbers,
-                                  measured=None if arm == "ddpm-y" else measured)
+            if nfe > t_start or measured.sigma and setting[1] == 2:
+                continue  # no such short steps; no second order with a noisy y
+            x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe, setting,
+                                  numbers, measured=None if arm == "ddpm-y" else measured)
             x = ((x + 1) / 2).clamp(0, 1)
-            add(row | {"seconds": round(row["seconds"] + seconds, 3),
+            add(row | {"train": trained, "seconds": round(row["seconds"] + seconds, 3),
                        "prior_seconds": seconds}, x)
             if nfe == film_nfe(cfg):
                 shown.setdefault(arm, x[:16])
@@ -1381,13 +1412,13 @@ def convergence(cfg, run, name, net, begun, numbers, judge, test):
     of the run: its best, where the DIPs' is early."""
     curves, net = {}, copy.deepcopy(net)
     files = sorted((run.folder / "snapshots").glob(f"{name}-*.pt"))
-    pace = median_step(run.state[name]["rows"])
+    pace, t_max = median_step(run.state[name]["rows"]), run.state[name].get("t_max", cfg.timesteps)
     mine = [arm for arm in begun if (name == "full" if arm == "ddpm" else
                                      arm.startswith("dip") and name in cfg.train)]
     for file in files:
         saved = torch.load(file, map_location=run.device, weights_only=True)
         load_weights(net, saved["ema"], file)
-        for label, loss in held_out_losses(cfg, net, test.pixels, run).items():
+        for label, loss in held_out_losses(cfg, net, test.pixels, t_max, run).items():
             curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
         for arm in mine:
             x_init, t_start, prior_seconds = begun[arm]
@@ -1410,13 +1441,16 @@ def median_step(rows):
 
 
 @torch.no_grad()
-def held_out_losses(cfg, net, pixels, run, n=1000):
-    """Mean of (out - target)^2, not weighted, on n test images at five t: {"t = 0.1 T": loss}."""
+def held_out_losses(cfg, net, pixels, t_max, run, n=1000):
+    """Mean of (out - target)^2, not weighted, on n test images at five t, as far as they are below
+    t_max: {"t = 0.1 T": loss}."""
     coef = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict)
     coef[:, 4] = 1
     coef, x_0 = coef.to(run.device), pixels[:n].to(run.device)
     numbers, losses = torch.arange(len(x_0), device=run.device), {}
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        if round(share * cfg.timesteps) > t_max:
+            break
         loss = 0.0
         for index in numbers.split(SAMPLE_BATCH):
             t = torch.full_like(index, round(share * cfg.timesteps) - 1)
@@ -1738,7 +1772,7 @@ class Run:
         self.state = {}  # what a checkpoint holds of each network's training
         self.about = {}  # its data's name, counts, checksum, and an image's shape
         self.config = asdict(cfg)
-        continued = cfg.resume and cfg.mode != "sample"
+        continued = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.folder = Path(cfg.resume) if continued and not cfg.out else new_folder(cfg)
         if continued and (Path(cfg.resume) / "checkpoint.pt").exists():
             saved = load_checkpoint(cfg.resume)
@@ -1779,7 +1813,7 @@ def run_folder(path):
 
 def newest_run():
     """The run in runs/ with the newest checkpoint."""
-    found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError("--mode sample needs a trained network: none in runs/; train one with "
                          "--mode ddpm or name a run with --resume")
@@ -1830,7 +1864,7 @@ def continue_from(saved, net, ema, optimizer, t_max):
     """A training state from a checkpoint, or a beginning: -> step, seconds, rows."""
     if saved is None:
         return 0, 0.0, []
-    if saved.get("t_max", t_max) != t_max:
+    if saved.get("t_max", t_max) < t_max:
         raise ValueError(f"the checkpoint's network was trained for t < {saved['t_max']}: it "
                          f"cannot serve --t-start {t_max}")
     load_weights(net, saved["net"], "checkpoint")
@@ -1924,26 +1958,20 @@ def commit():
         return None
 
 
-def sweep(cfg):
-    """--sweep NAME=V1,V2,... -> one Config for each value, each with a folder of its own."""
+def configs(argv):
+    """Command line -> one Config, or with --sweep NAME=V1,V2,... one for each value, as if --NAME
+    had been given it, each with a folder of its own."""
+    cfg = read_config(argv)
     if not cfg.sweep:
         return [cfg]
     name, _, values = cfg.sweep.partition("=")
-    known = {f.name.replace("_", "-"): f for f in fields(Config)}
-    f = known.get(name)
-    if f is None or not values or name in ("sweep", "out", "resume"):
+    known = asdict(cfg).keys() - {"sweep", "out", "resume"}
+    if name.replace("-", "_") not in known or not values:
         raise ValueError(f"--sweep {cfg.sweep}: want NAME=V1,V2,... with NAME a flag's name")
-    if f.metadata["type"]:  # one value of a list-valued flag at a time
-        values = [f.metadata["type"](v) for v in values.split(",")]
-    else:
-        values = [f.type(v) for v in values.split(",")]
-    parent = Path(cfg.out) if cfg.out else Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
-    for v in values:
-        choices = f.metadata["choices"]
-        if choices and v not in choices:
-            raise ValueError(f"--sweep {cfg.sweep}: {v} is none of {', '.join(map(str, choices))}")
-    return [check(replace(cfg, sweep=None, out=str(parent / f"{name}={show(v)}"),
-                          **{f.name: v})) for v in values]
+    parent = Path(cfg.out or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    each = [read_config([*argv, f"--{name}={v}", f"--out={parent / f'{name}={v}'}"])
+            for v in values.split(",")]
+    return [replace(cfg, sweep=None) for cfg in each]
 
 
 def main(argv=None):
@@ -1954,7 +1982,7 @@ def main(argv=None):
     run = None
     try:
         folders = []
-        for cfg in sweep(read_config(argv)):
+        for cfg in configs(argv):
             run = Run(cfg, argv)
             folders.append(run.folder)
 

@@ -962,6 +962,8 @@ def test_every_field_of_config_is_a_flag():
     ("--mode sample --resume {tmp}", "no run there"),
     ("--mode ddpm --out {tmp}", "not empty"),
     ("--mode ddpm --sweep banana=1,2", "banana"),
+    ("--mode prior --sweep train=full,banana", "banana is none of"),
+    ("--mode prior --sweep epochs=1,0", "--epochs must be at least 1"),
 ])
 def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "damaged" / "mnist").mkdir(parents=True)
@@ -974,9 +976,9 @@ def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, caps
 
 
 def test_sweep_gives_one_config_for_each_value():
-    swept = dipddpm.sweep(config(sweep="seed=0,1,2", out="here"))
-    assert [(c.seed, c.out) for c in swept] == [
-        (i, str(Path("here") / f"seed={i}")) for i in range(3)]
+    swept = dipddpm.configs("--mode prior --sweep seed=0,1,2 --out here".split())
+    assert [(c.seed, c.out, c.sweep) for c in swept] == [
+        (i, str(Path("here") / f"seed={i}"), None) for i in range(3)]
 
 
 # ------------------------------------------------------------------ schedule and tables
@@ -1437,13 +1439,28 @@ def test_back_is_the_pseudo_inverse_of_a(task):
 def test_what_is_known_exactly_is_kept_and_what_is_not_is_left(task):
     x, m = measured(task)
     x0_hat = random_images(3, 1, 8, 8) * 2 - 1
-    corrected = m.consistent(x0_hat, torch.tensor(0.3))
+    corrected = m.consistent(x0_hat)
     torch.testing.assert_close(m.A((corrected + 1) / 2), m.y)
     change = corrected - x0_hat  # lies in A's range: nothing else moves
     torch.testing.assert_close(m.back(m.A(change)), change)
-    noisy = m._replace(sigma=0.5)  # noise 0.3 in [-1, 1] is 0.3 of 2 sigma
-    torch.testing.assert_close(noisy.consistent(x0_hat, torch.tensor(0.3)) - x0_hat, 0.3 * change)
-    torch.testing.assert_close(noisy.consistent(x0_hat, torch.tensor(9.0)), corrected)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("tau", [(700, 500), (300, 100), (60, 0)])
+@pytest.mark.parametrize("task", ["denoise", "inpaint"])
+def test_a_step_from_a_noisy_y_leaves_no_more_noise_than_its_level(task, tau, eta):
+    truth = torch.full((400, 1, 8, 8), 0.7)
+    m = dipddpm.corrupt(config(sigma=0.25), task, truth, torch.arange(400))
+    schedule = dipddpm.cosine_schedule(1000)
+    ab_t, ab_s = (torch.tensor(schedule.at(t)) for t in tau)
+    sigma = torch.tensor(dipddpm.reverse_table(schedule, "v", tau, eta)[0, 4].item())
+    eps, z = (kernels.normal(truth.shape, 5, torch.arange(400), draw, 0) for draw in (0, 1))
+    x_0 = truth * 2 - 1
+    x_t = ab_t.sqrt() * x_0 + (1 - ab_t).sqrt() * eps
+    x_s = m.noisy_step(x_t, x_0, ab_t, ab_s, sigma, z)  # with a perfect x0_hat
+    assert (x_s - ab_s.sqrt() * x_0).mean().abs() < 0.02
+    noise = (x_s - ab_s.sqrt() * x_0).square().mean()
+    assert noise.item() == pytest.approx(1 - ab_s.item(), rel=0.03, abs=1e-6)
 
 
 def test_corruption_has_its_noise_only_where_something_is_seen():
@@ -1695,9 +1712,17 @@ def test_a_sweep_over_a_runs_networks_trains_nothing(whole_run, tmp_path, capsys
     assert folders == ["dip-iters=2", "dip-iters=3"]
 
 
-def test_a_truncated_network_serves_no_other_start(whole_run, tmp_path, capsys):
+def test_a_truncated_network_serves_no_later_start(whole_run, tmp_path, capsys):
     status, _, err = run_main(["--resume", whole_run, "--t-start", 30], capsys)
     assert status == 2 and "trained for t < 24" in err and err.count("\n") == 1
+
+
+def test_one_network_is_never_swept_as_several_seeds(whole_run, tmp_path, capsys):
+    for flag in ("seed=0,1", "predict=eps,v", "epochs=2,3"):
+        status, _, err = run_main(["--resume", whole_run, "--out", tmp_path / "s", "--sweep", flag],
+                                  capsys)
+        assert status == 2 and "cannot become" in err and err.count("\n") == 1
+        assert not (tmp_path / "s").exists()
 
 
 def test_headlines_say_with_how_few_evaluations_and_when_a_prior_is_paid_back():
