@@ -124,7 +124,7 @@ class Config:
                          ("conv2", "autoencoder", "resnet18"))
     dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
                           " codes: 32)", "prior", low=1)
-    dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: three "
+    dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
                           "passes; dip: 150, or 600 above 64 pixels; a restoration: 300)", "prior",
                           low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
