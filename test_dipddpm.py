@@ -2050,6 +2050,13 @@ def test_manifold_reaches_to_the_kth_neighbour_without_the_point_itself():
     assert measures.precision_recall(f, g, k=1) == (0.5, 1)
 
 
+def test_equal_points_are_inside_however_they_are_ordered():
+    g = random_features(50, 84).repeat(4, 1) + 100  # radii of zero, far from the origin
+    f = g[torch.randperm(200, generator=torch.Generator().manual_seed(1))]
+    assert measures.precision_recall(f, g) == (1, 1)
+    assert measures.precision_recall(f + 1e-3, g) == (0, 0)
+
+
 def test_nearest_finds_the_copy_in_any_block():
     others = random_images(25, 1, 6, 6)
     images = torch.cat([others[[19]], others[[3]] + 0.01])
