@@ -62,23 +62,15 @@ def flag(default, help, group, choices=None, low=None, type=None):
                                                 type=type))
 
 
-def int_list(text):
-    """'3,5,10' -> (3, 5, 10)."""
-    return tuple(int(part) for part in str(text).split(","))
-
-
-def float_list(text):
-    """'0,1' -> (0.0, 1.0)."""
-    return tuple(float(part) for part in str(text).split(","))
-
-
-def names(*known):
-    """A reader of lists of names: names("a", "b")("b,a") -> ("b", "a"); an error tells what is
-    unknown."""
+def listed(kind, *known):
+    """A reader of lists: listed(int)("3,5") -> (3, 5); an error tells what is wrong."""
     def read(text):
-        found = tuple(str(text).split(","))
+        try:
+            found = tuple(kind(part) for part in str(text).split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of {kind.__name__}") from None
         for name in found:
-            if name not in known:
+            if known and name not in known:
                 raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
         return found
     return read
@@ -112,14 +104,14 @@ class Config:
     train: tuple = flag(("full",), "networks of the arms with a prior, a list. full: that of the "
                         "noise start; truncated: one that learns t < t_start only; smoothed: one "
                         "that learns DIP outputs instead of images", "training",
-                        type=names("full", "truncated", "smoothed"))
+                        type=listed(str, "full", "truncated", "smoothed"))
     snapshots: int = flag(0, "averaged weights kept so many times during training, for curves of "
                           "convergence", "training", low=0)
 
     dip_source: tuple = flag(("images", "codes"), "images: one DIP for each image; network: one, "
                              "from image to image, for all; codes: one decoder for all, new images "
                              "from new codes; a list", "prior",
-                             type=names("images", "network", "codes"))
+                             type=listed(str, "images", "network", "codes"))
     dip_arch: str = flag("autoencoder", "the network of --dip-source network", "prior",
                          ("conv2", "autoencoder", "resnet18"))
     dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
@@ -133,17 +125,18 @@ class Config:
     task: tuple = flag(("generate",), "generate new images, or restore test images, a list: "
                        "denoise, inpaint (half of the pixels), inpaint-box (a centre box), sr (two "
                        "times), sr-4", "sampling",
-                       type=names("generate", "denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
+                       type=listed(str, "generate", "denoise", "inpaint", "inpaint-box", "sr",
+                                   "sr-4"))
     t_start: tuple = flag(None, "steps of noise on a prior (default 0.6 T); a list", "sampling",
-                          low=1, type=int_list)
+                          low=1, type=listed(int))
     nfe: tuple = flag((3, 5, 10, 20, 50), "network evaluations, a list", "sampling", low=1,
-                      type=int_list)
+                      type=listed(int))
     eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
-                      type=float_list)
+                      type=listed(float))
     order: tuple = flag((1,), "order of the sampler: 2 is DPM-Solver++(2M), for eta 0; a list",
-                        "sampling", low=1, type=int_list)
+                        "sampling", low=1, type=listed(int))
     grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
-                       "a list", "sampling", type=names("uniform", "quadratic", "logsnr"))
+                       "a list", "sampling", type=listed(str, "uniform", "quadratic", "logsnr"))
     samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16; a restoration: "
                         "256)", "sampling", low=1)
     sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and by tasks "
@@ -1226,38 +1219,37 @@ def generate(cfg, run, nets, train, x_0, test, result):
     for network in nets.values():  # the first call of all would pay for what is set up once
         x_init = torch.zeros(min(n, SAMPLE_BATCH), C, H, W, device=run.device)
         sample(cfg, network, x_init, 2, 2, 0.0, numbers[:len(x_init)], run.autocast)
-    for arm in arms_of(cfg):
-        began = time.time()
-        if arm == "ddpm":
-            x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE,
-                                    run.device)
-        else:
+
+    def starts():
+        """(arm, t_start, x_init, seconds that its prior took)"""
+        eps = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
+        yield "ddpm", cfg.timesteps, eps, 0.0
+        for arm in arms_of(cfg):
+            began = time.time()
             priors[arm] = PRIORS[arm](cfg, x_0, sources, run)
-        synchronize(run.device)
-        prior_seconds = time.time() - began
-        run.seconds["dip"] += prior_seconds if arm.startswith("dip") else 0.0
-        for t_start in (cfg.timesteps,) if arm == "ddpm" else steps_of_prior(cfg):
-            if arm != "ddpm":
-                x_init = start_from_prior(cfg, priors[arm], t_start, numbers)
-            shown = arm == "ddpm" or t_start == steps_of_prior(cfg)[0]
+            synchronize(run.device)
+            seconds = time.time() - began
+            run.seconds["dip"] += seconds if arm.startswith("dip") else 0.0
+            for t_start in steps_of_prior(cfg):
+                yield arm, t_start, start_from_prior(cfg, priors[arm], t_start, numbers), seconds
+
+    for arm, t_start, x_init, prior_seconds in starts():
+        begun.setdefault(arm, (x_init, t_start, prior_seconds))
+        for trained, nfe, setting in itertools.product(
+                ("full",) if arm == "ddpm" else cfg.train, cfg.nfe, samplers(cfg)):
+            shown = (arm, nfe) not in pictures  # the first of each is
+            film = [] if shown and nfe == film_nfe(cfg) else None
+            x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe, setting,
+                                  numbers, film=film)
+            row |= {"train": trained, "seconds": round(row["seconds"] + prior_seconds, 3),
+                    "prior_seconds": round(prior_seconds, 3)}
+            row |= judge(x, sources if arm in HAS_SOURCE else None)
+            arms.append(row)
             if shown:
-                begun[arm] = (x_init, t_start, prior_seconds)
-            for trained in ("full",) if arm == "ddpm" else cfg.train:
-                for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
-                    first = shown and (trained, setting) == (
-                        "full" if arm == "ddpm" else cfg.train[0], samplers(cfg)[0])
-                    film = [] if first and nfe == film_nfe(cfg) else None
-                    x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe,
-                                          setting, numbers, film=film)
-                    row |= {"train": trained, "seconds": round(row["seconds"] + prior_seconds, 3),
-                            "prior_seconds": round(prior_seconds, 3)}
-                    row |= judge(x, sources if arm in HAS_SOURCE else None)
-                    arms.append(row)
-                    if first:
-                        pictures[arm, nfe] = x[:16].cpu()
-                    if film:
-                        films[arm] = film
-                    say(describe(row))
+                pictures[arm, nfe] = x[:16].cpu()
+            if film:
+                films[arm] = film
+            say(describe(row))
     curves = result["curves"]
     for row in arms:
         if "fid_lenet" in row:
@@ -1464,11 +1456,10 @@ def held_out_losses(cfg, net, pixels, t_max, run, n=1000):
 
 
 def arms_of(cfg):
-    """The arms of a run, the noise start first; a DIP of each --dip-source, and every control."""
-    if cfg.mode == "ddpm":
-        return ["ddpm"]
+    """The arms with a prior: a DIP of each --dip-source, and every control."""
     chosen = [f"dip-{source}" for source in cfg.dip_source]
-    return ["ddpm"] + [arm for arm in PRIORS if arm in chosen or not arm.startswith("dip-")]
+    return [arm for arm in PRIORS if cfg.mode == "prior"
+            and (arm in chosen or not arm.startswith("dip-"))]
 
 
 def setting_of(row, cfg):

@@ -953,7 +953,7 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --train smoothed --dip-source codes", "smoothed needs --dip-source network"),
     ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
     ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
-    ("--mode prior --nfe 3,,5", "--nfe"),
+    ("--mode prior --nfe 3,,5", "--nfe: '3,,5' is no list of int"),
     ("--mode prior --no-such-flag", "--no-such-flag"),
     ("--mode prior --device tpu9", "tpu9"),
     ("--mode prior --data /no/such/folder", "/no/such/folder"),
