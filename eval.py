@@ -772,8 +772,8 @@ def chart(name, series, style, bound=None, marks=None):
                "</text>")
     if bound is not None:
         svg.append(f'<path d="M{left} {at_y(bound):.1f}H{right}" stroke="var(--ink)" '
-                   f'stroke-dasharray="3 4"/><text x="{right}" y="{at_y(bound) - 5:.1f}" '
-                   f'text-anchor="end">floor {show(bound)}</text>')
+                   f'stroke-dasharray="3 4"/><text x="{left + 4}" y="{at_y(bound) - 5:.1f}">'
+                   f'floor {show(bound)}</text>')
     for n, (text, x) in enumerate(marks.items()):
         side = ("end", -5) if at_x(x) > 0.8 * right else ("start", 5)
         svg.append(f'<path d="M{at_x(x):.1f} {top}V{bottom}" stroke="var(--ink)" stroke-dasharray='
@@ -1080,13 +1080,16 @@ def _page(title, results):
     for name, lines in results["curves"].items():
         kind, _, label = name.partition("/")
         charts.setdefault(kind, {})[label or kind] = lines
-    names = [name for name, *_ in _groups(arms)] + [label for c in charts.values() for label in c]
+    names = [name for name, *_ in _groups(arms)]
+    known = {name.split(" ")[0] for name in names}  # charts of other things count from one again
+    names += [label for c in charts.values() for label in c if label.split(" ")[0] in known]
     style = styles(dict.fromkeys(names))
     bound = (results.get("floor") or {}).get("fid_lenet")
     marks = {kind: {text: statistics.fmean(filter(_number, x)) for text, x in texts.items()
                     if any(map(_number, x))} for kind, texts in results["marks"].items()}
     first = [kind for known in CHARTS for kind in charts if kind.split(" ")[0] == known]
-    figures = "".join(chart(kind, charts[kind], style, bound, marks.get(kind))
+    figures = "".join(chart(kind, charts[kind], styles(charts[kind]) | style, bound,
+                            marks.get(kind))
                       for kind in dict.fromkeys([*first, *charts]))
     pictures = "".join(_picture(picture, folder) for picture, folder in results["pictures"])
     columns = list(dict.fromkeys(key for arm in arms for key in arm))
