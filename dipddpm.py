@@ -80,7 +80,7 @@ def listed(kind, *known):
 class Config:
     """Every tunable of a run. None means: chosen from the data and the mode by `resolve`."""
 
-    mode: str = flag(MISSING, "what to do", "run", ("dip", "ddpm", "prior", "sample"))
+    mode: str = flag(MISSING, "what to do", "run", ("dip", "ddpm", "prior", "guide", "sample"))
     data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder "
                      "of images or to one image", "run")
     data_dir: str = flag(None, "where data sets live (or DIPDDPM_DATA)", "run")
@@ -120,6 +120,12 @@ class Config:
                           "passes; dip: 150, or 600 above 64 pixels; a restoration: 300)", "prior",
                           low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
+    window: float = flag(0.9, "decay of the average of a DIP's outputs", "prior", low=0)
+    rungs: int = flag(5, "rungs of the ladder", "guide", low=1)
+    replicas: int = flag(4, "networks for each image", "guide", low=1)
+    alpha: float = flag(0.5, "noise that is added to the half that is fitted, in sigma", "guide",
+                        low=0)
+    patience: int = flag(100, "iterations without a lower risk that end a rung", "guide", low=1)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
 
     task: tuple = flag(("generate",), "generate new images, or restore test images, a list: "
@@ -824,7 +830,11 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
 # ------------------------------------------------------------------ DIP fitting
 
 
-def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None):
+def dip_width(cfg, H, W):
+    return cfg.dip_width or (16 if max(H, W) <= 64 else 128)
+
+
+def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None, hold_out=0.1, watch=None):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
     theta, z ~ U(0, 0.1) fixed, Adam, jitter N(0, (1/30)^2) fresh at every iteration (Ulyanov et al.
     2018, eq. 2 and supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a
@@ -842,12 +852,12 @@ def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None):
     size = (K, C, H, W)
     given = A(torch.ones(size, dtype=y.dtype, device=y.device))
     held = torch.zeros_like(given)
-    if measured is not None:
+    if measured is not None and hold_out:
         u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
-        held = given * (u < 0.1)
+        held = given * (u < hold_out)
     seen = given - held
     share = seen / seen.sum(dim=(1, 2, 3), keepdim=True)
-    width = cfg.dip_width or (16 if max(H, W) <= 64 else 128)
+    width = dip_width(cfg, H, W)
     Cz = min(width, 32)
     net = SkipDIP(members, C, H, W, width, Cz, cfg.seed).to(y.dtype)
     optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True)
@@ -862,16 +872,18 @@ def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        average.lerp_(x.detach(), 1 - min(0.9, (1 + i) / (10 + i)))
+        average.lerp_(x.detach(), 1 - min(cfg.window, (1 + i) / (10 + i)))
         if (i + 1) % 10 == 0 or i + 1 == iters:
             if truth is not None:
                 curve.append((i + 1, measure.psnr(average, truth)))
-            if measured is not None:
+            if measured is not None and hold_out:
                 risk = ((A(average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
                 best = torch.where(risk < best_risk, average, best)
                 best_risk = torch.minimum(risk, best_risk)
+        if watch is not None:
+            watch(i, x.detach(), average)
         progress(i + 1)
-    return (average if measured is None else best), curve
+    return (best if measured is not None and hold_out else average), curve
 
 
 def fit_in_groups(cfg, y, members, iters, run, truth=None, measured=None):
@@ -1545,6 +1557,277 @@ class Judge:
                              "checksum": self.lenet.checksum, "dimension": self.lenet.dimension}}
 
 
+# ------------------------------------------------------------------ method 2: guide
+#
+# A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
+# what it is fitted to must not be the judge: y = A x + sigma n is split once (see `split`); the
+# rungs of a ladder add more noise to the half that is fitted; the other half judges each output.
+
+CHECK = 10  # iterations between two looks at the risk
+SPLIT_DRAW, RUNG_DRAW = 3, 4  # draw numbers in the stream CORRUPTION; rung k draws RUNG_DRAW + k
+
+
+def split(y, given, sigma, alpha, members, replicas, seed):
+    """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
+    y + alpha sigma e and y - sigma e / alpha, e ~ N(0, 1). The noises of y, sigma n, and of the
+    replica add up to parts that are independent of each other: E[(n + alpha e)(n - e / alpha)] =
+    1 - 1. The e of an image's replicas sum to zero (centred, times sqrt(M / (M - 1)) to stay N(0,
+    1)), so that the y_plus average to y. `given` is 0 where y says nothing."""
+    M = replicas
+    e = kernels.normal((len(y) * M, *y.shape[1:]), seed, members, SPLIT_DRAW, kernels.CORRUPTION,
+                       y.device).view(len(y), M, *y.shape[1:])
+    if M > 1:
+        e = (e - e.mean(1, keepdim=True)) * math.sqrt(M / (M - 1))
+    e, y = (e * given[:, None]).flatten(0, 1), y.repeat_interleave(M, 0)
+    return y + alpha * sigma * e, y - sigma / alpha * e
+
+
+def noise_level(y):
+    """sigma of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients| / 0.6745
+    (Donoho & Johnstone 1994): float32 [n]. Flat images have no other diagonal detail."""
+    d = (y[..., ::2, ::2] - y[..., 1::2, ::2] - y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 2
+    return d.flatten(1).abs().median(1).values / 0.6745
+
+
+def rows_of(net, optimizer, K):
+    """A grouped network's weights and Adam's memory of them as views [K, ...], a row a member."""
+    return [x.view(K, -1) for p in net.parameters()
+            for x in (p.data, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])]
+
+
+def keep_members(net, optimizer, rows, K):
+    """Leave only the members `rows` (int64) of a grouped network of K, as if the others had never
+    been in it: what leaves costs nothing any more. Returns the optimizer of those that stay."""
+    def part(x):
+        return x.view(K, -1, *x.shape[1:])[rows].flatten(0, 1)
+    memory = {}
+    for module in net.modules():
+        if hasattr(module, "K"):
+            module.K = len(rows)
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(part(p.data)))
+            memory[getattr(module, name)] = {
+                key: part(value) if value.dim() else value
+                for key, value in optimizer.state[p].items()}
+    stayed = torch.optim.Adam(net.parameters(), lr=optimizer.defaults["lr"], fused=True)
+    stayed.state.update(memory)
+    return stayed
+
+
+class Guided(NamedTuple):
+    """What a guided fit of n images gives: outputs [n, C, H, W], averaged over the replicas; the
+    iterations that each took; and with a truth its own oracle, the best PSNR of any look [n]."""
+
+    x: torch.Tensor
+    iterations: torch.Tensor
+    own_oracle: torch.Tensor
+
+
+def fit_guided(cfg, measured, members, rungs, budget, run, truth=None):
+    """The nested split ladder: n images x M replicas as one grouped network. Rung k's target is
+    y_plus with more noise, y_k = y_plus + sqrt(sigma_k^2 - sigma_plus^2) eps_k, sigma_k falling
+    geometrically from 4 sigma_plus to sigma_plus; each rung is fitted until the risk
+
+        R = mean over replicas and pixels of (A x - y_minus)^2 - sigma^2 (1 + 1 / alpha^2),
+
+    an unbiased estimate of the error of A x (x a replica's averaged output), has not fallen for
+    --patience iterations; then weights, Adam's state and output go back to that rung's best. The
+    ladder ends where a rung is no better than the one before, and the image leaves the group. With
+    one rung this is an early stop alone. A sudden rise of the loss goes back to the best as well.
+    The truth, where given, is only looked at for `own_oracle`."""
+    y, sigma, M, alpha = measured.y, measured.sigma, cfg.replicas, cfg.alpha
+    n, C, (H, W), device = len(y), y.shape[1], measured.mask.shape[2:], y.device
+    replicas = (members[:, None] * M + torch.arange(M, device=device)).flatten()
+    given = measured.A(torch.ones(n, C, H, W, device=device))
+    y_plus, y_minus = split(y, given, sigma, alpha, replicas, M, cfg.seed)
+    sigma_plus = sigma * math.sqrt(1 + alpha**2)
+    levels = [sigma_plus * 4 ** (1 - k / max(1, rungs - 1)) for k in range(rungs)] if (
+        rungs > 1) else [sigma_plus]
+
+    def targets(k, rows):
+        extra = math.sqrt(max(0.0, levels[k]**2 - sigma_plus**2))
+        eps = kernels.normal((len(rows), *y.shape[1:]), cfg.seed, replicas[rows], RUNG_DRAW + k,
+                             kernels.CORRUPTION, device)
+        return y_plus[rows] + extra * eps * given.repeat_interleave(M, 0)[rows]
+
+    width = dip_width(cfg, H, W)
+    Cz = min(width, 32)
+    net = SkipDIP(replicas, C, H, W, width, Cz, cfg.seed)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True)
+    z = 0.1 * kernels.uniform((1, Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, device)
+    # One entry for each image: where it stands, and its best so far on this rung and the last one.
+    rung = torch.zeros(n, dtype=torch.int64, device=device)
+    since, took = torch.zeros_like(rung), torch.zeros_like(rung)
+    best, last_best, least = (torch.full((n,), math.inf, device=device) for _ in range(3))
+    own_oracle = torch.full((n,), -math.inf, dtype=torch.float64, device=device)
+    result = torch.zeros(n, C, H, W, device=device)
+    # One entry for each member that still fits: `active` says which image's.
+    active = torch.arange(n, device=device)
+    rows = torch.arange(n * M, device=device)
+    target, average = targets(0, rows), torch.zeros(n * M, C, H, W, device=device)
+    best_average, usual, age = average.clone(), None, torch.zeros(n * M, device=device)
+    mine, saved = measured.part(rows // M), None
+    share = given / given.sum(dim=(1, 2, 3), keepdim=True)
+    progress = Progress(f"guide, {rungs} rung{'s' * (rungs > 1)}", budget, n * M)
+    for i in range(budget):
+        K = len(rows)
+        jitter = kernels.normal((1, Cz, H, W), cfg.seed, 0, i, kernels.DIP_JITTER, device)
+        z_i = (z + jitter / 30).expand(K, -1, -1, -1)
+        x = net(z_i.reshape(1, K * Cz, H, W))  # [K, C, H, W]
+        losses = ((mine.A(x) - target).square() * share[rows // M]).sum(dim=(1, 2, 3))
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        age += 1
+        decay = ((1 + age) / (10 + age)).clamp(max=cfg.window).view(-1, 1, 1, 1)
+        average = average + (1 - decay) * (x.detach() - average)
+        if (i + 1) % CHECK and i + 1 < budget:
+            continue
+        risk = ((mine.A(average) - y_minus[rows]).square() * share[rows // M]).sum(dim=(1, 2, 3))
+        risk = risk.view(-1, M).mean(1) - sigma**2 * (1 + 1 / alpha**2)  # [images]
+        if truth is not None:
+            seen = measure.psnr(average.view(-1, M, C, H, W).mean(1).clamp(0, 1), truth[active])
+            own_oracle[active] = torch.maximum(own_oracle[active], seen)
+        better, least_yet = risk < best[active], risk < least[active]
+        result[active[least_yet]] = average.view(-1, M, C, H, W)[least_yet].mean(1)
+        best[active], least[active] = (torch.minimum(v[active], risk) for v in (best, least))
+        since[active] = torch.where(better, 0, since[active] + CHECK)
+        state = rows_of(net, optimizer, K)
+        saved = [v.clone() for v in state] if saved is None else saved
+        up = better.repeat_interleave(M)
+        for kept, now in zip(saved, state):
+            kept[up] = now[up]
+        best_average[up] = average[up]
+        loss = losses.detach().view(-1, M).mean(1)
+        usual = loss if usual is None else torch.where(usual.isinf(), loss, usual)
+        collapsed = loss > 4 * usual
+        usual = torch.where(collapsed, usual, 0.8 * usual + 0.2 * loss)
+        ended = (since[active] >= cfg.patience) | (i + 1 == budget)
+        last = (rung[active] == rungs - 1) | (best[active] >= last_best[active]) | (i + 1 == budget)
+        back = (ended | collapsed).repeat_interleave(M)
+        for kept, now in zip(saved, state):
+            now[back] = kept[back]
+        average[back] = best_average[back]
+        for a in (ended & ~last).nonzero()[:, 0]:  # to the next rung
+            image = active[a]
+            rung[image] += 1
+            last_best[image], best[image], since[image] = best[image], math.inf, 0
+            members_a = slice(a * M, a * M + M)
+            target[members_a] = targets(rung[image].item(), rows[members_a])
+            age[members_a] = 0
+            usual[a] = math.inf
+        stay = ~(ended & last)
+        if not stay.all():
+            took[active[~stay]] = i + 1
+            keep = stay.repeat_interleave(M).nonzero()[:, 0]
+            if not len(keep):
+                progress(budget)
+                break
+            optimizer = keep_members(net, optimizer, keep, K)
+            saved = [v[keep] for v in saved]
+            active, usual = active[stay], usual[stay]
+            rows, target, average, best_average, age = (
+                v[keep] for v in (rows, target, average, best_average, age))
+            mine = measured.part(rows // M)
+        progress(i + 1)
+        if run.stop:
+            raise KeyboardInterrupt
+    return Guided(result.clamp(0, 1), took, own_oracle)
+
+
+class WindowedVariance:
+    """ES-WMV (Wang et al. 2023, algorithm 1): stop where the variance of the last W outputs, summed
+    over pixels, has had its minimum and not fallen below it for `patience` iterations. The window's
+    sums are kept, so an iteration costs a few passes over the pixels whatever W is. Call it with
+    each output [K, C, H, W]; then `x` holds what it would have returned, `stopped` when [K]."""
+
+    def __init__(self, window, patience):
+        self.W, self.patience, self.outputs = window, patience, []
+
+    def __call__(self, i, x):
+        if not self.outputs:
+            self.sum, self.squares = torch.zeros_like(x), torch.zeros_like(x)
+            self.x, self.least = x.clone(), torch.full_like(x[:, 0, 0, 0], math.inf)
+            self.best = torch.zeros_like(self.least)
+            self.stopped = torch.full_like(self.least, math.inf)
+        self.outputs.append(x)
+        self.sum += x
+        self.squares += x * x
+        if len(self.outputs) > self.W:
+            old = self.outputs.pop(0)
+            self.sum -= old
+            self.squares -= old * old
+        if len(self.outputs) == self.W:
+            variance = (self.squares / self.W - (self.sum / self.W) ** 2).sum(dim=(1, 2, 3))
+            better = (variance < self.least) & self.stopped.isinf()
+            self.x[better], self.least[better], self.best[better] = x[better], variance[better], i
+            done = self.stopped.isinf() & (i - self.best >= self.patience)
+            self.stopped[done] = i
+
+
+def run_guide(cfg, run):
+    """--mode guide: test images with noise, fitted by every arm for equally many iterations at
+    most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways; `split` is `ladder`
+    with one rung; `literal` fits noised copies of the *clean* image and `literal-mean` one DIP to
+    their precision-weighted mean: both are handed the truth, and say so."""
+    test = data.load(cfg.data, cfg.data_dir, "test")
+    n = min(cfg.samples or 16, len(test.pixels))
+    truth = test.pixels[:n].to(run.device).float() / 255
+    members = torch.arange(n, device=run.device)
+    small = max(truth.shape[-2:]) <= 64
+    budget = cfg.dip_iters or (1000 if small else 3000)
+    task = "denoise" if "generate" in cfg.task else cfg.task[0]
+    measured = corrupt(replace(cfg, sigma=cfg.sigma or 0.1), task, truth, members)
+    y, sigma = measured.y, measured.sigma
+    run.begin()
+    say(f"data: {test.name}, {n} images; {task}, sigma {sigma}; {budget} iterations; {run.device}")
+    rows, curves = [], {}
+    shown = {"truth": truth[:16], "corrupted": measured.back(y)[:16]}
+    oracle = None
+
+    def add(name, x, began, iterations, **more):
+        x = x.clamp(0, 1)
+        row = {"name": name, "seed": cfg.seed, "task": task, "sigma": sigma,
+               "iterations": round(float(iterations), 1)} | measures(x, truth) | more
+        if oracle is not None:
+            gap = oracle - measure.psnr(x, truth)
+            row |= {"gap": round(gap.mean().item(), 3), "gap_worst": round(gap.max().item(), 3)}
+        rows.append(row | {"seconds": round(time.time() - began, 2)})
+        shown[name] = x[:16]
+        say(describe(rows[-1]))
+
+    began = time.time()
+    stop = WindowedVariance(*((30, 300) if small else (100, 1000)))
+    best = torch.zeros_like(truth)
+    oracle = torch.full((n,), -math.inf, dtype=torch.float64, device=run.device)
+    when = torch.zeros(n, device=run.device)
+
+    def watch(i, x, average):
+        stop(i, x)
+        if (i + 1) % CHECK == 0:
+            psnr = measure.psnr(average.clamp(0, 1), truth)
+            up = psnr > oracle
+            best[up], oracle[up], when[up] = average[up], psnr[up], i + 1
+            curves.setdefault("psnr/plain", []).append([i + 1, round(psnr.mean().item(), 3)])
+
+    x, _ = fit_dips(cfg, y, members, budget, Progress("plain", budget, n), None, measured, 0.0,
+                    watch)
+    add("plain", x, began, budget)
+    add("oracle", best, began, when.mean())
+    add("es-wmv", stop.x, began, stop.stopped.clamp(max=budget).mean())
+    for name, rungs in ("split", 1), ("ladder", cfg.rungs):
+        began = time.time()
+        fit = fit_guided(cfg, measured, members, rungs, budget, run, truth)
+        own = fit.own_oracle - measure.psnr(fit.x, truth)
+        add(name, fit.x, began, fit.iterations.float().mean(),
+            own_gap=round(own.mean().item(), 3), own_gap_worst=round(own.max().item(), 3))
+    run.seconds["dip"] = sum(row["seconds"] for row in rows)
+    finish(run, {"data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256},
+                 "arms": rows, "curves": curves, "pictures": [
+                     draw(run, "guide.png", f"{task}, sigma = {sigma:g}", shown)]})
+    say(measure.text_tables([run.folder], ("psnr", "ssim")))
+
+
 # ------------------------------------------------------------------ other runs
 
 
@@ -1615,7 +1898,8 @@ def run_sample(cfg, run):
                       "parameters": sum(p.numel() for p in net.parameters())})
 
 
-MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "sample": run_sample}
+MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "guide": run_guide,
+         "sample": run_sample}
 
 
 # ------------------------------------------------------------------ results and pictures
