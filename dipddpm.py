@@ -830,65 +830,112 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
 # ------------------------------------------------------------------ DIP fitting
 
 
-def dip_width(cfg, H, W):
-    return cfg.dip_width or (16 if max(H, W) <= 64 else 128)
+class DIPGroup:
+    """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
+    to where they were saved, and leave. z ~ U(0, 0.1) is fixed, jitter N(0, (1/30)^2) is fresh at
+    every iteration; both are shared: the fits never meet, so they need not differ. members int64
+    [K] number the fits, and with the seed decide theta."""
+
+    def __init__(self, cfg, members, C, H, W, dtype=torch.float32):
+        width, device = cfg.dip_width or (16 if max(H, W) <= 64 else 128), members.device
+        self.cfg, self.K, self.Cz = cfg, len(members), min(width, 32)
+        self.net = SkipDIP(members, C, H, W, width, self.Cz, cfg.seed).to(dtype)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True)
+        self.z = 0.1 * kernels.uniform((1, self.Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, device)
+        self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
+        self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
+        self.saved = None
+
+    def iterate(self, i, y, share, A):
+        """Iteration i: one Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each
+        member gets the gradient that it would get alone. -> outputs [K, C, H, W], losses [K]."""
+        jitter = kernels.normal(self.z.shape, self.cfg.seed, 0, i, kernels.DIP_JITTER,
+                                self.z.device)
+        z = (self.z + jitter / 30).to(self.average.dtype).expand(self.K, -1, -1, -1)
+        x = self.net(z.reshape(1, -1, *z.shape[2:]))  # [K, C, H, W]
+        losses = ((A(x) - y).square() * share).sum(dim=(1, 2, 3))
+        self.optimizer.zero_grad()
+        losses.sum().backward()
+        self.optimizer.step()
+        decay = ((1 + self.age) / (10 + self.age)).clamp(max=self.cfg.window)
+        self.age += 1
+        self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
+        return x.detach(), losses.detach()
+
+    def state(self):
+        """Weights, Adam's memory of them and averages as views [K, ...], a row a member."""
+        memory = self.optimizer.state
+        return [x.view(self.K, -1) for p in self.net.parameters()
+                for x in (p.data, memory[p]["exp_avg"], memory[p]["exp_avg_sq"])] + [
+                    self.average.view(self.K, -1), self.age.view(self.K, -1)]
+
+    def save(self, which):
+        """Remember the members `which` (bool [K]) as they are now; at the first call, all."""
+        if self.saved is None:
+            self.saved = [x.clone() for x in self.state()]
+        for kept, now in zip(self.saved, self.state()):
+            kept[which] = now[which]
+
+    def rewind(self, which):
+        for kept, now in zip(self.saved, self.state()):
+            now[which] = kept[which]
+
+    def keep(self, which):
+        """Let all members but `which` leave, as if they had never been here: they cost nothing any
+        more, and the others do not notice."""
+        def part(x):
+            return x.view(self.K, -1, *x.shape[1:])[which].flatten(0, 1)
+        stay, memory = int(which.sum()), {}
+        for module in self.net.modules():
+            if hasattr(module, "K"):
+                module.K = stay
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(part(p.data)))
+                memory[getattr(module, name)] = {
+                    key: part(value) if value.dim() else value
+                    for key, value in self.optimizer.state[p].items()}
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.cfg.dip_lr, fused=True)
+        self.optimizer.state.update(memory)
+        self.average, self.age = self.average[which], self.age[which]
+        self.saved = [x[which] for x in self.saved]
+        self.K = stay
 
 
 def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None, hold_out=0.1, watch=None):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
-    theta, z ~ U(0, 0.1) fixed, Adam, jitter N(0, (1/30)^2) fresh at every iteration (Ulyanov et al.
-    2018, eq. 2 and supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a
-    Measurement of K images; members int64 [K] number the images, and with the seed decide theta. z
-    and jitter are shared: the fits never meet, so they need not differ. The loss is the sum of the
-    images' means, so each gets the gradient that it would get alone. Returns the exponential
-    average of the outputs [K, C, H, W] and, with a truth, [(iteration, PSNR in dB of each image's
-    average [K])].
+    theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and
+    supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a Measurement of K
+    images; or a list of targets, fitted one after the other for equally many iterations. Returns
+    the averages [K, C, H, W] and, with a truth, [(iteration, PSNR in dB of each one [K])]. `watch`
+    is called with each iteration, the outputs and the averages.
 
-    y may also be a list of targets, fitted one after the other for equally many iterations.
-
-    From a Measurement one value in ten is held out of the fit, and each image's result is the one
-    of its averages, every 10 iterations, that is nearest to those: a stop that needs no truth."""
+    From a Measurement a share of `hold_out` of its values is held out of the fit, and each image's
+    result is the one of its averages, every 10 iterations, that is nearest to those: a stop that
+    needs no truth. Where the share is 0, it is the last."""
     targets = y if isinstance(y, list) else [y]
-    y = targets[0]
-    A, (K, C), (H, W) = (lambda x: x), y.shape[:2], y.shape[2:]
+    y, A, (H, W) = targets[0], (lambda x: x), targets[0].shape[2:]
     if measured is not None:
         A, (H, W) = measured.A, measured.mask.shape[2:]
-    size = (K, C, H, W)
-    given = A(torch.ones(size, dtype=y.dtype, device=y.device))
-    held = torch.zeros_like(given)
-    if measured is not None and hold_out:
-        u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
-        held = given * (u < hold_out)
-    seen = given - held
-    share = seen / seen.sum(dim=(1, 2, 3), keepdim=True)
-    width = dip_width(cfg, H, W)
-    Cz = min(width, 32)
-    net = SkipDIP(members, C, H, W, width, Cz, cfg.seed).to(y.dtype)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True)
-    z = 0.1 * kernels.uniform((1, Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, y.device)
-    average, curve = torch.zeros(size, dtype=y.dtype, device=y.device), []
-    best, best_risk = average.clone(), torch.full_like(share[:, :1, :1, :1], math.inf)
+    K, C = y.shape[:2]
+    given = A(torch.ones(K, C, H, W, dtype=y.dtype, device=y.device))
+    u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
+    held = given * (u < (hold_out if measured is not None else 0))
+    share = (given - held) / (given - held).sum(dim=(1, 2, 3), keepdim=True)
+    group, curve = DIPGroup(cfg, members, C, H, W, y.dtype), []
+    best, best_risk = group.average.clone(), torch.full_like(share[:, :1, :1, :1], math.inf)
     for i in range(iters):
-        jitter = kernels.normal((1, Cz, H, W), cfg.seed, 0, i, kernels.DIP_JITTER, y.device)
-        z_i = (z + jitter / 30).to(y.dtype).expand(K, -1, -1, -1)
-        x = net(z_i.reshape(1, K * Cz, H, W))  # [K, C, H, W]
         y = targets[i * len(targets) // iters]
-        loss = ((A(x) - y).square() * share).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        average.lerp_(x.detach(), 1 - min(cfg.window, (1 + i) / (10 + i)))
+        x, _ = group.iterate(i, y, share, A)
         if (i + 1) % 10 == 0 or i + 1 == iters:
             if truth is not None:
-                curve.append((i + 1, measure.psnr(average, truth)))
-            if measured is not None and hold_out:
-                risk = ((A(average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
-                best = torch.where(risk < best_risk, average, best)
-                best_risk = torch.minimum(risk, best_risk)
+                curve.append((i + 1, measure.psnr(group.average, truth)))
+            risk = ((A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
+            best = torch.where(risk < best_risk, group.average, best)
+            best_risk = torch.minimum(risk, best_risk)
         if watch is not None:
-            watch(i, x.detach(), average)
+            watch(i, x, group.average)
         progress(i + 1)
-    return (best if measured is not None and hold_out else average), curve
+    return (best if held.any() else group.average), curve
 
 
 def fit_in_groups(cfg, y, members, iters, run, truth=None, measured=None):
@@ -1594,31 +1641,6 @@ def noise_level(y):
     return d.flatten(1).abs().median(1).values / 0.6745
 
 
-def rows_of(net, optimizer, K):
-    """A grouped network's weights and Adam's memory of them as views [K, ...], a row a member."""
-    return [x.view(K, -1) for p in net.parameters()
-            for x in (p.data, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])]
-
-
-def keep_members(net, optimizer, rows, K):
-    """Leave only the members `rows` (int64) of a grouped network of K, as if the others had never
-    been in it: what leaves costs nothing any more. Returns the optimizer of those that stay."""
-    def part(x):
-        return x.view(K, -1, *x.shape[1:])[rows].flatten(0, 1)
-    memory = {}
-    for module in net.modules():
-        if hasattr(module, "K"):
-            module.K = len(rows)
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(part(p.data)))
-            memory[getattr(module, name)] = {
-                key: part(value) if value.dim() else value
-                for key, value in optimizer.state[p].items()}
-    stayed = torch.optim.Adam(net.parameters(), lr=optimizer.defaults["lr"], fused=True)
-    stayed.state.update(memory)
-    return stayed
-
-
 class Guided(NamedTuple):
     """What a guided fit of n images gives: outputs [n, C, H, W], averaged over the replicas; the
     iterations that each took; and with a truth its own oracle, the best PSNR of any look [n]."""
@@ -1628,116 +1650,110 @@ class Guided(NamedTuple):
     own_oracle: torch.Tensor
 
 
-def fit_guided(cfg, measured, members, rungs, budget, run, truth=None):
-    """The nested split ladder: n images x M replicas as one grouped network. Rung k's target is
-    y_plus with more noise, y_k = y_plus + sqrt(sigma_k^2 - sigma_plus^2) eps_k, sigma_k falling
-    geometrically from 4 sigma_plus to sigma_plus; each rung is fitted until the risk
+def halves(cfg, measured, members, rungs):
+    """What n images' replicas are fitted to and judged by: the targets of each rung, the judge
+    (both [n M, ...]), their weights, that sum to 1 over a target's values, and the part of a risk
+    that is the judge's own noise. Rung k is y_plus with noise up to sigma_k, which falls
+    geometrically from 4 sigma_plus to sigma_plus. A y without noise cannot be split: there is one
+    rung, and each replica judges by a tenth of the values that it alone is not fitted to."""
+    y, sigma, M, alpha = measured.y, measured.sigma, cfg.replicas, cfg.alpha
+    numbers = (members[:, None] * M + torch.arange(M, device=y.device)).flatten()
+    given = measured.A(torch.ones_like(measured.mask).expand(-1, y.shape[1], -1, -1))
+    fit = judge = given.repeat_interleave(M, 0)
+    targets, y_minus = [y.repeat_interleave(M, 0)], y.repeat_interleave(M, 0)
+    if sigma:
+        y_plus, y_minus = split(y, given, sigma, alpha, numbers, M, cfg.seed)
+        sigma_plus = sigma * math.sqrt(1 + alpha**2)
+        levels = [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)] if rungs > 1 else [1.0]
+        targets = [y_plus + fit * sigma_plus * math.sqrt(level**2 - 1) * kernels.normal(
+            fit.shape, cfg.seed, numbers, RUNG_DRAW + k, kernels.CORRUPTION, y.device)
+            for k, level in enumerate(levels)]
+    else:
+        u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
+        mine = (u.repeat_interleave(M, 0) * max(10, M)).long()  # whose held-out value this is
+        held = mine == torch.arange(M, device=y.device).repeat(len(y)).view(-1, 1, 1, 1)
+        fit, judge = fit * ~held, judge * held
+    fit, judge = (v / v.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1) for v in (fit, judge))
+    return targets, y_minus, fit, judge, sigma**2 * (1 + 1 / alpha**2)
 
-        R = mean over replicas and pixels of (A x - y_minus)^2 - sigma^2 (1 + 1 / alpha^2),
+
+def fit_guided(cfg, measured, members, rungs, budget, run, truth=None):
+    """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
+    until the risk
+
+        R = mean over replicas of |A x - y_minus|^2 / pixels - sigma^2 (1 + 1 / alpha^2),
 
     an unbiased estimate of the error of A x (x a replica's averaged output), has not fallen for
-    --patience iterations; then weights, Adam's state and output go back to that rung's best. The
-    ladder ends where a rung is no better than the one before, and the image leaves the group. With
-    one rung this is an early stop alone. A sudden rise of the loss goes back to the best as well.
-    The truth, where given, is only looked at for `own_oracle`."""
-    y, sigma, M, alpha = measured.y, measured.sigma, cfg.replicas, cfg.alpha
-    n, C, (H, W), device = len(y), y.shape[1], measured.mask.shape[2:], y.device
-    replicas = (members[:, None] * M + torch.arange(M, device=device)).flatten()
-    given = measured.A(torch.ones(n, C, H, W, device=device))
-    y_plus, y_minus = split(y, given, sigma, alpha, replicas, M, cfg.seed)
-    sigma_plus = sigma * math.sqrt(1 + alpha**2)
-    levels = [sigma_plus * 4 ** (1 - k / max(1, rungs - 1)) for k in range(rungs)] if (
-        rungs > 1) else [sigma_plus]
-
-    def targets(k, rows):
-        extra = math.sqrt(max(0.0, levels[k]**2 - sigma_plus**2))
-        eps = kernels.normal((len(rows), *y.shape[1:]), cfg.seed, replicas[rows], RUNG_DRAW + k,
-                             kernels.CORRUPTION, device)
-        return y_plus[rows] + extra * eps * given.repeat_interleave(M, 0)[rows]
-
-    width = dip_width(cfg, H, W)
-    Cz = min(width, 32)
-    net = SkipDIP(replicas, C, H, W, width, Cz, cfg.seed)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True)
-    z = 0.1 * kernels.uniform((1, Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, device)
-    # One entry for each image: where it stands, and its best so far on this rung and the last one.
-    rung = torch.zeros(n, dtype=torch.int64, device=device)
-    since, took = torch.zeros_like(rung), torch.zeros_like(rung)
-    best, last_best, least = (torch.full((n,), math.inf, device=device) for _ in range(3))
-    own_oracle = torch.full((n,), -math.inf, dtype=torch.float64, device=device)
-    result = torch.zeros(n, C, H, W, device=device)
-    # One entry for each member that still fits: `active` says which image's.
-    active = torch.arange(n, device=device)
-    rows = torch.arange(n * M, device=device)
-    target, average = targets(0, rows), torch.zeros(n * M, C, H, W, device=device)
-    best_average, usual, age = average.clone(), None, torch.zeros(n * M, device=device)
-    mine, saved = measured.part(rows // M), None
-    share = given / given.sum(dim=(1, 2, 3), keepdim=True)
+    --patience iterations; then weights, Adam's memory and output go back to the rung's best. The
+    ladder ends where a rung is no better than the one before: the image leaves the group with the
+    output of least risk, averaged over its replicas. One rung is an early stop alone. A sudden rise
+    of the loss goes back to the best as well. The truth, where given, is only looked at for
+    `own_oracle`."""
+    n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
+    device, dtype = measured.y.device, measured.y.dtype
+    targets, y_minus, fit, judge, judge_noise = halves(cfg, measured, members, rungs)
+    numbers = (members[:, None] * M + torch.arange(M, device=device)).flatten()
+    group = DIPGroup(cfg, numbers, C, H, W, dtype)
+    result = Guided(torch.zeros(n, C, H, W, dtype=dtype, device=device),
+                    torch.full((n,), budget, device=device),
+                    torch.full((n,), -math.inf, dtype=torch.float64, device=device))
+    # of each image that is still in the group: its number, rung, iterations without a lower risk;
+    # its least risk on this rung, on the last one and of all; its usual loss
+    image, rung, since = torch.arange(n, device=device), *torch.zeros(
+        2, n, dtype=torch.int64, device=device)
+    best, last, least, usual = torch.full((4, n), math.inf, dtype=dtype, device=device)
+    of = torch.arange(n * M, device=device)  # the members that are still in the group
+    target, mine = targets[0], measured.part(of // M)
     progress = Progress(f"guide, {rungs} rung{'s' * (rungs > 1)}", budget, n * M)
     for i in range(budget):
-        K = len(rows)
-        jitter = kernels.normal((1, Cz, H, W), cfg.seed, 0, i, kernels.DIP_JITTER, device)
-        z_i = (z + jitter / 30).expand(K, -1, -1, -1)
-        x = net(z_i.reshape(1, K * Cz, H, W))  # [K, C, H, W]
-        losses = ((mine.A(x) - target).square() * share[rows // M]).sum(dim=(1, 2, 3))
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
-        age += 1
-        decay = ((1 + age) / (10 + age)).clamp(max=cfg.window).view(-1, 1, 1, 1)
-        average = average + (1 - decay) * (x.detach() - average)
+        _, losses = group.iterate(i, target, fit[of], mine.A)
+        progress(i + 1)
         if (i + 1) % CHECK and i + 1 < budget:
             continue
-        risk = ((mine.A(average) - y_minus[rows]).square() * share[rows // M]).sum(dim=(1, 2, 3))
-        risk = risk.view(-1, M).mean(1) - sigma**2 * (1 + 1 / alpha**2)  # [images]
-        if truth is not None:
-            seen = measure.psnr(average.view(-1, M, C, H, W).mean(1).clamp(0, 1), truth[active])
-            own_oracle[active] = torch.maximum(own_oracle[active], seen)
-        better, least_yet = risk < best[active], risk < least[active]
-        result[active[least_yet]] = average.view(-1, M, C, H, W)[least_yet].mean(1)
-        best[active], least[active] = (torch.minimum(v[active], risk) for v in (best, least))
-        since[active] = torch.where(better, 0, since[active] + CHECK)
-        state = rows_of(net, optimizer, K)
-        saved = [v.clone() for v in state] if saved is None else saved
-        up = better.repeat_interleave(M)
-        for kept, now in zip(saved, state):
-            kept[up] = now[up]
-        best_average[up] = average[up]
-        loss = losses.detach().view(-1, M).mean(1)
-        usual = loss if usual is None else torch.where(usual.isinf(), loss, usual)
-        collapsed = loss > 4 * usual
-        usual = torch.where(collapsed, usual, 0.8 * usual + 0.2 * loss)
-        ended = (since[active] >= cfg.patience) | (i + 1 == budget)
-        last = (rung[active] == rungs - 1) | (best[active] >= last_best[active]) | (i + 1 == budget)
-        back = (ended | collapsed).repeat_interleave(M)
-        for kept, now in zip(saved, state):
-            now[back] = kept[back]
-        average[back] = best_average[back]
-        for a in (ended & ~last).nonzero()[:, 0]:  # to the next rung
-            image = active[a]
-            rung[image] += 1
-            last_best[image], best[image], since[image] = best[image], math.inf, 0
-            members_a = slice(a * M, a * M + M)
-            target[members_a] = targets(rung[image].item(), rows[members_a])
-            age[members_a] = 0
-            usual[a] = math.inf
-        stay = ~(ended & last)
-        if not stay.all():
-            took[active[~stay]] = i + 1
-            keep = stay.repeat_interleave(M).nonzero()[:, 0]
-            if not len(keep):
-                progress(budget)
-                break
-            optimizer = keep_members(net, optimizer, keep, K)
-            saved = [v[keep] for v in saved]
-            active, usual = active[stay], usual[stay]
-            rows, target, average, best_average, age = (
-                v[keep] for v in (rows, target, average, best_average, age))
-            mine = measured.part(rows // M)
-        progress(i + 1)
         if run.stop:
             raise KeyboardInterrupt
-    return Guided(result.clamp(0, 1), took, own_oracle)
+        risk = ((mine.A(group.average) - y_minus[of]).square() * judge[of]).sum(dim=(1, 2, 3))
+        risk = risk.view(-1, M).mean(1) - judge_noise
+        mean = group.average.view(-1, M, C, H, W).mean(1)
+        if truth is not None:
+            psnr = measure.psnr(mean.clamp(0, 1), truth[image])
+            result.own_oracle[image] = torch.maximum(result.own_oracle[image], psnr)
+        better, first = risk < best, risk < least
+        result.x[image[first]] = mean[first]
+        best, least = torch.minimum(best, risk), torch.minimum(least, risk)
+        since = torch.where(better, 0, since + CHECK)
+        group.save(better.repeat_interleave(M))
+        loss = losses.view(-1, M).mean(1)
+        usual = torch.where(usual.isinf(), loss, usual)
+        collapsed = loss > 4 * usual
+        usual = torch.where(collapsed, usual, 0.8 * usual + 0.2 * loss)
+        ended = since >= cfg.patience
+        leaves = ended & ((rung == len(targets) - 1) | (best >= last))
+        climbs = ended & ~leaves
+        group.rewind((ended | collapsed).repeat_interleave(M))
+        if climbs.any():  # to the next rung, from this one's best
+            rung = rung + climbs
+            last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
+            since, usual = since * ~climbs, usual.masked_fill(climbs, math.inf)
+            up = climbs.repeat_interleave(M)
+            group.age[up] = 0
+            target = target.clone()
+            for k in rung[climbs].unique():
+                there = (climbs & (rung == k)).repeat_interleave(M)
+                target[there] = targets[k][of[there]]
+        if leaves.any():
+            result.iterations[image[leaves]] = i + 1
+            if leaves.all():
+                progress(budget)
+                break
+            stay = ~leaves
+            image, rung, since, best, last, least, usual = (
+                v[stay] for v in (image, rung, since, best, last, least, usual))
+            stay = stay.repeat_interleave(M)
+            group.keep(stay)
+            of, target = of[stay], target[stay]
+            mine = measured.part(of // M)
+    return result._replace(x=result.x.clamp(0, 1))
 
 
 class WindowedVariance:
@@ -1836,7 +1852,8 @@ def run_guide(cfg, run):
     mean = sum(w * v for w, v in zip(weights, leaking)) / sum(weights)
     for name, target in ("literal", leaking), ("literal-mean", mean):
         began = time.time()
-        x, _ = fit_dips(cfg, target, members, budget, Progress(name, budget, n), None, measured, 0.0)
+        x, _ = fit_dips(cfg, target, members, budget, Progress(name, budget, n), None, measured,
+                        0.0)
         add(name, x, began, budget, leaks=True)
     run.seconds["dip"] = sum(row["seconds"] for row in rows)
     finish(run, {"notes": ["literal and literal-mean were fitted to noised copies of the clean "

@@ -1508,6 +1508,29 @@ def test_a_held_out_stop_is_nearer_to_the_truth_than_the_end():
     assert measures.psnr(stopped, truth).mean() > oracle - 1.5  # it sees a tenth less
 
 
+def test_members_that_leave_a_group_are_not_missed_by_the_others():
+    y = tiny_images(4).double() / 255
+    share, same = torch.full_like(y, 1 / 64), lambda x: x
+    group = dipddpm.DIPGroup(config(dip_width=4), torch.arange(4), 1, 8, 8, y.dtype)
+    alone = dipddpm.DIPGroup(config(dip_width=4), torch.tensor([1, 3]), 1, 8, 8, y.dtype)
+    which = torch.tensor([False, True, False, True])
+    for i in range(3):
+        group.iterate(i, y, share, same)
+        alone.iterate(i, y[which], share[which], same)
+    group.save(torch.ones(4, dtype=torch.bool))
+    alone.save(torch.ones(2, dtype=torch.bool))
+    group.keep(which)
+    for i in range(3, 6):
+        x, _ = group.iterate(i, y[which], share[which], same)
+        expected, _ = alone.iterate(i, y[which], share[which], same)
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-8)
+    for g in (group, alone):
+        g.rewind(torch.tensor([True, False]))  # the first goes back three iterations
+        g.iterate(6, y[which], share[which], same)
+    torch.testing.assert_close(group.average, alone.average, rtol=1e-6, atol=1e-8)
+    assert (group.age == torch.tensor([4, 7])).all()
+
+
 # ------------------------------------------------------------------ network
 
 
@@ -1633,6 +1656,105 @@ def test_start_from_prior_has_the_marginal_at_t_start():
     ab = dipddpm.cosine_schedule(100).at(60)
     assert x.mean().item() == pytest.approx(0.5 * math.sqrt(ab), abs=0.03)
     assert x.var().item() == pytest.approx(1 - ab, rel=0.05)
+
+
+# ------------------------------------------------------------------ method 2
+
+
+def test_halves_have_independent_noises_and_replicas_that_average_to_y():
+    y = torch.zeros(60, 1, 16, 16) + 0.3 * kernels.normal((60, 1, 16, 16), 9, 0, 0, 0)
+    plus, minus = dipddpm.split(y, torch.ones_like(y), 0.3, 0.5, torch.arange(240), 4, 0)
+    assert plus.std() == pytest.approx(0.3 * 1.25**0.5, rel=0.01)
+    assert minus.std() == pytest.approx(0.3 * 5**0.5, rel=0.01)
+    correlation = (plus * minus).mean() / (plus.std() * minus.std())
+    assert correlation.abs() < 4 / 240**0.5 / 16
+    torch.testing.assert_close(plus.view(60, 4, 1, 16, 16).mean(1), y, atol=1e-6, rtol=0)
+    alone, _ = dipddpm.split(y, torch.ones_like(y), 0.3, 0.5, torch.arange(60), 1, 0)
+    assert alone.std() == pytest.approx(0.3 * 1.25**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("task", ["denoise", "inpaint", "sr"])
+def test_the_risk_is_the_error_without_the_truth(task):
+    truth = tiny_images(200).float() / 255  # 200 draws
+    cfg, members = config(replicas=2, sigma=0.3), torch.arange(200)
+    m = dipddpm.corrupt(cfg, task, truth, members)
+    targets, y_minus, _, judge, noise = dipddpm.halves(cfg, m, members, 3)
+    output = 0.7 * targets[-1] + 0.1  # made from y_plus, as a fit is
+    risk = ((output - y_minus).square() * judge).sum((1, 2, 3)) - noise
+    error = ((output - m.A(truth).repeat_interleave(2, 0)).square() * judge).sum((1, 2, 3))
+    assert (risk - error).mean().abs() < 4 * (risk - error).std() / 200**0.5
+
+
+def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
+    y = torch.zeros(50, 1, 16, 16)
+    m = dipddpm.Measurement("denoise", y, torch.ones_like(y), 0.2)
+    targets, *_ = dipddpm.halves(config(), m, torch.arange(50), 3)
+    plus = 0.2 * 0.5 * torch.ones(())  # y itself is clean here: y_plus has alpha sigma alone
+    for target, level in zip(targets, (4, 2, 1)):
+        extra = 0.2**2 * 1.25 * (level**2 - 1)
+        assert target.std() == pytest.approx((plus.item()**2 + extra) ** 0.5, rel=0.02)
+
+
+def test_without_noise_every_replica_judges_by_values_that_it_never_sees():
+    truth, m = measured("inpaint")
+    targets, y_minus, fit, judge, noise = dipddpm.halves(config(), m, torch.arange(3), 5)
+    assert len(targets) == 1 and noise == 0 and torch.equal(targets[0], y_minus)
+    assert not (fit * judge).any() and not fit[~m.mask.bool().repeat_interleave(4, 0)].any()
+    shares = (judge > 0).view(3, 4, -1).sum(1)
+    assert shares.max() == 1  # disjoint among the replicas
+
+
+def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path):
+    truth, m = measured("denoise", n=2, sigma=0.3)
+    cfg, members, run = config(dip_width=4, patience=20), torch.arange(2), bare_run(tmp_path)
+    for rungs in (1, 3):
+        fits = [dipddpm.fit_guided(cfg, m, members, rungs, 60, run, known)
+                for known in (None, truth, 1 - truth)]
+        assert torch.equal(fits[0].x, fits[1].x) and torch.equal(fits[0].x, fits[2].x)
+        assert torch.equal(fits[0].iterations, fits[2].iterations)
+
+
+def test_guided_images_do_not_depend_on_their_group(tmp_path):
+    truth, m = measured("denoise", n=3, sigma=0.3)
+    m, members = m._replace(y=m.y.double(), mask=m.mask.double()), torch.arange(3)
+    cfg, run = config(dip_width=4, patience=20, replicas=2), bare_run(tmp_path)
+    together = dipddpm.fit_guided(cfg, m, members, 2, 80, run)
+    for k in range(3):
+        one = dipddpm.fit_guided(cfg, m.part(slice(k, k + 1)), members[k:k + 1], 2, 80, run)
+        torch.testing.assert_close(one.x, together.x[k:k + 1], rtol=1e-5, atol=1e-7)
+        assert one.iterations == together.iterations[k]
+
+
+def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end(tmp_path):
+    truth, m = measured("denoise", n=2, sigma=0.3, size=28)
+    cfg = config(dip_width=8, replicas=2)
+    fit = dipddpm.fit_guided(cfg, m, torch.arange(2), 1, 500, bare_run(tmp_path), truth)
+    ended, _ = dipddpm.fit_dips(cfg, m.y, torch.arange(2), 500, lambda i: None)
+    psnr = measures.psnr(fit.x, truth)
+    assert (fit.own_oracle - psnr).max() < 1 and (fit.iterations < 500).all()
+    assert psnr.mean() > measures.psnr(ended.clamp(0, 1), truth).mean() + 1.5
+
+
+def test_windowed_variance_is_that_of_the_last_outputs():
+    outputs = [random_images(3, 1, 4, 4, seed=i) * (1 if i < 12 else 3) for i in range(40)]
+    stop = dipddpm.WindowedVariance(5, 10)
+    brute = []
+    for i, x in enumerate(outputs):
+        stop(i, x.clone())
+        if i >= 4:
+            brute.append(torch.stack(outputs[i - 4:i + 1]).var(0, correction=0).sum((1, 2, 3)))
+    least = torch.stack(brute)[:12 - 4].min(0)  # before the outputs become restless
+    torch.testing.assert_close(stop.least, least.values)
+    best = least.indices + 4
+    assert torch.equal(stop.best.long(), best)
+    assert torch.equal(stop.stopped.long(), best + 10)
+    assert all(torch.equal(stop.x[k], outputs[best[k]][k]) for k in range(3))
+
+
+def test_noise_level_is_found_in_flat_images():
+    x = data.load("digits", limit=20).pixels.float() / 255
+    y = x + 0.2 * kernels.normal(x.shape, 3, torch.arange(20), 0, 0)
+    assert dipddpm.noise_level(y).mean() == pytest.approx(0.2, rel=0.1)
 
 
 # ------------------------------------------------------------------ whole runs
@@ -1785,6 +1907,19 @@ def test_dip_run_reports_noisy_and_fitted(tmp_path, capsys):
     noisy, dip = json.loads((tmp_path / "d" / "results.json").read_text())["arms"]
     assert noisy["name"] == "noisy" and 18 < noisy["psnr"] < 24  # 20 dB but for clipping
     assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
+
+
+def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--sigma",
+                               0.3, "--dip-iters", 60, "--dip-width", 4, "--patience", 20, "--out",
+                               tmp_path / "g"], capsys)
+    assert status == 0, err
+    result = json.loads((tmp_path / "g" / "results.json").read_text())
+    rows = {row["name"]: row for row in result["arms"]}
+    assert list(rows) == ["plain", "oracle", "es-wmv", "split", "ladder", "literal", "literal-mean"]
+    assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
+    assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
+    assert "leak" in (tmp_path / "g" / "report.html").read_text()
 
 
 def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
