@@ -1,8 +1,9 @@
-"""Deep Image Prior, DDPM, and a DIP prior that shortens DDPM's way back, in one readable file.
+"""Deep Image Prior, DDPM and both ways of combining them, in one readable file.
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
     python dipddpm.py --mode ddpm                 the DDPM alone
     python dipddpm.py --mode dip --sigma 0.2      fit DIPs to noisy images: PSNR peaks, then falls
+    python dipddpm.py --mode guide --sigma 0.2    the same with stops that need no truth
     python dipddpm.py --mode sample               new images from the newest trained network
 
 Papers      Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine),
@@ -15,8 +16,8 @@ Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs 
             network at t = tau - 1; tau = 0 is the clean image, where alpha_bar is 1.
 Ranges      images are in [-1, 1] inside the diffusion, in [0, 1] inside DIP and every metric.
 Contents    Config and command line - schedule and tables - U-Net - DIP network - DDPM training -
-            sampling - DIP fitting - network, codes - method 1: priors, restoration, curves - runs
-            and main
+            sampling - DIP fitting - network, codes - method 1: priors, restoration, curves -
+            method 2: guide - other runs and main
 """
 
 import argparse
@@ -117,7 +118,8 @@ class Config:
     dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
                           " codes: 32)", "prior", low=1)
     dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
-                          "passes; dip: 150, or 600 above 64 pixels; a restoration: 300)", "prior",
+                          "passes; dip: 150, or 600 above 64 pixels; guide: at most 1000, or "
+                          "3000; a restoration: 300)", "prior",
                           low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
     window: float = flag(0.9, "decay of the average of a DIP's outputs", "prior", low=0)
@@ -143,10 +145,10 @@ class Config:
                         "sampling", low=1, type=listed(int))
     grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
                        "a list", "sampling", type=listed(str, "uniform", "quadratic", "logsnr"))
-    samples: int = flag(None, "images made or fitted (1000; sample: 64; dip: 16; a restoration: "
-                        "256)", "sampling", low=1)
-    sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and by tasks "
-                        "(0.1; inpaint and sr: 0)", "sampling", low=0)
+    samples: int = flag(None, "images made or fitted (1000; sample: 64; dip, guide: 16; a "
+                        "restoration: 256)", "sampling", low=1)
+    sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and guide "
+                        "and by tasks (0.1; inpaint and sr: 0)", "sampling", low=0)
 
 
 SMOOTHERS = {"images", "network"}  # DIP sources that turn a training image into a DIP's output
@@ -1798,7 +1800,7 @@ def run_guide(cfg, run):
     small = max(truth.shape[-2:]) <= 64
     budget = cfg.dip_iters or (1000 if small else 3000)
     task = "denoise" if "generate" in cfg.task else cfg.task[0]
-    measured = corrupt(replace(cfg, sigma=cfg.sigma or 0.1), task, truth, members)
+    measured = corrupt(cfg, task, truth, members)
     y, sigma = measured.y, measured.sigma
     run.begin()
     say(f"data: {test.name}, {n} images; {task}, sigma {sigma}; {budget} iterations; {run.device}")
@@ -1817,13 +1819,18 @@ def run_guide(cfg, run):
         shown[name] = x[:16]
         say(describe(rows[-1]))
 
-    began = time.time()
+    def listen(*_):
+        if run.stop:
+            raise KeyboardInterrupt
+
+    first = began = time.time()
     stop = WindowedVariance(*((30, 300) if small else (100, 1000)))
     best = torch.zeros_like(truth)
     oracle = torch.full((n,), -math.inf, dtype=torch.float64, device=run.device)
     when = torch.zeros(n, device=run.device)
 
     def watch(i, x, average):
+        listen()
         stop(i, x)
         if (i + 1) % CHECK == 0:
             psnr = measure.psnr(average.clamp(0, 1), truth)
@@ -1842,22 +1849,22 @@ def run_guide(cfg, run):
         own = fit.own_oracle - measure.psnr(fit.x, truth)
         add(name, fit.x, began, fit.iterations.float().mean(),
             own_gap=round(own.mean().item(), 3), own_gap_worst=round(own.max().item(), 3))
-    # the brief's literal ladder: every rung noises the clean image afresh, which leaks it
+    # the literal ladder, where there is noise: every rung noises the clean image afresh
     levels = [sigma * 4 ** (1 - k / max(1, cfg.rungs - 1)) for k in range(cfg.rungs)]
     clean, given = measured.A(truth), measured.A(torch.ones_like(truth))
     leaking = [clean + given * level * kernels.normal(
         clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION, run.device)
         for k, level in enumerate(levels)]
-    weights = [level**-2 for level in levels]
-    mean = sum(w * v for w, v in zip(weights, leaking)) / sum(weights)
-    for name, target in ("literal", leaking), ("literal-mean", mean):
+    weights = [level**-2 for level in levels if sigma]
+    mean = sum(w * v for w, v in zip(weights, leaking)) / max(sum(weights), 1e-9)
+    for name, target in (("literal", leaking), ("literal-mean", mean)) if sigma else ():
         began = time.time()
         x, _ = fit_dips(cfg, target, members, budget, Progress(name, budget, n), None, measured,
-                        0.0)
+                        0.0, listen)
         add(name, x, began, budget, leaks=True)
-    run.seconds["dip"] = sum(row["seconds"] for row in rows)
-    finish(run, {"notes": ["literal and literal-mean were fitted to noised copies of the clean "
-                           "image: they leak it, and no user could run them"],
+    run.seconds["dip"] = time.time() - first
+    leaks = "literal and literal-mean were fitted to noised copies of the clean image: they leak it"
+    finish(run, {"notes": [leaks] if sigma else [],
                  "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256},
                  "arms": rows, "curves": curves, "pictures": [
                      draw(run, "guide.png", f"{task}, sigma = {sigma:g}", shown)]})

@@ -1922,6 +1922,16 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
 
 
+def test_guide_fills_what_is_missing_where_there_is_no_noise(tmp_path, capsys):
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--task",
+                               "inpaint", "--dip-iters", 40, "--dip-width", 4, "--out",
+                               tmp_path / "g"], capsys)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "g" / "results.json").read_text())["arms"]
+    assert [row["name"] for row in rows] == ["plain", "oracle", "es-wmv", "split", "ladder"]
+    assert all(math.isfinite(row["psnr"]) for row in rows)
+
+
 def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
     command = [sys.executable, "dipddpm.py", "--mode", "ddpm", *FAST.split(), "--epochs", "100000",
                "--out", str(tmp_path / "r")]
