@@ -141,8 +141,8 @@ class Config:
                       type=listed(int))
     eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
                       type=listed(float))
-    order: tuple = flag((1,), "order of the sampler: 2 is DPM-Solver++(2M), for eta 0; a list",
-                        "sampling", low=1, type=listed(int))
+    order: tuple = flag((2,), "order of the sampler: 2 is DPM-Solver++(2M), where eta is 0; "
+                        "elsewhere it is 1; a list", "sampling", low=1, type=listed(int))
     grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
                        "a list", "sampling", type=listed(str, "uniform", "quadratic", "logsnr"))
     samples: int = flag(None, "images made or fitted (1000; sample: 64; dip, guide: 16; a "
@@ -242,8 +242,6 @@ def check(cfg):
         raise ValueError(f"--eta must lie between 0 and 1, not {show(cfg.eta)}")
     if max(cfg.order) > 2:
         raise ValueError(f"--order must be 1 or 2, not {show(cfg.order)}")
-    if not samplers(cfg):
-        raise ValueError("--order 2 needs --eta 0: it is for the sampler without noise")
     if cfg.timesteps > 100_000:
         raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
     if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
@@ -264,10 +262,10 @@ def steps_of_prior(cfg):
     return cfg.t_start if cfg.t_start is not None else (max(1, round(0.6 * cfg.timesteps)),)
 
 
-def samplers(cfg):
-    """Every (eta, order, grid) that was asked for and makes sense."""
-    return [(eta, order, grid) for eta in cfg.eta for order in cfg.order for grid in cfg.grid
-            if order == 1 or eta == 0]
+def samplers(cfg, noisy=False):
+    """Every (eta, order, grid) that was asked for; the second order is for steps without noise."""
+    return list(dict.fromkeys((eta, 1 if eta or noisy else order, grid) for eta in cfg.eta
+                              for order in cfg.order for grid in cfg.grid))
 
 
 # ------------------------------------------------------------------ schedule and tables
@@ -1312,6 +1310,9 @@ def generate(cfg, run, nets, train, x_0, test, result):
             row |= {"train": trained, "seconds": round(row["seconds"] + prior_seconds, 3),
                     "prior_seconds": round(prior_seconds, 3)}
             row |= judge(x, sources if arm in HAS_SOURCE else None)
+            if arm in HAS_SOURCE:  # the KL of x_init to its source's is SNR(t_start) / 2 times this
+                square = (priors[arm] - sources.float() / 127.5 + 1).square()
+                row["prior_square_error"] = round(square.sum().item() / n, 4)
             arms.append(row)
             if shown:
                 pictures[arm, nfe] = x[:16].cpu()
@@ -1442,9 +1443,10 @@ def restore(cfg, run, nets, task, test, result):
 
     for arm, x_init, t_start, seconds in starts():
         trained = "full" if arm in ("ddpm", "ddpm-y") else list(nets)[-1]
-        for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
-            if nfe > t_start or measured.sigma and setting[1] == 2:
-                continue  # no such short steps; no second order with a noisy y
+        noisy = measured.sigma > 0 and arm != "ddpm-y"  # the steps then have noise of their own
+        for nfe, setting in itertools.product(cfg.nfe, samplers(cfg, noisy)):
+            if nfe > t_start:
+                continue  # no such short steps
             x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe, setting,
                                   numbers, measured=None if arm == "ddpm-y" else measured)
             x = ((x + 1) / 2).clamp(0, 1)

@@ -946,7 +946,6 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
     ("--mode prior --order 3", "--order must be 1 or 2, not 3"),
-    ("--mode prior --order 2 --eta 1", "--order 2 needs --eta 0"),
     ("--mode prior --grid cubic", "cubic is none of uniform"),
     ("--mode prior --dip-source code", "code is none of images, network"),
     ("--mode prior --task deblur", "deblur is none of generate, denoise"),
@@ -1318,6 +1317,12 @@ def test_a_sample_does_not_depend_on_its_batch():
     one = dipddpm.sample(cfg, net, x[270:271], 20, 5, 1.0, numbers[270:271],
                          contextlib.nullcontext)
     torch.testing.assert_close(many[270:271], one)
+
+
+def test_second_order_is_for_steps_without_noise():
+    cfg = dipddpm.Config("prior", eta=(0.0, 1.0), order=(1, 2))
+    assert dipddpm.samplers(cfg) == [(0, 1, "uniform"), (0, 2, "uniform"), (1, 1, "uniform")]
+    assert dipddpm.samplers(cfg, noisy=True) == [(0, 1, "uniform"), (1, 1, "uniform")]
 
 
 def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_second():
@@ -1787,6 +1792,7 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
     nets = {arm: ("truncated", "smoothed") for arm in dipddpm.PRIORS} | {"ddpm": ("full",)}
     assert set(rows) == {(a, t, n, e) for a in nets for t in nets[a] for n in (2, 4)
                          for e in (0, 1)}
+    assert all(("own_source" in r) == ("prior_square_error" in r) for r in rows.values())
     assert {r["name"] for r in rows.values() if "own_source" in r} == {
         "dip-images", "dip-network", "blur"}
     for series in ("ddpm, 4", "dip-codes smoothed, 4", "dip-images truncated, 4"):
