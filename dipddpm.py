@@ -118,8 +118,8 @@ class Config:
     dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
                           " codes: 32)", "prior", low=1)
     dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
-                          "passes; dip: 150, or 600 above 64 pixels; guide: at most 1000, or "
-                          "3000; a restoration: 300)", "prior",
+                          "passes; a restoration: 300; dip and guide: at most 1000, or 3000 above "
+                          "64 pixels)", "prior",
                           low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
     window: float = flag(0.9, "decay of the average of a DIP's outputs", "prior", low=0)
@@ -149,6 +149,12 @@ class Config:
                         "restoration: 256)", "sampling", low=1)
     sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and guide "
                         "and by tasks (0.1; inpaint and sr: 0)", "sampling", low=0)
+    noise: str = flag("given", "dip, guide: given: --sigma is added, and known to the fit; "
+                      "estimated: added, but the fit must find out; own: nothing is added, the "
+                      "images are noisy already (dip only)", "guide",
+                      ("given", "estimated", "own"))
+    crop: int = flag(None, "dip, guide: take the middle N x N pixels of each image", "guide",
+                     low=16)
 
 
 SMOOTHERS = {"images", "network"}  # DIP sources that turn a training image into a DIP's output
@@ -247,6 +253,12 @@ def check(cfg):
     if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
         raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
                          "DIP makes of the training images")
+    if cfg.noise != "given" and {*cfg.task} - {"generate", "denoise"}:
+        raise ValueError(f"--noise {cfg.noise} needs --task denoise: no noise level can be told "
+                         f"from {show(cfg.task)}")
+    if cfg.noise == "own" and (cfg.mode != "dip" or cfg.sigma is not None):
+        raise ValueError("--noise own is for --mode dip without --sigma: there is no truth to "
+                         "compare with, and no noise to add")
     starts = steps_of_prior(cfg)
     if max(starts) > cfg.timesteps:
         raise ValueError(f"--t-start {max(starts)} is beyond T = --timesteps {cfg.timesteps}")
@@ -901,13 +913,12 @@ class DIPGroup:
         self.K = stay
 
 
-def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None, hold_out=0.1, watch=None):
+def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watch=None):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
     theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and
     supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a Measurement of K
     images; or a list of targets, fitted one after the other for equally many iterations. Returns
-    the averages [K, C, H, W] and, with a truth, [(iteration, PSNR in dB of each one [K])]. `watch`
-    is called with each iteration, the outputs and the averages.
+    the averages [K, C, H, W]. `watch` is called with each iteration, the outputs and the averages.
 
     From a Measurement a share of `hold_out` of its values is held out of the fit, and each image's
     result is the one of its averages, every 10 iterations, that is nearest to those: a stop that
@@ -921,37 +932,33 @@ def fit_dips(cfg, y, members, iters, progress, truth=None, measured=None, hold_o
     u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
     held = given * (u < (hold_out if measured is not None else 0))
     share = (given - held) / (given - held).sum(dim=(1, 2, 3), keepdim=True)
-    group, curve = DIPGroup(cfg, members, C, H, W, y.dtype), []
+    group = DIPGroup(cfg, members, C, H, W, y.dtype)
     best, best_risk = group.average.clone(), torch.full_like(share[:, :1, :1, :1], math.inf)
     for i in range(iters):
         y = targets[i * len(targets) // iters]
         x, _ = group.iterate(i, y, share, A)
         if (i + 1) % 10 == 0 or i + 1 == iters:
-            if truth is not None:
-                curve.append((i + 1, measure.psnr(group.average, truth)))
             risk = ((A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
             best = torch.where(risk < best_risk, group.average, best)
             best_risk = torch.minimum(risk, best_risk)
         if watch is not None:
             watch(i, x, group.average)
         progress(i + 1)
-    return (best if held.any() else group.average), curve
+    return best if held.any() else group.average
 
 
-def fit_in_groups(cfg, y, members, iters, run, truth=None, measured=None):
-    """`fit_dips` for any number of images, --dip-group at a time: outputs and curves, a list."""
+def fit_in_groups(cfg, y, members, iters, run, measured=None):
+    """`fit_dips` for any number of images, --dip-group at a time."""
     K = cfg.dip_group
     groups = torch.arange(len(y)).split(K)
-    progress, fits = Progress("fit DIPs", len(groups) * iters, min(len(y), K)), []
+    progress, outputs = Progress("fit DIPs", len(groups) * iters, min(len(y), K)), []
     for g, rows in enumerate(groups):
-        fits.append(fit_dips(cfg, y[rows], members[rows], iters,
-                             lambda i, g=g: progress(g * iters + i),
-                             None if truth is None else truth[rows],
-                             measured and measured.part(rows)))
+        outputs.append(fit_dips(cfg, y[rows], members[rows], iters,
+                                lambda i, g=g: progress(g * iters + i),
+                                measured and measured.part(rows)))
         if run.stop:
             raise KeyboardInterrupt
-    outputs, curves = zip(*fits)
-    return torch.cat(outputs), curves
+    return torch.cat(outputs)
 
 
 # ------------------------------------------------------------------ network: one DIP for a data set
@@ -1164,7 +1171,7 @@ def prior_dip_images(cfg, x_0, sources, run):
     """One DIP for each source image, fitted shortly."""
     y = sources.float() / 255
     members = torch.arange(len(y), device=run.device)
-    return fit_in_groups(cfg, y, members, cfg.dip_iters or 60, run)[0] * 2 - 1
+    return fit_in_groups(cfg, y, members, cfg.dip_iters or 60, run) * 2 - 1
 
 
 @torch.no_grad()
@@ -1419,7 +1426,7 @@ def restore(cfg, run, nets, task, test, result):
 
     add({"name": "corrupted", "seed": cfg.seed}, corrupted)
     began = time.time()
-    x_dip, _ = fit_in_groups(cfg, measured.y, numbers, cfg.dip_iters or 300, run, None, measured)
+    x_dip = fit_in_groups(cfg, measured.y, numbers, cfg.dip_iters or 300, run, measured)
     if not measured.sigma:  # what is known exactly is kept, as the arms that sample keep it
         x_dip = ((measured.consistent(x_dip * 2 - 1) + 1) / 2).clamp(0, 1)
     synchronize(run.device)
@@ -1681,7 +1688,7 @@ def halves(cfg, measured, members, rungs):
     return targets, y_minus, fit, judge, sigma**2 * (1 + 1 / alpha**2)
 
 
-def fit_guided(cfg, measured, members, rungs, budget, run, truth=None):
+def fit_guided(cfg, measured, members, rungs, budget, run, truth=None, watch=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk
 
@@ -1692,7 +1699,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, truth=None):
     ladder ends where a rung is no better than the one before: the image leaves the group with the
     output of least risk, averaged over its replicas. One rung is an early stop alone. A sudden rise
     of the loss goes back to the best as well. The truth, where given, is only looked at for
-    `own_oracle`."""
+    `own_oracle`; `watch` is called at each look with the iteration and all n outputs."""
     n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
     device, dtype = measured.y.device, measured.y.dtype
     targets, y_minus, fit, judge, judge_noise = halves(cfg, measured, members, rungs)
@@ -1722,6 +1729,8 @@ def fit_guided(cfg, measured, members, rungs, budget, run, truth=None):
         if truth is not None:
             psnr = measure.psnr(mean.clamp(0, 1), truth[image])
             result.own_oracle[image] = torch.maximum(result.own_oracle[image], psnr)
+        if watch is not None:
+            watch(i + 1, result.x.index_copy(0, image, mean))
         better, first = risk < best, risk < least
         result.x[image[first]] = mean[first]
         best, least = torch.minimum(best, risk), torch.minimum(least, risk)
@@ -1790,22 +1799,54 @@ class WindowedVariance:
             self.stopped[done] = i
 
 
+class Observed(NamedTuple):
+    """What --mode dip and guide start from: n test images, their Measurement, the truth [n, C, H,
+    W] in [0, 1] if there is one, and how many iterations a fit may take."""
+
+    images: data.Images
+    truth: torch.Tensor | None
+    measured: Measurement
+    members: torch.Tensor
+    budget: int
+
+
+def observe(cfg, run):
+    """Load the test images and add what --sigma, --noise and --task say. A noise level that is not
+    given is the median over the images, which are taken to come from one source."""
+    test = data.load(cfg.data, cfg.data_dir, "test")
+    pixels = test.pixels[:cfg.samples or 16]
+    H, W = pixels.shape[-2:]
+    if cfg.crop:
+        if cfg.crop > min(H, W):
+            raise ValueError(f"--crop {cfg.crop}: the images are of {W}x{H} pixels")
+        top, left = (H - cfg.crop) // 2, (W - cfg.crop) // 2
+        pixels = pixels[..., top:top + cfg.crop, left:left + cfg.crop]
+    truth = pixels.to(run.device).float() / 255
+    members = torch.arange(len(truth), device=run.device)
+    task = "denoise" if "generate" in cfg.task else cfg.task[0]
+    if cfg.noise == "own":
+        measured, truth = Measurement(task, truth, torch.ones_like(truth[:, :1]), 0.0), None
+    else:
+        measured = corrupt(cfg, task, truth, members)
+    if cfg.noise != "given":
+        measured = measured._replace(sigma=noise_level(measured.y).median().item())
+    budget = cfg.dip_iters or (1000 if max(pixels.shape[-2:]) <= 64 else 3000)
+    run.begin()
+    N, C, H, W = pixels.shape
+    say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
+        f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most {budget} "
+        f"iterations; {run.device}")
+    return Observed(test, truth, measured, members, budget)
+
+
 def run_guide(cfg, run):
     """--mode guide: test images with noise, fitted by every arm for equally many iterations at
     most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways; `split` is `ladder`
     with one rung; `literal` fits noised copies of the *clean* image and `literal-mean` one DIP to
     their precision-weighted mean: both are handed the truth, and say so."""
-    test = data.load(cfg.data, cfg.data_dir, "test")
-    n = min(cfg.samples or 16, len(test.pixels))
-    truth = test.pixels[:n].to(run.device).float() / 255
-    members = torch.arange(n, device=run.device)
-    small = max(truth.shape[-2:]) <= 64
-    budget = cfg.dip_iters or (1000 if small else 3000)
-    task = "denoise" if "generate" in cfg.task else cfg.task[0]
-    measured = corrupt(cfg, task, truth, members)
-    y, sigma = measured.y, measured.sigma
-    run.begin()
-    say(f"data: {test.name}, {n} images; {task}, sigma {sigma}; {budget} iterations; {run.device}")
+    test, truth, measured, members, budget = observe(cfg, run)
+    n, small = len(truth), max(truth.shape[-2:]) <= 64
+    task, y, sigma = measured.task, measured.y, measured.sigma
     rows, curves = [], {}
     shown = {"truth": truth[:16], "corrupted": measured.back(y)[:16]}
     oracle = None
@@ -1840,8 +1881,7 @@ def run_guide(cfg, run):
             best[up], oracle[up], when[up] = average[up], psnr[up], i + 1
             curves.setdefault("psnr/plain", []).append([i + 1, round(psnr.mean().item(), 3)])
 
-    x, _ = fit_dips(cfg, y, members, budget, Progress("plain", budget, n), None, measured, 0.0,
-                    watch)
+    x = fit_dips(cfg, y, members, budget, Progress("plain", budget, n), measured, 0.0, watch)
     add("plain", x, began, budget)
     add("oracle", best, began, when.mean())
     add("es-wmv", stop.x, began, stop.stopped.clamp(max=budget).mean())
@@ -1861,8 +1901,7 @@ def run_guide(cfg, run):
     mean = sum(w * v for w, v in zip(weights, leaking)) / max(sum(weights), 1e-9)
     for name, target in (("literal", leaking), ("literal-mean", mean)) if sigma else ():
         began = time.time()
-        x, _ = fit_dips(cfg, target, members, budget, Progress(name, budget, n), None, measured,
-                        0.0, listen)
+        x = fit_dips(cfg, target, members, budget, Progress(name, budget, n), measured, 0.0, listen)
         add(name, x, began, budget, leaks=True)
     run.seconds["dip"] = time.time() - first
     leaks = "literal and literal-mean were fitted to noised copies of the clean image: they leak it"
@@ -1877,40 +1916,51 @@ def run_guide(cfg, run):
 
 
 def run_dip(cfg, run):
-    """--mode dip: add N(0, sigma^2) to test images, fit one DIP to each, and follow PSNR: it rises,
-    peaks and falls back as the network learns the noise (Ulyanov et al. 2018, figure 2)."""
-    test = data.load(cfg.data, cfg.data_dir, "test")
-    n = min(cfg.samples or 16, len(test.pixels))
-    truth = test.pixels[:n].to(run.device).float() / 255
-    members = torch.arange(n, device=run.device)
-    z = kernels.normal(truth.shape, cfg.seed, members, 0, kernels.CORRUPTION, run.device)
-    sigma = cfg.sigma if cfg.sigma is not None else 0.1
-    y = truth + sigma * z  # not clipped: clipping would bias black pixels by 0.4 sigma
-    iters = cfg.dip_iters or (150 if max(y.shape[-2:]) <= 64 else 600)  # to about the peak
-    run.begin()
-    say(f"data: {test.name}, {n} images; sigma {sigma}; {iters} iterations; {run.device}")
-    began = time.time()
-    x, fits = fit_in_groups(cfg, y, members, iters, run, truth)
+    """--mode dip: fit DIPs to test images with noise and stop each where the risk says so, as the
+    guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
+    fall back as the network learns the noise (Ulyanov et al. 2018, figure 2)."""
+    test, truth, measured, members, budget = observe(cfg, run)
+    n, began = len(members), time.time()
+    fits, looks = [], []  # of each group of images; [(iteration, PSNR of each)] of each group
+
+    def watch(iteration, x):
+        x = x.clamp(0, 1)
+        psnr = measure.psnr(x, truth[rows])
+        looks[-1].append((iteration, psnr))
+        if iteration % 50 == 0:
+            ssim = measure.ssim(x, truth[rows]).mean()
+            say(f"iteration {iteration}: psnr {psnr.mean():.2f}, ssim {ssim:.4f}")
+
+    for rows in members.split(max(1, cfg.dip_group // cfg.replicas)):
+        looks.append([])
+        fits.append(fit_guided(cfg, measured.part(rows), rows, 1, budget, run,
+                               *(() if truth is None else (truth[rows], watch))))
     run.seconds["dip"] = took = time.time() - began
-    psnr = torch.stack([torch.cat(p) for p in zip(*([p for _, p in curve] for curve in fits))])
-    iterations = [i for i, _ in fits[0]]
-    best, where = psnr.max(0)  # psnr: [checks, n]
-    curves = {"psnr/mean over images": [[i, round(p.mean().item(), 3)]
-                                        for i, p in zip(iterations, psnr)]}
-    arms = [{"name": name, "seed": cfg.seed} | measures(image, truth)
-            for name, image in (("noisy", y.clamp(0, 1)), ("dip", x))]
-    arms[1] |= {"seconds": round(took, 3), "iterations": iters,
-                "psnr_oracle": round(best.mean().item(), 3),
-                "iterations_oracle": sum(iterations[w] for w in where) / n}
+    x, iterations, own_oracle = map(torch.cat, zip(*fits))
+    corrupted = measured.back(measured.y).clamp(0, 1)
+    arms = [{"name": name, "seed": cfg.seed, "task": measured.task,
+             "sigma": round(measured.sigma, 5)} for name in ("corrupted", "dip")]
+    arms[1] |= {"seconds": round(took, 3), "iterations": round(iterations.float().mean().item(), 1)}
+    curves, marks = {}, {}
+    if truth is not None:
+        arms[0] |= measures(corrupted, truth)
+        arms[1] |= measures(x, truth) | {"psnr_oracle": round(own_oracle.mean().item(), 3)}
+        longest = max(map(len, looks))  # a group that has ended stays where it was
+        mean = torch.stack([torch.cat([look[min(k, len(look) - 1)][1] for look in looks])
+                            for k in range(longest)]).mean(1)
+        at = [i for i, _ in max(looks, key=len)]
+        curves["psnr/mean over images"] = [[i, round(p, 3)] for i, p in zip(at, mean.tolist())]
+        marks["psnr"] = {"best": at[mean.argmax()], "end": at[-1]}
     for row in arms:
         say(describe(row))
-    picture = draw(run, "dip.png", f"sigma = {sigma:g}, {iters} iterations",
-                   {"truth": truth[:16], "noisy": y[:16], "dip": x[:16]})
-    mean = psnr.mean(1)
+    for k, image in enumerate(x[:16]):
+        measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
+    shown = {} if truth is None else {"truth": truth[:16]}
+    picture = draw(run, "dip.png", f"{measured.task}, sigma = {measured.sigma:.3g}",
+                   shown | {"corrupted": corrupted[:16], "dip": x[:16]})
     finish(run, {
         "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256}, "arms": arms,
-        "curves": curves, "pictures": [picture],
-        "marks": {"psnr": {"best": iterations[mean.argmax()], "end": iterations[-1]}}})
+        "curves": curves, "pictures": [picture], "marks": marks})
 
 
 def run_sample(cfg, run):

@@ -947,6 +947,10 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
     ("--mode prior --order 3", "--order must be 1 or 2, not 3"),
     ("--mode prior --grid cubic", "cubic is none of uniform"),
+    ("--mode guide --data digits --noise own", "--noise own is for --mode dip"),
+    ("--mode dip --data digits --noise own --sigma 0.1", "--noise own is for --mode dip without"),
+    ("--mode dip --data digits --noise estimated --task sr", "no noise level can be told from sr"),
+    ("--mode dip --data digits --crop 40", "--crop 40: the images are of 28x28"),
     ("--mode prior --dip-source code", "code is none of images, network"),
     ("--mode prior --task deblur", "deblur is none of generate, denoise"),
     ("--mode prior --train smoothed --dip-source codes", "smoothed needs --dip-source network"),
@@ -1393,16 +1397,16 @@ def test_batched_dips_equal_separate_fits():
     y = tiny_images(4).double() / 255
     cfg = config(dip_width=4)
     members = torch.tensor([0, 1, 2, 17])
-    together, _ = dipddpm.fit_dips(cfg, y, members, 5, lambda i: None)
+    together = dipddpm.fit_dips(cfg, y, members, 5, lambda i: None)
     for k in range(4):
-        alone, _ = dipddpm.fit_dips(cfg, y[k:k + 1], members[k:k + 1], 5, lambda i: None)
+        alone = dipddpm.fit_dips(cfg, y[k:k + 1], members[k:k + 1], 5, lambda i: None)
         torch.testing.assert_close(together[k:k + 1], alone, rtol=1e-6, atol=1e-8)
 
 
 def test_dips_of_other_numbers_or_seeds_differ():
     y = tiny_images(1).float() / 255
     fits = [dipddpm.fit_dips(config(dip_width=4, seed=seed), y, torch.tensor([member]), 2,
-                             lambda i: None)[0] for seed, member in ((0, 0), (0, 1), (1, 0))]
+                             lambda i: None) for seed, member in ((0, 0), (0, 1), (1, 0))]
     assert not torch.allclose(fits[0], fits[1]) and not torch.allclose(fits[0], fits[2])
 
 
@@ -1416,9 +1420,11 @@ def test_dip_has_the_scales_that_its_image_allows_and_keeps_odd_sizes(size, scal
 
 def test_dip_fits_and_its_psnr_is_followed():
     x = tiny_images(2).float() / 255
-    average, curve = dipddpm.fit_dips(config(), x, torch.arange(2), 60, lambda i: None, truth=x)
-    assert [i for i, _ in curve] == [10, 20, 30, 40, 50, 60]
-    assert (curve[-1][1] > curve[0][1] + 3).all() and 0 <= average.min() <= average.max() <= 1
+    curve = []
+    average = dipddpm.fit_dips(config(), x, torch.arange(2), 60, lambda i: None,
+                               watch=lambda i, _, now: curve.append(measures.psnr(now, x)))
+    assert len(curve) == 60
+    assert (curve[-1] > curve[9] + 3).all() and 0 <= average.min() <= average.max() <= 1
 
 
 def measured(task, n=3, sigma=0.0, size=8):
@@ -1497,18 +1503,19 @@ def test_held_out_values_decide_the_stop_and_nothing_else():
     u = kernels.uniform(m.y.shape, 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
     spoilt = m._replace(y=torch.where(u < 0.1, torch.full_like(m.y, 9.0), m.y))
     for iters in (1, 10):  # one snapshot: there is nothing to choose
-        fits = [dipddpm.fit_dips(cfg, v.y, members, iters, lambda i: None, measured=v)[0]
+        fits = [dipddpm.fit_dips(cfg, v.y, members, iters, lambda i: None, measured=v)
                 for v in (m, spoilt)]
         assert torch.equal(*fits)
 
 
 def test_a_held_out_stop_is_nearer_to_the_truth_than_the_end():
     truth, m = measured("denoise", n=4, sigma=0.3, size=28)
-    stopped, _ = dipddpm.fit_dips(config(dip_width=8), m.y, torch.arange(4), 400, lambda i: None,
-                                  measured=m)
-    ended, curve = dipddpm.fit_dips(config(dip_width=8), m.y, torch.arange(4), 400, lambda i: None,
-                                    truth=truth)
-    oracle = torch.stack([p for _, p in curve]).max(0).values.mean()
+    stopped = dipddpm.fit_dips(config(dip_width=8), m.y, torch.arange(4), 400, lambda i: None,
+                               measured=m)
+    curve = []
+    ended = dipddpm.fit_dips(config(dip_width=8), m.y, torch.arange(4), 400, lambda i: None,
+                             watch=lambda i, _, now: curve.append(measures.psnr(now, truth)))
+    oracle = torch.stack(curve).max(0).values.mean()
     assert measures.psnr(stopped, truth).mean() > measures.psnr(ended, truth).mean() + 0.5
     assert measures.psnr(stopped, truth).mean() > oracle - 1.5  # it sees a tenth less
 
@@ -1734,7 +1741,7 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end(tmp_path):
     truth, m = measured("denoise", n=2, sigma=0.3, size=28)
     cfg = config(dip_width=8, replicas=2)
     fit = dipddpm.fit_guided(cfg, m, torch.arange(2), 1, 500, bare_run(tmp_path), truth)
-    ended, _ = dipddpm.fit_dips(cfg, m.y, torch.arange(2), 500, lambda i: None)
+    ended = dipddpm.fit_dips(cfg, m.y, torch.arange(2), 500, lambda i: None)
     psnr = measures.psnr(fit.x, truth)
     assert (fit.own_oracle - psnr).max() < 1 and (fit.iterations < 500).all()
     assert psnr.mean() > measures.psnr(ended.clamp(0, 1), truth).mean() + 1.5
@@ -1906,13 +1913,31 @@ def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
         (tmp_path / "s").exists() and shutil.rmtree(tmp_path / "s")
 
 
-def test_dip_run_reports_noisy_and_fitted(tmp_path, capsys):
-    status, _, err = run_main(["--mode", "dip", "--data", "digits", "--samples", 2, "--dip-iters",
-                               20, "--dip-width", 4, "--out", tmp_path / "d"], capsys)
+def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
+    status, out, err = run_main([
+        "--mode", "dip", "--data", "digits", "--samples", 3, "--dip-group", 4, "--replicas", 2,
+        "--dip-iters", 110, "--dip-width", 4, "--patience", 20, "--out", tmp_path / "d"], capsys)
     assert status == 0, err
-    noisy, dip = json.loads((tmp_path / "d" / "results.json").read_text())["arms"]
-    assert noisy["name"] == "noisy" and 18 < noisy["psnr"] < 24  # 20 dB but for clipping
+    corrupted, dip = json.loads((tmp_path / "d" / "results.json").read_text())["arms"]
+    assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
+    assert dip["iterations"] <= 110
+    assert out.count("iteration 50: psnr ") == 2  # two images a group
+    assert len(list((tmp_path / "d").glob("restored-*.png"))) == 3
+
+
+def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
+    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(3, 40, 48)
+    x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    measures.save_png(measures.grid(x[None]), tmp_path / "noisy.png")
+    status, out, err = run_main([
+        "--mode", "dip", "--data", tmp_path / "noisy.png", "--noise", "own", "--crop", 32,
+        "--dip-iters", 60, "--dip-width", 8, "--replicas", 2, "--out", tmp_path / "d"], capsys)
+    assert status == 0, err
+    corrupted, dip = json.loads((tmp_path / "d" / "results.json").read_text())["arms"]
+    assert dip["sigma"] == pytest.approx(0.1, rel=0.15) and "psnr" not in dip
+    assert "(estimated)" in out and "psnr" not in out
+    assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
 
 
 def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
