@@ -1008,30 +1008,35 @@ RUNS_OWN = ("seed", "out", "resume", "sweep", "data_dir")  # no setting of the m
 
 
 def identity(run):
-    """What must agree before numbers of two runs may be averaged: flags, data, features, device."""
+    """What must agree before numbers of two runs may be averaged: flags, data, features, device.
+    Threads need not: they change seconds only, which `merge` then leaves out."""
     def part(key):
         return run.get(key, {})
-    known = {"data": part("data").get("name"), "data sha256": part("data").get("sha256"),
-             "features": part("features").get("checksum"), "device": run.get("device"),
-             "floor samples": part("floor").get("samples")}
-    return part("config") | {key: value[:12] if key in ("data sha256", "features") else value
-                             for key, value in known.items() if value is not None}
+    return part("config") | {
+        "data": part("data").get("name"), "data sha256": (part("data").get("sha256") or "")[:12],
+        "features": (part("features").get("checksum") or "")[:12],
+        "device": (run.get("device") or "").partition(",")[0],
+        "floor samples": part("floor").get("samples")}
 
 
 def merge(runs):
     """Results of one or more runs as one. Runs of one `identity` but for their seed stand together;
-    else every name says what differs. A curve becomes a list with a line for each seed."""
+    else every name says what differs. A flag that one of them is too old to know is none. A curve
+    becomes a list with a line for each seed."""
     configs = [identity(run) for run in runs]
-    flags = dict.fromkeys(key for config in configs for key in config)
-    same = {k: configs[0].get(k) for k in flags
-            if len({json.dumps(config.get(k)) for config in configs}) == 1}
-    differ = [k for k in flags if k not in same and k not in RUNS_OWN]
+    known = {k: v for config in configs for k, v in config.items()}
+    same = {k: v for k, v in known.items()
+            if len({json.dumps(config[k]) for config in configs if k in config}) == 1}
+    clocks = {run.get("device") for run in runs}
+    unlike = ("seconds", "prior_seconds") if len(clocks) > 1 else ()
+    differ = [k for k in known if k not in same and k not in RUNS_OWN]
     whole = {"arms": [], "curves": {}, "marks": {}, "pictures": [], "notes": [], "runs": []}
     shown = set()
     for run, config in zip(runs, configs):
         label = ", ".join(f"{k} {show(config.get(k))}" for k in differ)
         label = f" ({label})" if label else ""
-        whole["arms"] += [row | {"name": f"{row.get('name', '–')}{label}"}
+        whole["arms"] += [{k: v for k, v in row.items() if k not in unlike}
+                          | {"name": f"{row.get('name', '–')}{label}"}
                           for row in run.get("arms") or []]
         for name, points in (run.get("curves") or {}).items():
             whole["curves"].setdefault(f"{name}{label}", []).append(points or [])
@@ -1046,10 +1051,12 @@ def merge(runs):
         whole["notes"] += [n for n in run.get("notes") or [] if n not in whole["notes"]]
         whole["runs"].append([run["folder"].resolve().name, config.get("seed"), label.strip(" ()"),
                               (run.get("seconds") or {}).get("total"), run.get("commit")])
+    if unlike:
+        whole["notes"].append(f"these ran on {' and '.join(sorted(map(str, clocks)))}: no seconds")
     seconds = [run.get("seconds") or {} for run in runs]
     whole["seconds"] = {k: sum(s[k] for s in seconds if _number(s.get(k)))
                         for k in dict.fromkeys(k for s in seconds for k in s)}
-    return runs[0] | whole | {"config": same}
+    return runs[0] | whole | {"config": {k: v for k, v in same.items() if v != ""}}
 
 
 def report(folder):

@@ -2483,6 +2483,17 @@ def test_runs_on_other_data_or_features_are_never_averaged(tmp_path):
         measures.write_json(results, second / "results.json")
 
 
+def test_runs_on_more_or_fewer_threads_are_averaged_without_their_seconds(tmp_path):
+    folders = [*runs_of(tmp_path, {}, {"later": 1})]  # a flag that the first one does not know
+    for folder, device in zip(folders, ("CPU, 1 thread", "CPU, 2 threads")):
+        results = json.loads((folder / "results.json").read_text())
+        arms = [row | {"seconds": 3.0} for row in results["arms"]]
+        measures.write_json(results | {"device": device, "arms": arms}, folder / "results.json")
+    table = measures.text_tables(folders)
+    assert "±" in table and "later" not in table and "s)" not in table
+    assert "s)" in measures.text_tables(folders[:1])
+
+
 def test_curves_are_averaged_only_where_every_seed_has_a_point():
     axes = measures.CHARTS["quality"]
     lines = [[[5, 20], [10, None], [20, 5]], [[5, 22], [10, 12], [20, 7]]]
