@@ -212,7 +212,7 @@ def read_config(argv):
             saved["samples"] = None
         given = saved | given | {"resume": str(folder)}
     if "mode" not in given:
-        raise ValueError("--mode is required: dip, ddpm, prior or sample")
+        raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
     return check(Config(**given))
 
 
@@ -845,8 +845,8 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
 class DIPGroup:
     """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
     to where they were saved, and leave. z ~ U(0, 0.1) is fixed, jitter N(0, (1/30)^2) is fresh at
-    every iteration; both are shared: the fits never meet, so they need not differ. members int64
-    [K] number the fits, and with the seed decide theta."""
+    every iteration; both are shared. members int64 [K] number the fits, and with the seed decide
+    theta."""
 
     def __init__(self, cfg, members, C, H, W, dtype=torch.float32):
         width, device = cfg.dip_width or (16 if max(H, W) <= 64 else 128), members.device
@@ -856,7 +856,7 @@ class DIPGroup:
         self.z = 0.1 * kernels.uniform((1, self.Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, device)
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
         self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
-        self.saved = None
+        self.steps, self.saved = 0, None
 
     def iterate(self, i, y, share, A):
         """Iteration i: one Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each
@@ -869,6 +869,7 @@ class DIPGroup:
         self.optimizer.zero_grad()
         losses.sum().backward()
         self.optimizer.step()
+        self.steps += 1
         decay = ((1 + self.age) / (10 + self.age)).clamp(max=self.cfg.window)
         self.age += 1
         self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
@@ -885,12 +886,22 @@ class DIPGroup:
         """Remember the members `which` (bool [K]) as they are now; at the first call, all."""
         if self.saved is None:
             self.saved = [x.clone() for x in self.state()]
+            self.saved_at = torch.zeros_like(self.age)
         for kept, now in zip(self.saved, self.state()):
             kept[which] = now[which]
+        self.saved_at[which] = self.steps
 
     def rewind(self, which):
+        """Go back to what was saved. Adam divides its memory by 1 - beta^steps and counts steps for
+        all members together, so the memory is scaled to what it then was after that division."""
+        if not which.any():
+            return
         for kept, now in zip(self.saved, self.state()):
             now[which] = kept[which]
+        at = self.saved_at[which][:, None]
+        for memory in self.optimizer.state.values():
+            for key, beta in zip(("exp_avg", "exp_avg_sq"), self.optimizer.defaults["betas"]):
+                memory[key].view(self.K, -1)[which] *= (1 - beta**self.steps) / (1 - beta**at)
 
     def keep(self, which):
         """Let all members but `which` leave, as if they had never been here: they cost nothing any
@@ -909,7 +920,7 @@ class DIPGroup:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.cfg.dip_lr, fused=True)
         self.optimizer.state.update(memory)
         self.average, self.age = self.average[which], self.age[which]
-        self.saved = [x[which] for x in self.saved]
+        self.saved, self.saved_at = [x[which] for x in self.saved], self.saved_at[which]
         self.K = stay
 
 
@@ -929,7 +940,8 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
         A, (H, W) = measured.A, measured.mask.shape[2:]
     K, C = y.shape[:2]
     given = A(torch.ones(K, C, H, W, dtype=y.dtype, device=y.device))
-    u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
+    u = kernels.uniform((K, 1, *y.shape[2:]), cfg.seed, members, HELD_DRAW, kernels.CORRUPTION,
+                        y.device)
     held = given * (u < (hold_out if measured is not None else 0))
     share = (given - held) / (given - held).sum(dim=(1, 2, 3), keepdim=True)
     group = DIPGroup(cfg, members, C, H, W, y.dtype)
@@ -1625,19 +1637,21 @@ class Judge:
 # A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
 # what it is fitted to must not be the judge: y = A x + sigma n is split once (see `split`); the
 # rungs of a ladder add more noise to the half that is fitted; the other half judges each output.
+# Nothing below is given the truth but `run_guide` and `run_dip`, which measure with it.
 
 CHECK = 10  # iterations between two looks at the risk
 SPLIT_DRAW, RUNG_DRAW = 3, 4  # draw numbers in the stream CORRUPTION; rung k draws RUNG_DRAW + k
 
 
-def split(y, given, sigma, alpha, members, replicas, seed):
+def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
     y + alpha sigma e and y - sigma e / alpha, e ~ N(0, 1). The noises of y, sigma n, and of the
     replica add up to parts that are independent of each other: E[(n + alpha e)(n - e / alpha)] =
-    1 - 1. The e of an image's replicas sum to zero (centred, times sqrt(M / (M - 1)) to stay N(0,
-    1)), so that the y_plus average to y. `given` is 0 where y says nothing."""
+    1 - 1. That holds within a replica: all of them together would give y away. The e of an image's
+    replicas sum to zero (centred, times sqrt(M / (M - 1)) to stay N(0, 1)), so that the y_plus
+    average to y. `given` is 0 where y says nothing."""
     M = replicas
-    e = kernels.normal((len(y) * M, *y.shape[1:]), seed, members, SPLIT_DRAW, kernels.CORRUPTION,
+    e = kernels.normal((len(y) * M, *y.shape[1:]), seed, numbers, SPLIT_DRAW, kernels.CORRUPTION,
                        y.device).view(len(y), M, *y.shape[1:])
     if M > 1:
         e = (e - e.mean(1, keepdim=True)) * math.sqrt(M / (M - 1))
@@ -1647,165 +1661,196 @@ def split(y, given, sigma, alpha, members, replicas, seed):
 
 def noise_level(y):
     """sigma of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients| / 0.6745
-    (Donoho & Johnstone 1994): float32 [n]. Flat images have no other diagonal detail."""
+    (Donoho & Johnstone 1994): float32 [n]. Flat images have no other diagonal detail. Clipped
+    pixels, as in a black background, make it too low."""
+    y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     d = (y[..., ::2, ::2] - y[..., 1::2, ::2] - y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 2
     return d.flatten(1).abs().median(1).values / 0.6745
 
 
-class Guided(NamedTuple):
-    """What a guided fit of n images gives: outputs [n, C, H, W], averaged over the replicas; the
-    iterations that each took; and with a truth its own oracle, the best PSNR of any look [n]."""
+class Halves(NamedTuple):
+    """What n images' replicas are fitted to, the targets of each rung, and judged by, each
+    [n M, ...]; weights of the values, that sum to 1 over each; and the part of a risk that is the
+    judge's own noise."""
 
-    x: torch.Tensor
-    iterations: torch.Tensor
-    own_oracle: torch.Tensor
+    targets: list
+    fitted: torch.Tensor
+    judge: torch.Tensor
+    judged: torch.Tensor
+    noise: float
+
+    def part(self, which):
+        return self._replace(fitted=self.fitted[which], judge=self.judge[which],
+                             judged=self.judged[which])
+
+    def risk(self, seen, M):
+        """Estimates without bias the error of the mean A x of the replicas' outputs A x_m, `seen`
+        [n M, ...], from what these were not fitted to: [n],
+
+            R = mean_m (|A x_m - judge_m|^2 - |A x_m - A x|^2) / values - noise.
+
+        The middle term makes the mean of the errors the error of the mean. Held-out values do not
+        have it: other replicas have seen them, and so has x."""
+        error = (seen - self.judge).square()
+        if self.noise:
+            mean = seen.view(-1, M, *seen.shape[1:]).mean(1).repeat_interleave(M, 0)
+            error = error - (seen - mean).square()
+        return (error * self.judged).sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.noise
 
 
-def halves(cfg, measured, members, rungs):
-    """What n images' replicas are fitted to and judged by: the targets of each rung, the judge
-    (both [n M, ...]), their weights, that sum to 1 over a target's values, and the part of a risk
-    that is the judge's own noise. Rung k is y_plus with noise up to sigma_k, which falls
-    geometrically from 4 sigma_plus to sigma_plus. A y without noise cannot be split: there is one
-    rung, and each replica judges by a tenth of the values that it alone is not fitted to."""
+def rung_levels(rungs):
+    """The rungs' noise in units of the last one's: from 4 down to 1, geometrically."""
+    return [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)] if rungs > 1 else [1.0]
+
+
+def halves(cfg, measured, numbers, rungs):
+    """y with noise, split: every rung's target is y_plus with noise up to its level."""
     y, sigma, M, alpha = measured.y, measured.sigma, cfg.replicas, cfg.alpha
-    numbers = (members[:, None] * M + torch.arange(M, device=y.device)).flatten()
     given = measured.A(torch.ones_like(measured.mask).expand(-1, y.shape[1], -1, -1))
-    fit = judge = given.repeat_interleave(M, 0)
-    targets, y_minus = [y.repeat_interleave(M, 0)], y.repeat_interleave(M, 0)
-    if sigma:
-        y_plus, y_minus = split(y, given, sigma, alpha, numbers, M, cfg.seed)
-        sigma_plus = sigma * math.sqrt(1 + alpha**2)
-        levels = [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)] if rungs > 1 else [1.0]
-        targets = [y_plus + fit * sigma_plus * math.sqrt(level**2 - 1) * kernels.normal(
-            fit.shape, cfg.seed, numbers, RUNG_DRAW + k, kernels.CORRUPTION, y.device)
-            for k, level in enumerate(levels)]
-    else:
-        u = kernels.uniform(y.shape, cfg.seed, members, HELD_DRAW, kernels.CORRUPTION, y.device)
-        mine = (u.repeat_interleave(M, 0) * max(10, M)).long()  # whose held-out value this is
-        held = mine == torch.arange(M, device=y.device).repeat(len(y)).view(-1, 1, 1, 1)
-        fit, judge = fit * ~held, judge * held
-    fit, judge = (v / v.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1) for v in (fit, judge))
-    return targets, y_minus, fit, judge, sigma**2 * (1 + 1 / alpha**2)
+    y_plus, y_minus = split(y, given, sigma, alpha, numbers, M, cfg.seed)
+    given = given.repeat_interleave(M, 0)
+    targets = [y_plus + given * sigma * math.sqrt((1 + alpha**2) * (level**2 - 1)) * kernels.normal(
+        given.shape, cfg.seed, numbers, RUNG_DRAW + k, kernels.CORRUPTION, y.device)
+        for k, level in enumerate(rung_levels(rungs))]
+    share = given / given.sum(dim=(1, 2, 3), keepdim=True)
+    return Halves(targets, share, y_minus, share, sigma**2 * (1 + 1 / alpha**2))
 
 
-def fit_guided(cfg, measured, members, rungs, budget, run, truth=None, watch=None):
+def held_out(cfg, measured, numbers, rungs):
+    """y without noise cannot be split, and has no rungs: each replica judges by a tenth of the
+    pixels that it alone is not fitted to."""
+    y, M = measured.y, cfg.replicas
+    given = measured.A(torch.ones_like(measured.mask).expand(-1, y.shape[1], -1, -1))
+    u = kernels.uniform((len(y), 1, *y.shape[2:]), cfg.seed, numbers[::M] // M, HELD_DRAW,
+                        kernels.CORRUPTION, y.device)
+    whose = (u.repeat_interleave(M, 0) * max(10, M)).long()
+    held = whose == torch.arange(M, device=y.device).repeat(len(y)).view(-1, 1, 1, 1)
+    y, given = y.repeat_interleave(M, 0), given.repeat_interleave(M, 0)
+    fitted, judged = (v / v.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+                      for v in (given * ~held, given * held))
+    return Halves([y], fitted, y, judged, 0.0)
+
+
+def replicas_of(members, M):
+    """The numbers of n images' M replicas each: [n M]."""
+    return (members[:, None] * M + torch.arange(M, device=members.device)).flatten()
+
+
+def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
-    until the risk
-
-        R = mean over replicas of |A x - y_minus|^2 / pixels - sigma^2 (1 + 1 / alpha^2),
-
-    an unbiased estimate of the error of A x (x a replica's averaged output), has not fallen for
+    until the risk of the output, averaged over iterations and replicas, has not fallen for
     --patience iterations; then weights, Adam's memory and output go back to the rung's best. The
     ladder ends where a rung is no better than the one before: the image leaves the group with the
-    output of least risk, averaged over its replicas. One rung is an early stop alone. A sudden rise
-    of the loss goes back to the best as well. The truth, where given, is only looked at for
-    `own_oracle`; `watch` is called at each look with the iteration and all n outputs."""
+    output of least risk. One rung is an early stop alone. A replica whose loss jumps back half of
+    the way to that of a flat output has collapsed, and goes back to the best as well.
+
+    Returns outputs [n, C, H, W] and the iterations that each image took [n]. `watch` is called at
+    each look with the iteration and the outputs."""
     n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
     device, dtype = measured.y.device, measured.y.dtype
-    targets, y_minus, fit, judge, judge_noise = halves(cfg, measured, members, rungs)
-    numbers = (members[:, None] * M + torch.arange(M, device=device)).flatten()
+    numbers = replicas_of(members, M)
+    half = (halves if measured.sigma else held_out)(cfg, measured, numbers, rungs)
     group = DIPGroup(cfg, numbers, C, H, W, dtype)
-    result = Guided(torch.zeros(n, C, H, W, dtype=dtype, device=device),
-                    torch.full((n,), budget, device=device),
-                    torch.full((n,), -math.inf, dtype=torch.float64, device=device))
-    # of each image that is still in the group: its number, rung, iterations without a lower risk;
-    # its least risk on this rung, on the last one and of all; its usual loss
+    outputs = torch.zeros(n, C, H, W, dtype=dtype, device=device)
+    iterations = torch.full((n,), budget, device=device)
+    # of each image that is still in the group: its number, its rung, iterations without a lower
+    # risk, and the least risk on this rung and on the last; of each replica its least loss
     image, rung, since = torch.arange(n, device=device), *torch.zeros(
         2, n, dtype=torch.int64, device=device)
-    best, last, least, usual = torch.full((4, n), math.inf, dtype=dtype, device=device)
-    of = torch.arange(n * M, device=device)  # the members that are still in the group
-    target, mine = targets[0], measured.part(of // M)
+    best, last = torch.full((2, n), math.inf, dtype=dtype, device=device)
+    low = torch.full((n * M,), math.inf, dtype=dtype, device=device)
+    of = torch.arange(n * M, device=device)  # the replicas that are still in the group
+    target, A = half.targets[0], measured.part(of // M).A
     progress = Progress(f"guide, {rungs} rung{'s' * (rungs > 1)}", budget, n * M)
     for i in range(budget):
-        _, losses = group.iterate(i, target, fit[of], mine.A)
+        _, losses = group.iterate(i, target, half.fitted, A)
         progress(i + 1)
         if (i + 1) % CHECK and i + 1 < budget:
             continue
         if run.stop:
             raise KeyboardInterrupt
-        risk = ((mine.A(group.average) - y_minus[of]).square() * judge[of]).sum(dim=(1, 2, 3))
-        risk = risk.view(-1, M).mean(1) - judge_noise
-        mean = group.average.view(-1, M, C, H, W).mean(1)
-        if truth is not None:
-            psnr = measure.psnr(mean.clamp(0, 1), truth[image])
-            result.own_oracle[image] = torch.maximum(result.own_oracle[image], psnr)
-        if watch is not None:
-            watch(i + 1, result.x.index_copy(0, image, mean))
-        better, first = risk < best, risk < least
-        result.x[image[first]] = mean[first]
-        best, least = torch.minimum(best, risk), torch.minimum(least, risk)
-        since = torch.where(better, 0, since + CHECK)
-        group.save(better.repeat_interleave(M))
-        loss = losses.view(-1, M).mean(1)
-        usual = torch.where(usual.isinf(), loss, usual)
-        collapsed = loss > 4 * usual
-        usual = torch.where(collapsed, usual, 0.8 * usual + 0.2 * loss)
+        flat = (target * half.fitted).sum(dim=(1, 2, 3), keepdim=True)
+        flat = ((target - flat).square() * half.fitted).sum(dim=(1, 2, 3))  # a flat output's loss
+        collapsed = (low < flat) & (losses > (low + flat) / 2)
+        group.rewind(collapsed)
+        low = torch.where(collapsed, low, torch.minimum(low, losses))
+        risk = half.risk(A(group.average), M)
+        x = group.average.view(-1, M, C, H, W).mean(1)
+        first = risk < torch.minimum(best, last)
+        outputs[image[first]] = x[first]
+        since = torch.where(risk < best, 0, since + CHECK)
+        group.save((risk < best).repeat_interleave(M))
+        best = torch.minimum(best, risk)
         ended = since >= cfg.patience
-        leaves = ended & ((rung == len(targets) - 1) | (best >= last))
+        leaves = ended & ((rung == len(half.targets) - 1) | (best >= last))
         climbs = ended & ~leaves
-        group.rewind((ended | collapsed).repeat_interleave(M))
+        group.rewind(ended.repeat_interleave(M))
         if climbs.any():  # to the next rung, from this one's best
             rung = rung + climbs
             last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
-            since, usual = since * ~climbs, usual.masked_fill(climbs, math.inf)
-            up = climbs.repeat_interleave(M)
-            group.age[up] = 0
+            up, since = climbs.repeat_interleave(M), since * ~climbs
+            group.age[up], low[up] = 0, math.inf
             target = target.clone()
             for k in rung[climbs].unique():
                 there = (climbs & (rung == k)).repeat_interleave(M)
-                target[there] = targets[k][of[there]]
+                target[there] = half.targets[k][of[there]]
+        iterations[image[leaves]] = i + 1
+        image, x = image[~leaves], x[~leaves]
+        if watch is not None:
+            watch(i + 1, outputs.index_copy(0, image, x))
+        if leaves.all():
+            progress(budget)
+            break
         if leaves.any():
-            result.iterations[image[leaves]] = i + 1
-            if leaves.all():
-                progress(budget)
-                break
             stay = ~leaves
-            image, rung, since, best, last, least, usual = (
-                v[stay] for v in (image, rung, since, best, last, least, usual))
+            rung, since, best, last = (v[stay] for v in (rung, since, best, last))
             stay = stay.repeat_interleave(M)
             group.keep(stay)
-            of, target = of[stay], target[stay]
-            mine = measured.part(of // M)
-    return result._replace(x=result.x.clamp(0, 1))
+            of, low, target, half = of[stay], low[stay], target[stay], half.part(stay)
+            A = measured.part(of // M).A
+    return outputs, iterations
 
 
 class WindowedVariance:
     """ES-WMV (Wang et al. 2023, algorithm 1): stop where the variance of the last W outputs, summed
     over pixels, has had its minimum and not fallen below it for `patience` iterations. The window's
     sums are kept, so an iteration costs a few passes over the pixels whatever W is. Call it with
-    each output [K, C, H, W]; then `x` holds what it would have returned, `stopped` when [K]."""
+    each iteration's outputs and what would be returned [K, C, H, W]; then `x` holds what it would
+    have returned, `stopped` after how many iterations [K]."""
 
     def __init__(self, window, patience):
         self.W, self.patience, self.outputs = window, patience, []
 
-    def __call__(self, i, x):
+    def __call__(self, i, output, x):
         if not self.outputs:
-            self.sum, self.squares = torch.zeros_like(x), torch.zeros_like(x)
-            self.x, self.least = x.clone(), torch.full_like(x[:, 0, 0, 0], math.inf)
+            self.sum, self.squares = torch.zeros(2, *x.shape, dtype=torch.float64, device=x.device)
+            self.x, self.least = x.clone(), torch.full_like(self.sum[:, 0, 0, 0], math.inf)
             self.best = torch.zeros_like(self.least)
             self.stopped = torch.full_like(self.least, math.inf)
-        self.outputs.append(x)
-        self.sum += x
-        self.squares += x * x
+        self.outputs.append(output)
+        self.sum += output
+        self.squares += output.square()
         if len(self.outputs) > self.W:
             old = self.outputs.pop(0)
             self.sum -= old
-            self.squares -= old * old
+            self.squares -= old.square()
         if len(self.outputs) == self.W:
             variance = (self.squares / self.W - (self.sum / self.W) ** 2).sum(dim=(1, 2, 3))
             better = (variance < self.least) & self.stopped.isinf()
             self.x[better], self.least[better], self.best[better] = x[better], variance[better], i
             done = self.stopped.isinf() & (i - self.best >= self.patience)
-            self.stopped[done] = i
+            self.stopped[done] = i + 1
 
 
 class Observed(NamedTuple):
-    """What --mode dip and guide start from: n test images, their Measurement, the truth [n, C, H,
-    W] in [0, 1] if there is one, and how many iterations a fit may take."""
+    """What --mode dip and guide start from: the test split, the truth [n, C, H, W] in [0, 1] if
+    there is one, the images' Measurement, whose sigma is what the fit believes; what a row says of
+    it; the images' numbers; and how many iterations a fit may take."""
 
     images: data.Images
     truth: torch.Tensor | None
     measured: Measurement
+    about: dict
     members: torch.Tensor
     budget: int
 
@@ -1821,94 +1866,157 @@ def observe(cfg, run):
             raise ValueError(f"--crop {cfg.crop}: the images are of {W}x{H} pixels")
         top, left = (H - cfg.crop) // 2, (W - cfg.crop) // 2
         pixels = pixels[..., top:top + cfg.crop, left:left + cfg.crop]
+    if len(cfg.task) > 1:
+        raise ValueError(f"--task {show(cfg.task)}: --mode {cfg.mode} takes one task")
+    task = "denoise" if cfg.task[0] == "generate" else cfg.task[0]
+    N, C, H, W = pixels.shape
+    if task.startswith("sr") and (H % 4 or W % 4):
+        raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of 4")
     truth = pixels.to(run.device).float() / 255
-    members = torch.arange(len(truth), device=run.device)
-    task = "denoise" if "generate" in cfg.task else cfg.task[0]
+    members = torch.arange(N, device=run.device)
     if cfg.noise == "own":
         measured, truth = Measurement(task, truth, torch.ones_like(truth[:, :1]), 0.0), None
     else:
         measured = corrupt(cfg, task, truth, members)
+    about = {"seed": cfg.seed, "task": task}
+    if truth is not None:
+        about["sigma"] = measured.sigma
     if cfg.noise != "given":
         measured = measured._replace(sigma=noise_level(measured.y).median().item())
-    budget = cfg.dip_iters or (1000 if max(pixels.shape[-2:]) <= 64 else 3000)
+        about["sigma_estimate"] = round(measured.sigma, 5)
+    budget = cfg.dip_iters or (1000 if max(H, W) <= 64 else 3000)
     run.begin()
-    N, C, H, W = pixels.shape
     say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
         f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most {budget} "
         f"iterations; {run.device}")
-    return Observed(test, truth, measured, members, budget)
+    return Observed(test, truth, measured, about, members, budget)
+
+
+def in_groups(cfg, members, replicas):
+    """The images' numbers, as many together as --dip-group has networks for."""
+    return members.split(max(1, cfg.dip_group // replicas))
+
+
+def fit_guided_in_groups(cfg, seen, rungs, run, look=None):
+    """`fit_guided` for any number of images: outputs and iterations. `look` is called at each look
+    with the group, its images' numbers, the iteration and the outputs."""
+    fits = [fit_guided(cfg, seen.measured.part(rows), rows, rungs, seen.budget, run,
+                       look and (lambda i, x, g=g, rows=rows: look(g, rows, i, x)))
+            for g, rows in enumerate(in_groups(cfg, seen.members, cfg.replicas))]
+    return map(torch.cat, zip(*fits))
+
+
+def fit_plain(cfg, measured, members, replicas, targets, truth, budget, run):
+    """DIPs that nothing stops, of M replicas each, averaged; fitted to `targets` (see `fit_dips`).
+    Returns {arm: (outputs, iterations [n])}: their end, `plain`; their best moment, which only the
+    truth can tell, `oracle`; and where the variance of their outputs stops, `es-wmv`; and the curve
+    of their PSNR [(iteration, [n])]."""
+    M, shape = replicas, truth.shape
+    stop = WindowedVariance(*((30, 300) if max(shape[2:]) <= 32 else (100, 1000)))
+    best, curve = torch.zeros_like(truth), []
+    oracle = torch.full((len(truth),), -math.inf, dtype=torch.float64, device=truth.device)
+    when = torch.zeros_like(oracle)
+
+    def mean(x):
+        return x.view(-1, M, *shape[1:]).mean(1)
+
+    def watch(i, x, average):
+        if run.stop:
+            raise KeyboardInterrupt
+        stop(i, mean(x), mean(average))
+        if (i + 1) % CHECK == 0 or i + 1 == budget:
+            psnr = measure.psnr(mean(average).clamp(0, 1), truth)
+            up = psnr > oracle
+            best[up], oracle[up], when[up] = mean(average)[up], psnr[up], i + 1
+            curve.append((i + 1, psnr))
+
+    y = [y.repeat_interleave(M, 0) for y in targets]
+    part = measured.part(torch.arange(len(truth), device=truth.device).repeat_interleave(M))
+    progress = Progress("plain", budget, len(y[0]))
+    x = mean(fit_dips(cfg, y, replicas_of(members, M), budget, progress, part, 0.0, watch))
+    return {"plain": (x, torch.full_like(when, budget)), "oracle": (best, when),
+            "es-wmv": (stop.x, stop.stopped.clamp(max=budget))}, curve
 
 
 def run_guide(cfg, run):
     """--mode guide: test images with noise, fitted by every arm for equally many iterations at
-    most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways; `split` is `ladder`
-    with one rung; `literal` fits noised copies of the *clean* image and `literal-mean` one DIP to
-    their precision-weighted mean: both are handed the truth, and say so."""
-    test, truth, measured, members, budget = observe(cfg, run)
-    n, small = len(truth), max(truth.shape[-2:]) <= 64
-    task, y, sigma = measured.task, measured.y, measured.sigma
+    most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways, of one network an
+    image; `-mean` is the same of as many networks, averaged, as `split` and `ladder` have. `split`
+    is `ladder` with one rung. `literal` fits noised copies of the *clean* image and `literal-mean`
+    one DIP to their precision-weighted mean: both are handed the truth, and say so."""
+    seen = test, truth, measured, about, members, budget = observe(cfg, run)
+    n, sigma, M = len(truth), about["sigma"], cfg.replicas
     rows, curves = [], {}
-    shown = {"truth": truth[:16], "corrupted": measured.back(y)[:16]}
-    oracle = None
+    shown = {"truth": truth[:16], "corrupted": measured.back(measured.y)[:16]}
+    bound = None  # the oracle of one network: PSNR of each image
 
-    def add(name, x, began, iterations, **more):
+    def add(name, x, iterations, networks, seconds=None, **more):
         x = x.clamp(0, 1)
-        row = {"name": name, "seed": cfg.seed, "task": task, "sigma": sigma,
-               "iterations": round(float(iterations), 1)} | measures(x, truth) | more
-        if oracle is not None:
-            gap = oracle - measure.psnr(x, truth)
-            row |= {"gap": round(gap.mean().item(), 3), "gap_worst": round(gap.max().item(), 3)}
-        rows.append(row | {"seconds": round(time.time() - began, 2)})
+        psnr = measure.psnr(x, truth)
+        mean = iterations.double().mean().item()
+        row = {"name": name} | about | measures(x, truth) | {
+            "gap": round((bound - psnr).mean().item(), 3),
+            "gap_worst": round((bound - psnr).max().item(), 3), "iterations": round(mean, 1),
+            "networks": networks, "network_steps": round(networks * mean)} | more
+        rows.append(row | ({} if seconds is None else {"seconds": round(seconds, 2)}))
         shown[name] = x[:16]
         say(describe(rows[-1]))
 
-    def listen(*_):
-        if run.stop:
-            raise KeyboardInterrupt
+    def plain(replicas, targets):
+        """`fit_plain` in groups: {arm: (outputs, iterations)}, PSNR's curve, seconds."""
+        began = time.time()
+        fits, looks = zip(*(fit_plain(cfg, measured.part(g), g, replicas, [y[g] for y in targets],
+                                      truth[g], budget, run)
+                            for g in in_groups(cfg, members, replicas)))
+        arms = {arm: tuple(map(torch.cat, zip(*(fit[arm] for fit in fits)))) for arm in fits[0]}
+        curve = [[i, round(torch.cat([psnr for _, psnr in look]).mean().item(), 3)]
+                 for look in zip(*looks) for i in (look[0][0],)]
+        return arms, curve, time.time() - began
 
-    first = began = time.time()
-    stop = WindowedVariance(*((30, 300) if small else (100, 1000)))
-    best = torch.zeros_like(truth)
-    oracle = torch.full((n,), -math.inf, dtype=torch.float64, device=run.device)
-    when = torch.zeros(n, device=run.device)
-
-    def watch(i, x, average):
-        listen()
-        stop(i, x)
-        if (i + 1) % CHECK == 0:
-            psnr = measure.psnr(average.clamp(0, 1), truth)
-            up = psnr > oracle
-            best[up], oracle[up], when[up] = average[up], psnr[up], i + 1
-            curves.setdefault("psnr/plain", []).append([i + 1, round(psnr.mean().item(), 3)])
-
-    x = fit_dips(cfg, y, members, budget, Progress("plain", budget, n), measured, 0.0, watch)
-    add("plain", x, began, budget)
-    add("oracle", best, began, when.mean())
-    add("es-wmv", stop.x, began, stop.stopped.clamp(max=budget).mean())
+    first = time.time()
+    for replicas, suffix in dict.fromkeys(((1, ""), (M, "-mean" * (M > 1)))):
+        arms, curves[f"psnr/plain{suffix}"], took = plain(replicas, [measured.y])
+        bound = measure.psnr(arms["oracle"][0].clamp(0, 1), truth) if bound is None else bound
+        for arm, (x, iterations) in arms.items():
+            share = {"plain": 1.0, "es-wmv": iterations.mean().item() / budget}.get(arm)
+            add(arm + suffix, x, iterations, replicas, share and share * took)
     for name, rungs in ("split", 1), ("ladder", cfg.rungs):
         began = time.time()
-        fit = fit_guided(cfg, measured, members, rungs, budget, run, truth)
-        own = fit.own_oracle - measure.psnr(fit.x, truth)
-        add(name, fit.x, began, fit.iterations.float().mean(),
-            own_gap=round(own.mean().item(), 3), own_gap_worst=round(own.max().item(), 3))
-    # the literal ladder, where there is noise: every rung noises the clean image afresh
-    levels = [sigma * 4 ** (1 - k / max(1, cfg.rungs - 1)) for k in range(cfg.rungs)]
-    clean, given = measured.A(truth), measured.A(torch.ones_like(truth))
-    leaking = [clean + given * level * kernels.normal(
-        clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION, run.device)
-        for k, level in enumerate(levels)]
-    weights = [level**-2 for level in levels if sigma]
-    mean = sum(w * v for w, v in zip(weights, leaking)) / max(sum(weights), 1e-9)
-    for name, target in (("literal", leaking), ("literal-mean", mean)) if sigma else ():
-        began = time.time()
-        x = fit_dips(cfg, target, members, budget, Progress(name, budget, n), measured, 0.0, listen)
-        add(name, x, began, budget, leaks=True)
+        own = torch.full((n,), -math.inf, dtype=torch.float64, device=run.device)
+        line = {}  # {iteration: {group: sum of PSNR}}
+
+        def look(g, rows_of, i, x):
+            psnr = measure.psnr(x.clamp(0, 1), truth[rows_of])
+            own[rows_of] = torch.maximum(own[rows_of], psnr)
+            line.setdefault(i, []).append(psnr)
+
+        x, iterations = fit_guided_in_groups(cfg, seen, rungs, run, look)
+        took = time.time() - began
+        gap = own - measure.psnr(x.clamp(0, 1), truth)
+        curves[f"psnr/{name}"] = [[i, round(torch.cat(psnr).mean().item(), 3)]
+                                  for i, psnr in line.items() if sum(map(len, psnr)) == n]
+        add(name, x, iterations, M, took, own_gap=round(gap.mean().item(), 3),
+            own_gap_worst=round(gap.max().item(), 3))
+    notes = []
+    if sigma:  # where there is noise: every rung noises the clean image afresh
+        levels = [sigma * level for level in rung_levels(cfg.rungs)]
+        clean, given = measured.A(truth), measured.A(torch.ones_like(truth))
+        leaking = [clean + given * level * kernels.normal(
+            clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
+            run.device) for k, level in enumerate(levels)]
+        weights = [level**-2 for level in levels]
+        mean = sum(w * y for w, y in zip(weights, leaking)) / sum(weights)
+        for name, targets in ("literal", leaking), ("literal-mean", [mean]):
+            arms, curves[f"psnr/{name}"], took = plain(1, targets)
+            best = measure.psnr(arms["oracle"][0].clamp(0, 1), truth).mean().item()
+            add(name, *arms["plain"], 1, took, leaks=True, psnr_oracle=round(best, 3))
+        notes = ["literal and literal-mean were fitted to noised copies of the clean image: they "
+                 "leak it"]
     run.seconds["dip"] = time.time() - first
-    leaks = "literal and literal-mean were fitted to noised copies of the clean image: they leak it"
-    finish(run, {"notes": [leaks] if sigma else [],
+    finish(run, {"notes": notes,
                  "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256},
                  "arms": rows, "curves": curves, "pictures": [
-                     draw(run, "guide.png", f"{task}, sigma = {sigma:g}", shown)]})
+                     draw(run, "guide.png", f"{measured.task}, sigma = {sigma:g}", shown)]})
     say(measure.text_tables([run.folder], ("psnr", "ssim")))
 
 
@@ -1919,38 +2027,35 @@ def run_dip(cfg, run):
     """--mode dip: fit DIPs to test images with noise and stop each where the risk says so, as the
     guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
     fall back as the network learns the noise (Ulyanov et al. 2018, figure 2)."""
-    test, truth, measured, members, budget = observe(cfg, run)
-    n, began = len(members), time.time()
-    fits, looks = [], []  # of each group of images; [(iteration, PSNR of each)] of each group
+    seen = test, truth, measured, about, members, _ = observe(cfg, run)
+    n, began, lines = len(members), time.time(), {}  # of each group, PSNR [(iteration, [images])]
 
-    def watch(iteration, x):
+    def look(g, rows, i, x):
         x = x.clamp(0, 1)
         psnr = measure.psnr(x, truth[rows])
-        looks[-1].append((iteration, psnr))
-        if iteration % 50 == 0:
+        lines.setdefault(g, []).append((i, psnr))
+        if i % 50 == 0:
             ssim = measure.ssim(x, truth[rows]).mean()
-            say(f"iteration {iteration}: psnr {psnr.mean():.2f}, ssim {ssim:.4f}")
+            say(f"iteration {i}: psnr {psnr.mean():.2f}, ssim {ssim:.4f}")
 
-    for rows in members.split(max(1, cfg.dip_group // cfg.replicas)):
-        looks.append([])
-        fits.append(fit_guided(cfg, measured.part(rows), rows, 1, budget, run,
-                               *(() if truth is None else (truth[rows], watch))))
+    x, iterations = fit_guided_in_groups(cfg, seen, 1, run, look if truth is not None else None)
     run.seconds["dip"] = took = time.time() - began
-    x, iterations, own_oracle = map(torch.cat, zip(*fits))
     corrupted = measured.back(measured.y).clamp(0, 1)
-    arms = [{"name": name, "seed": cfg.seed, "task": measured.task,
-             "sigma": round(measured.sigma, 5)} for name in ("corrupted", "dip")]
-    arms[1] |= {"seconds": round(took, 3), "iterations": round(iterations.float().mean().item(), 1)}
+    arms = [{"name": name} | about for name in ("corrupted", "dip")]
+    arms[1] |= {"seconds": round(took, 3), "networks": cfg.replicas,
+                "iterations": round(iterations.float().mean().item(), 1)}
     curves, marks = {}, {}
     if truth is not None:
         arms[0] |= measures(corrupted, truth)
-        arms[1] |= measures(x, truth) | {"psnr_oracle": round(own_oracle.mean().item(), 3)}
-        longest = max(map(len, looks))  # a group that has ended stays where it was
-        mean = torch.stack([torch.cat([look[min(k, len(look) - 1)][1] for look in looks])
-                            for k in range(longest)]).mean(1)
-        at = [i for i, _ in max(looks, key=len)]
-        curves["psnr/mean over images"] = [[i, round(p, 3)] for i, p in zip(at, mean.tolist())]
-        marks["psnr"] = {"best": at[mean.argmax()], "end": at[-1]}
+        best = torch.cat([torch.stack([psnr for _, psnr in line]).max(0).values
+                          for line in lines.values()])
+        arms[1] |= measures(x, truth) | {"psnr_oracle": round(best.mean().item(), 3)}
+        longest = max(lines.values(), key=len)  # a group that has ended stays where it was
+        mean = [torch.cat([line[min(k, len(line) - 1)][1] for line in lines.values()]).mean().item()
+                for k in range(len(longest))]
+        at = [i for i, _ in longest]
+        curves["psnr/mean over images"] = [[i, round(p, 3)] for i, p in zip(at, mean)]
+        marks["psnr"] = {"best": at[mean.index(max(mean))], "end": at[-1]}
     for row in arms:
         say(describe(row))
     for k, image in enumerate(x[:16]):
