@@ -571,7 +571,7 @@ margin:.75rem 0 1.5rem}
 .cards b{display:block;font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums}
 .cards b small{font-weight:400}.cards b,.cards span{white-space:nowrap}.cards span{font-size:.9rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:2rem}
-.charts svg{display:block;width:100%;max-width:38rem;height:auto;margin-top:.5rem}
+.charts svg{display:block;width:100%;max-width:38rem;height:auto;margin-top:.5rem;overflow:visible}
 .charts text{fill:var(--soft);font-size:13px;font-variant-numeric:tabular-nums}
 ul{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.3rem 0 0;padding:0;
 font-size:.9rem}
