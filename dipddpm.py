@@ -239,6 +239,9 @@ def check(cfg):
                 raise ValueError(f"{name} must be a finite number, not {value}")
             if low is not None and value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, not {value}")
+            choices = f.metadata["choices"]  # a saved run's may be of another version
+            if choices and value not in choices:
+                raise ValueError(f"{name} {value} is none of {', '.join(choices)}")
     for name in ("lr", "dip_lr"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")

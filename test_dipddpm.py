@@ -1975,6 +1975,14 @@ def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
         (tmp_path / "s").exists() and shutil.rmtree(tmp_path / "s")
 
 
+def test_a_saved_flag_that_is_no_choice_any_more_is_one_line(whole_run, tmp_path, capsys):
+    saved = json.loads((whole_run / "config.json").read_text()) | {"dip_arch": "skip"}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    shutil.copy(whole_run / "checkpoint.pt", tmp_path)
+    status, _, err = run_main(["--resume", tmp_path], capsys)
+    assert status == 2 and "--dip-arch skip is none of conv2" in err and err.count("\n") == 1
+
+
 def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
     status, out, err = run_main([
         "--mode", "dip", "--data", "digits", "--samples", 3, "--dip-group", 4, "--replicas", 2,
