@@ -759,7 +759,10 @@ class Measurement(NamedTuple):
 
     def consistent(self, x0_hat, weight=1.0):
         """x0_hat in [-1, 1], its range part replaced: x + weight A+ (y - A x) (Wang et al. 2023,
-        DDNM, eq. 13; eq. 17 has the weight)."""
+        DDNM, eq. 13; eq. 17 has the weight). A step takes this x0_hat and the network's own
+        eps_hat. With the eps that x_t and this x0_hat imply, what is known would keep the noise
+        that it began with: from 50 evaluations 17.2 instead of 23.8 dB for half of the pixels,
+        23.2 instead of 26.1 dB for twice the size (64 test digits, one seed)."""
         x = (x0_hat + 1) / 2
         return (x + weight * self.back(self.y - self.A(x))) * 2 - 1
 
@@ -809,7 +812,6 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
     for rows in torch.arange(len(x_init)).split(size):
         x_t, numbers = x_init[rows].clone(), sample_numbers[rows]
         known = measured and measured.part(rows)
-        everywhere = torch.ones_like(x_t, dtype=torch.bool) if known else None
         x0_prev = torch.zeros_like(x_t) if order == 2 else None
         step = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -820,15 +822,16 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
             if known:
                 a, b, *_, sigma, _ = coef.index_select(0, step)[0]
                 x0_hat = (a * x_t + b * out.float()).clamp(-1, 1)
+                ab_t, ab_s = levels.index_select(0, step)[0], levels.index_select(0, step + 1)[0]
             if known and known.sigma:
                 z = kernels.normal(x_t.shape, cfg.seed, numbers, step[0], kernels.STEP_NOISE,
                                    device)
-                ab_t, ab_s = levels.index_select(0, step)[0], levels.index_select(0, step + 1)[0]
                 x_t.copy_(known.noisy_step(x_t, x0_hat, ab_t, ab_s, sigma, z))
             else:
-                kernels.posterior_step(
-                    x_t, out, coef, step[0], cfg.seed, numbers, inplace=True, x0_prev=x0_prev,
-                    mask=everywhere, value=known.consistent(x0_hat) if known else None)
+                kernels.posterior_step(x_t, out, coef, step[0], cfg.seed, numbers, inplace=True,
+                                       x0_prev=x0_prev)
+                if known:  # eps_hat stays the network's: see `consistent`
+                    x_t.add_(ab_s.sqrt() * (known.consistent(x0_hat) - x0_hat))
             step.add_(1)
 
         advance = Graphed(reverse_step, device)
@@ -836,7 +839,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
             if film is not None and not done:
                 film.append(x_t[:1].clone())
             advance()
-        done.append(x_t)
+        done.append(known.consistent(x_t) if known and not known.sigma else x_t)
     if film is not None:
         film.append(done[0][:1])
     return torch.cat(done)

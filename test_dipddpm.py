@@ -1497,6 +1497,23 @@ def test_a_restored_image_agrees_with_what_was_measured(task):
         torch.testing.assert_close(m.A((x + 1) / 2), m.y)
 
 
+def test_a_restoring_step_takes_the_known_image_and_the_networks_noise():
+    truth, m = measured("inpaint")
+    cfg = config(timesteps=40, width=8, predict="x0")
+    net = dipddpm.make_unet(cfg, 1, "cpu").eval()
+    x_t = kernels.normal((3, 1, 8, 8), 0, torch.arange(3), 0, kernels.INIT_NOISE)
+    film = []
+    dipddpm.sample(cfg, net, x_t, 40, 2, 0.0, torch.arange(3), contextlib.nullcontext, film=film,
+                   measured=m)
+    with torch.no_grad():
+        x0_hat = net(x_t, torch.full((3,), 39)).clamp(-1, 1)
+    schedule = dipddpm.SCHEDULES[cfg.schedule](40)
+    ab_t, ab_s = schedule.at(40), schedule.at(20)
+    eps_hat = (x_t - ab_t**0.5 * x0_hat) / (1 - ab_t) ** 0.5
+    x_s = ab_s**0.5 * m.consistent(x0_hat) + (1 - ab_s) ** 0.5 * eps_hat
+    torch.testing.assert_close(film[1], x_s[:1].float(), rtol=1e-4, atol=1e-4)
+
+
 def test_held_out_values_decide_the_stop_and_nothing_else():
     truth, m = measured("inpaint", sigma=0.2)
     cfg, members = config(dip_width=4), torch.arange(3)
