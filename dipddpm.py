@@ -2,8 +2,8 @@
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
     python dipddpm.py --mode ddpm                 the DDPM alone
-    python dipddpm.py --mode dip --sigma 0.2      fit DIPs to noisy images: PSNR peaks, then falls
-    python dipddpm.py --mode guide --sigma 0.2    the same with stops that need no truth
+    python dipddpm.py --mode dip --sigma 0.2      denoise images by DIPs that know when to stop
+    python dipddpm.py --mode guide --sigma 0.2    that stop beside others, and beside the truth's
     python dipddpm.py --mode sample               new images from the newest trained network
 
 Papers      Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine),
@@ -79,7 +79,7 @@ def listed(kind, *known):
 
 @dataclass(frozen=True)
 class Config:
-    """Every tunable of a run. None means: chosen from the data and the mode by `resolve`."""
+    """Every tunable of a run. None means: chosen from the data and the mode where it is used."""
 
     mode: str = flag(MISSING, "what to do", "run", ("dip", "ddpm", "prior", "guide", "sample"))
     data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder "
@@ -119,8 +119,7 @@ class Config:
                           " codes: 32)", "prior", low=1)
     dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
                           "passes; a restoration: 300; dip and guide: at most 1000, or 3000 above "
-                          "64 pixels)", "prior",
-                          low=1)
+                          "64 pixels)", "prior", low=1)
     dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
     window: float = flag(0.9, "decay of the average of a DIP's outputs", "prior", low=0)
     rungs: int = flag(5, "rungs of the ladder", "guide", low=1)
@@ -242,7 +241,7 @@ def check(cfg):
             choices = f.metadata["choices"]  # a saved run's may be of another version
             if choices and value not in choices:
                 raise ValueError(f"{name} {value} is none of {', '.join(choices)}")
-    for name in ("lr", "dip_lr"):
+    for name in ("lr", "dip_lr", "alpha"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if cfg.width % 8:
@@ -251,6 +250,8 @@ def check(cfg):
         raise ValueError(f"--eta must lie between 0 and 1, not {show(cfg.eta)}")
     if max(cfg.order) > 2:
         raise ValueError(f"--order must be 1 or 2, not {show(cfg.order)}")
+    if cfg.window >= 1:
+        raise ValueError(f"--window must be below 1, not {cfg.window:g}")
     if cfg.timesteps > 100_000:
         raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
     if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
@@ -374,8 +375,8 @@ def time_grid(schedule, t_start, nfe, grid="uniform"):
 
 
 def reverse_table(schedule, predict, taus, eta):
-    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 6] with columns
-    (a, b, c0, ct, sigma, k) in
+    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 7] with columns
+    (a, b, c0, ct, sigma, k, w) in
 
         x0_hat = clip(a x_t + b out, -1, 1),    x_s = c0 x0_hat + ct x_t + sigma z.
 
@@ -385,7 +386,9 @@ def reverse_table(schedule, predict, taus, eta):
 
     k = h / (2 h_previous), h the step in half the log signal-to-noise ratio, is for the second
     order, where x0_hat + k (x0_hat - x0_hat_previous) takes x0_hat's place (Lu et al. 2022,
-    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last."""
+    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last. w =
+    sqrt(ab_s) is x0_hat's share in x_s where eps_hat stays: what a restoration changes x0_hat by
+    arrives in x_s times w."""
     rows, h_previous = [], math.inf
     for tau, next_tau in zip(taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
@@ -394,9 +397,9 @@ def reverse_table(schedule, predict, taus, eta):
         c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
         _, (a, b), _ = PREDICTIONS[predict](torch.tensor(ab_t, dtype=torch.float64))
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
-        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous)])
+        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous), math.sqrt(ab_s)])
         h_previous = h
-    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 6]
+    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 7]
 
 
 # ------------------------------------------------------------------ U-Net
@@ -820,18 +823,17 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
             with autocast():
                 out = net(x_t, t)
             if known:
-                a, b, *_, sigma, _ = coef.index_select(0, step)[0]
+                a, b, _, _, sigma, *_ = coef.index_select(0, step)[0]
                 x0_hat = (a * x_t + b * out.float()).clamp(-1, 1)
-                ab_t, ab_s = levels.index_select(0, step)[0], levels.index_select(0, step + 1)[0]
             if known and known.sigma:
                 z = kernels.normal(x_t.shape, cfg.seed, numbers, step[0], kernels.STEP_NOISE,
                                    device)
+                ab_t, ab_s = levels.index_select(0, step)[0], levels.index_select(0, step + 1)[0]
                 x_t.copy_(known.noisy_step(x_t, x0_hat, ab_t, ab_s, sigma, z))
             else:
-                kernels.posterior_step(x_t, out, coef, step[0], cfg.seed, numbers, inplace=True,
-                                       x0_prev=x0_prev)
-                if known:  # eps_hat stays the network's: see `consistent`
-                    x_t.add_(ab_s.sqrt() * (known.consistent(x0_hat) - x0_hat))
+                kernels.posterior_step(
+                    x_t, out, coef, step[0], cfg.seed, numbers, inplace=True, x0_prev=x0_prev,
+                    value=known.consistent(x0_hat) if known else None)
             step.add_(1)
 
         advance = Graphed(reverse_step, device)
@@ -1903,13 +1905,30 @@ def in_groups(cfg, members, replicas):
     return members.split(max(1, cfg.dip_group // replicas))
 
 
-def fit_guided_in_groups(cfg, seen, rungs, run, look=None):
-    """`fit_guided` for any number of images: outputs and iterations. `look` is called at each look
-    with the group, its images' numbers, the iteration and the outputs."""
-    fits = [fit_guided(cfg, seen.measured.part(rows), rows, rungs, seen.budget, run,
-                       look and (lambda i, x, g=g, rows=rows: look(g, rows, i, x)))
-            for g, rows in enumerate(in_groups(cfg, seen.members, cfg.replicas))]
-    return map(torch.cat, zip(*fits))
+def fit_guided_in_groups(cfg, seen, rungs, run, tell=False):
+    """`fit_guided` for any number of images: outputs, iterations and, where there is a truth, the
+    best PSNR of each image at any look and the mean over the images by iteration, [[i, PSNR]]; a
+    group that has ended stays where it was. With `tell` PSNR and SSIM are printed now and then."""
+    fits, best, lines, psnr = [], [], [], measure.psnr
+    for rows in in_groups(cfg, seen.members, cfg.replicas):
+        line = []
+
+        def look(i, x, truth=None if seen.truth is None else seen.truth[rows]):
+            line.append((i, psnr(x.clamp(0, 1), truth)))
+            if tell and i % 50 == 0:
+                ssim = measure.ssim(x.clamp(0, 1), truth).mean()
+                say(f"iteration {i}: psnr {line[-1][1].mean():.2f}, ssim {ssim:.4f}")
+
+        fits.append(fit_guided(cfg, seen.measured.part(rows), rows, rungs, seen.budget, run,
+                               look if seen.truth is not None else None))
+        lines.append(line)
+    x, iterations = map(torch.cat, zip(*fits))
+    if seen.truth is None:
+        return x, iterations, None, []
+    best = torch.cat([torch.stack([p for _, p in line]).max(0).values for line in lines])
+    curve = [[i, round(torch.cat([line[min(k, len(line) - 1)][1] for line in lines]).mean().item(),
+                       3)] for k, (i, _) in enumerate(max(lines, key=len))]
+    return x, iterations, best, curve
 
 
 def fit_plain(cfg, measured, members, replicas, targets, truth, budget, run):
@@ -1948,8 +1967,9 @@ def run_guide(cfg, run):
     """--mode guide: test images with noise, fitted by every arm for equally many iterations at
     most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways, of one network an
     image; `-mean` is the same of as many networks, averaged, as `split` and `ladder` have. `split`
-    is `ladder` with one rung. `literal` fits noised copies of the *clean* image and `literal-mean`
-    one DIP to their precision-weighted mean: both are handed the truth, and say so."""
+    is `ladder` with one rung: all that is left of it where there is no noise. `literal` fits noised
+    copies of the *clean* image and `literal-mean` one DIP to their precision-weighted mean: both
+    are handed the truth, and say so."""
     seen = test, truth, measured, about, members, budget = observe(cfg, run)
     n, sigma, M = len(truth), about["sigma"], cfg.replicas
     rows, curves = [], {}
@@ -1975,8 +1995,8 @@ def run_guide(cfg, run):
                                       truth[g], budget, run)
                             for g in in_groups(cfg, members, replicas)))
         arms = {arm: tuple(map(torch.cat, zip(*(fit[arm] for fit in fits)))) for arm in fits[0]}
-        curve = [[i, round(torch.cat([psnr for _, psnr in look]).mean().item(), 3)]
-                 for look in zip(*looks) for i in (look[0][0],)]
+        curve = [[look[0][0], round(torch.cat([psnr for _, psnr in look]).mean().item(), 3)]
+                 for look in zip(*looks)]
         return arms, curve, time.time() - began
 
     first = time.time()
@@ -1986,21 +2006,11 @@ def run_guide(cfg, run):
         for arm, (x, iterations) in arms.items():
             share = {"plain": 1.0, "es-wmv": iterations.mean().item() / budget}.get(arm)
             add(arm + suffix, x, iterations, replicas, share and share * took)
-    for name, rungs in ("split", 1), ("ladder", cfg.rungs):
+    for name, rungs in (("split", 1), ("ladder", cfg.rungs))[:2 if sigma else 1]:
         began = time.time()
-        own = torch.full((n,), -math.inf, dtype=torch.float64, device=run.device)
-        line = {}  # {iteration: {group: sum of PSNR}}
-
-        def look(g, rows_of, i, x):
-            psnr = measure.psnr(x.clamp(0, 1), truth[rows_of])
-            own[rows_of] = torch.maximum(own[rows_of], psnr)
-            line.setdefault(i, []).append(psnr)
-
-        x, iterations = fit_guided_in_groups(cfg, seen, rungs, run, look)
+        x, iterations, best, curves[f"psnr/{name}"] = fit_guided_in_groups(cfg, seen, rungs, run)
         took = time.time() - began
-        gap = own - measure.psnr(x.clamp(0, 1), truth)
-        curves[f"psnr/{name}"] = [[i, round(torch.cat(psnr).mean().item(), 3)]
-                                  for i, psnr in line.items() if sum(map(len, psnr)) == n]
+        gap = best - measure.psnr(x.clamp(0, 1), truth)
         add(name, x, iterations, M, took, own_gap=round(gap.mean().item(), 3),
             own_gap_worst=round(gap.max().item(), 3))
     notes = []
@@ -2034,17 +2044,8 @@ def run_dip(cfg, run):
     guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
     fall back as the network learns the noise (Ulyanov et al. 2018, figure 2)."""
     seen = test, truth, measured, about, members, _ = observe(cfg, run)
-    n, began, lines = len(members), time.time(), {}  # of each group, PSNR [(iteration, [images])]
-
-    def look(g, rows, i, x):
-        x = x.clamp(0, 1)
-        psnr = measure.psnr(x, truth[rows])
-        lines.setdefault(g, []).append((i, psnr))
-        if i % 50 == 0:
-            ssim = measure.ssim(x, truth[rows]).mean()
-            say(f"iteration {i}: psnr {psnr.mean():.2f}, ssim {ssim:.4f}")
-
-    x, iterations = fit_guided_in_groups(cfg, seen, 1, run, look if truth is not None else None)
+    began = time.time()
+    x, iterations, best, curve = fit_guided_in_groups(cfg, seen, 1, run, tell=True)
     run.seconds["dip"] = took = time.time() - began
     corrupted = measured.back(measured.y).clamp(0, 1)
     arms = [{"name": name} | about for name in ("corrupted", "dip")]
@@ -2053,15 +2054,9 @@ def run_dip(cfg, run):
     curves, marks = {}, {}
     if truth is not None:
         arms[0] |= measures(corrupted, truth)
-        best = torch.cat([torch.stack([psnr for _, psnr in line]).max(0).values
-                          for line in lines.values()])
         arms[1] |= measures(x, truth) | {"psnr_oracle": round(best.mean().item(), 3)}
-        longest = max(lines.values(), key=len)  # a group that has ended stays where it was
-        mean = [torch.cat([line[min(k, len(line) - 1)][1] for line in lines.values()]).mean().item()
-                for k in range(len(longest))]
-        at = [i for i, _ in longest]
-        curves["psnr/mean over images"] = [[i, round(p, 3)] for i, p in zip(at, mean)]
-        marks["psnr"] = {"best": at[mean.index(max(mean))], "end": at[-1]}
+        curves["psnr/mean over images"] = curve
+        marks["psnr"] = {"best": max(curve, key=lambda point: point[1])[0], "end": curve[-1][0]}
     for row in arms:
         say(describe(row))
     for k, image in enumerate(x[:16]):
@@ -2070,8 +2065,8 @@ def run_dip(cfg, run):
     picture = draw(run, "dip.png", f"{measured.task}, sigma = {measured.sigma:.3g}",
                    shown | {"corrupted": corrupted[:16], "dip": x[:16]})
     finish(run, {
-        "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256}, "arms": arms,
-        "curves": curves, "pictures": [picture], "marks": marks})
+        "data": {"name": test.name, "train": 0, "test": len(x), "sha256": test.sha256},
+        "arms": arms, "curves": curves, "pictures": [picture], "marks": marks})
 
 
 def run_sample(cfg, run):

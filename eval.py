@@ -547,7 +547,7 @@ CHARTS = {  # the part of a curve's name before "/" -> how it is drawn; others a
     "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
 }
 NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
-         "kid": "KID", "psnr_oracle": "best PSNR, dB", "iterations_oracle": "best iteration"}
+         "kid": "KID", "psnr_oracle": "best PSNR, dB"}
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2")  # colours: --s0 … --s6 below
 MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4.8 8.4h-9.6z",
          "M0-5.2l5.2 5.2-5.2 5.2-5.2-5.2z", "M0 5l4.8-8.4h-9.6z", "M-1.5-4.5h3v9h-3z",
@@ -1021,19 +1021,23 @@ def identity(run):
 
 def merge(runs):
     """Results of one or more runs as one. Runs of one `identity` but for their seed stand together;
-    else every name says what differs. A flag that one of them is too old to know is none. A curve
-    becomes a list with a line for each seed."""
+    else every name says what differs. A flag that an older run did not know is no difference. A
+    curve becomes a list with a line for each seed."""
     configs = [identity(run) for run in runs]
     known = {k: v for config in configs for k, v in config.items()}
     same = {k: v for k, v in known.items()
             if len({json.dumps(config[k]) for config in configs if k in config}) == 1}
-    clocks = {run.get("device") for run in runs}
-    unlike = ("seconds", "prior_seconds") if len(clocks) > 1 else ()
     differ = [k for k in known if k not in same and k not in RUNS_OWN]
     whole = {"arms": [], "curves": {}, "marks": {}, "pictures": [], "notes": [], "runs": []}
-    shown = set()
-    for run, config in zip(runs, configs):
-        label = ", ".join(f"{k} {show(config.get(k))}" for k in differ)
+    labels = [", ".join(f"{k} {show(config.get(k))}" for k in differ) for config in configs]
+    clocks, shown = {}, set()
+    for run, label in zip(runs, labels):
+        clocks.setdefault(label, set()).add(str(run.get("device")))
+    for run, config, label in zip(runs, configs, labels):
+        unlike = ("seconds", "prior_seconds") if len(clocks[label]) > 1 else ()
+        if unlike:
+            whole["notes"].append(f"no seconds: runs on {' and '.join(sorted(clocks[label]))} are "
+                                  "averaged")
         label = f" ({label})" if label else ""
         whole["arms"] += [{k: v for k, v in row.items() if k not in unlike}
                           | {"name": f"{row.get('name', '–')}{label}"}
@@ -1048,11 +1052,10 @@ def merge(runs):
             whole["pictures"] += [(picture | {"caption": f"{picture.get('caption') or ''}{label}"},
                                    run["folder"]) for picture in run.get("pictures") or []]
         shown.add(label)
-        whole["notes"] += [n for n in run.get("notes") or [] if n not in whole["notes"]]
+        whole["notes"] += run.get("notes") or []
         whole["runs"].append([run["folder"].resolve().name, config.get("seed"), label.strip(" ()"),
                               (run.get("seconds") or {}).get("total"), run.get("commit")])
-    if unlike:
-        whole["notes"].append(f"these ran on {' and '.join(sorted(map(str, clocks)))}: no seconds")
+    whole["notes"] = list(dict.fromkeys(whole["notes"]))
     seconds = [run.get("seconds") or {} for run in runs]
     whole["seconds"] = {k: sum(s[k] for s in seconds if _number(s.get(k)))
                         for k in dict.fromkeys(k for s in seconds for k in s)}

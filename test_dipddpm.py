@@ -765,19 +765,19 @@ def test_noise_loss_kernel_equals_reference(shape, dtype):
 def test_posterior_step_kernel_equals_reference(shape, dtype):
     x_t = kernels.normal(shape, 1, 0, 0, 0, DEVICE)
     out = kernels.normal(shape, 1, 0, 1, 0, DEVICE).to(dtype)
-    coef, some = table(columns=6), torch.arange(shape[0], device=DEVICE) * 3
+    coef, some = table(columns=7), torch.arange(shape[0], device=DEVICE) * 3
     coef[2, 4] = 0
     step_3 = torch.tensor(3, device=DEVICE)
-    mask, value = pixels(*shape) > 99, pixels(*shape) / 255
+    value = pixels(*shape) / 255
     for step, sample, inplace, known, second in (
-            (1, 4, False, (None, None), False), (2, 4, False, (None, None), True),
-            (step_3, some, True, (mask, value), False), (step_3, 4, True, (mask, value), True)):
+            (1, 4, False, None, False), (2, 4, False, None, True),
+            (step_3, some, True, value, False), (step_3, 4, True, value, True)):
         ours, theirs = [], []
         for f, results in ((posterior.posterior_step_triton, ours),
                            (posterior.posterior_step_ref, theirs)):
             x0_prev = -x_t if second else None
             results.append(f(x_t.clone(), out, coef, step, SEED, sample, rng.STEP_NOISE, inplace,
-                             *known, x0_prev))
+                             known, x0_prev))
             results.append(x0_prev if second else x_t)
         assert (ours[0] - theirs[0]).abs().max() < 5e-6
         assert (ours[1] - theirs[1]).abs().max() < 1e-6
@@ -836,8 +836,8 @@ def test_posterior_step_is_its_formula_and_clips():
     x_t = 2 * kernels.normal(shape, 1, 0, 0, 0, DEVICE)
     out = kernels.normal(shape, 1, 0, 1, 0, DEVICE)
     z = kernels.normal(shape, SEED, 6, 3, kernels.STEP_NOISE, DEVICE)
-    coef = table(columns=6)
-    a, b, c0, ct, sigma, k = coef[3].double()
+    coef = table(columns=7)
+    a, b, c0, ct, sigma, k, w = coef[3].double()
     x0_hat = (a * x_t + b * out).clamp(-1, 1)
     plain = c0 * x0_hat + ct * x_t + sigma * z
     found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6)
@@ -846,30 +846,28 @@ def test_posterior_step_is_its_formula_and_clips():
     assert kernels.posterior_step(same, out, coef, 3, SEED, 6, inplace=True) is same
     assert torch.equal(same, found)
 
-    mask, value = pixels(*shape) > 99, pixels(*shape) / 255
-    x0_hat = torch.where(mask, value, x0_hat)
-    plain = c0 * x0_hat + ct * x_t + sigma * z
-    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6, mask=mask, value=value)
+    value = pixels(*shape) / 255
+    plain = c0 * x0_hat + ct * x_t + sigma * z + w * (value - x0_hat)
+    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6, value=value)
     assert (found - plain).abs().max() < 2e-6
 
     x0_prev = out.clone()
-    plain = c0 * (x0_hat + k * (x0_hat - x0_prev)) + ct * x_t + sigma * z
-    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6, mask=mask, value=value,
-                                   x0_prev=x0_prev)
+    plain = plain + c0 * k * (x0_hat - x0_prev)
+    found = kernels.posterior_step(x_t, out, coef, 3, SEED, 6, value=value, x0_prev=x0_prev)
     assert (found - plain).abs().max() < 3e-6 and (x0_prev - x0_hat).abs().max() < 1e-6
 
 
-def test_known_pixels_end_as_they_are_known():
+def test_the_last_step_of_a_restoration_ends_in_its_value():
     x_t, out = kernels.normal((2, 1, 5, 5), 1, 0, 0, 0, DEVICE), pixels(2, 1, 5, 5) / 255
-    mask, value = pixels(2, 1, 5, 5) > 99, pixels(2, 1, 5, 5) / 255
-    last = torch.tensor([[1, 1, 1, 0, 0, 0.0]], device=DEVICE)  # c0 = 1, ct = sigma = 0
-    x_0 = kernels.posterior_step(x_t, out, last, 0, SEED, 0, mask=mask, value=value)
-    assert torch.equal(x_0[mask], value[mask]) and not torch.equal(x_0[~mask], value[~mask])
+    value = pixels(2, 1, 5, 5).flip(-1) / 255
+    last = torch.tensor([[1, 1, 1, 0, 0, 0, 1.0]], device=DEVICE)  # c0 = w = 1, ct = sigma = 0
+    x_0 = kernels.posterior_step(x_t, out, last, 0, SEED, 0, value=value)
+    torch.testing.assert_close(x_0, value, rtol=0, atol=1e-6)
 
 
 def test_step_with_sigma_zero_adds_no_noise():
     x_t, out = pixels(2, 1, 5, 5).float() / 99, pixels(2, 1, 5, 5).float() / 300
-    coef = torch.tensor([[0, 1, 1, 0, 0, 0.0]], device=DEVICE)  # x_s = x0_hat = out
+    coef = torch.tensor([[0, 1, 1, 0, 0, 0, 1.0]], device=DEVICE)  # x_s = x0_hat = out
     assert torch.equal(kernels.posterior_step(x_t, out, coef, 0, SEED, 0), out)
 
 
@@ -943,6 +941,9 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --lr nan", "--lr"),
     ("--mode prior --lr 0", "--lr"),
     ("--mode prior --width 20", "--width"),
+    ("--mode guide --alpha 0", "--alpha must be above 0"),
+    ("--mode guide --window 1", "--window must be below 1"),
+    ("--mode guide --data digits --task sr,inpaint", "--mode guide takes one task"),
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
     ("--mode prior --order 3", "--order must be 1 or 2, not 3"),
@@ -1046,7 +1047,7 @@ def test_posterior_at_eta_one_is_ddpm(predict):
     rows = dipddpm.reverse_table(schedule, predict, list(range(200, -1, -1)), eta=1)
     for tau in (200, 77, 2, 1):
         alpha, beta = ab[tau] / ab[tau - 1], 1 - ab[tau] / ab[tau - 1]
-        _, _, c0, ct, sigma, _ = rows[200 - tau].double()
+        _, _, c0, ct, sigma, _, _ = rows[200 - tau].double()
         # Ho et al. 2020, eq. 7
         assert c0 == pytest.approx((ab[tau - 1].sqrt() * beta / (1 - ab[tau])).item(), rel=2e-5)
         assert ct == pytest.approx((alpha.sqrt() * (1 - ab[tau - 1]) / (1 - ab[tau])).item(),
@@ -1063,7 +1064,8 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
     rows = dipddpm.reverse_table(schedule, "x0", taus, eta).double()
     for row, tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
-        _, _, c0, ct, sigma, _ = row
+        _, _, c0, ct, sigma, _, w = row
+        assert w == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert c0 + ct * math.sqrt(ab_t) == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
 
@@ -1071,7 +1073,7 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_last_step_adds_no_noise(eta):
     rows = dipddpm.reverse_table(dipddpm.cosine_schedule(100), "v", [60, 20, 0], eta)
-    assert rows[-1, 2:].tolist() == [1, 0, 0, 0]
+    assert rows[-1, 2:].tolist() == [1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("grid", ["uniform", "quadratic", "logsnr"])
@@ -2050,7 +2052,7 @@ def test_guide_fills_what_is_missing_where_there_is_no_noise(tmp_path, capsys):
     assert status == 0, err
     rows = json.loads((tmp_path / "g" / "results.json").read_text())["arms"]
     assert [row["name"] for row in rows] == [
-        "plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean", "split", "ladder"]
+        "plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean", "split"]
     assert all(math.isfinite(row["psnr"]) for row in rows)
 
 

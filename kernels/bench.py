@@ -56,8 +56,8 @@ CASES = (
     Case("posterior_step fp32", posterior.posterior_step_kernel, {"out_ptr": "*fp32"} | STEP, 12),
     Case("posterior_step bf16 out", posterior.posterior_step_kernel, {"out_ptr": "*bf16"} | STEP,
          10),
-    Case("posterior_step known", posterior.posterior_step_kernel,
-         {"out_ptr": "*fp32", "mask_ptr": "*u8", "value_ptr": "*fp32"} | STEP, 17),
+    Case("posterior_step restoring", posterior.posterior_step_kernel,
+         {"out_ptr": "*fp32", "value_ptr": "*fp32"} | STEP, 16),
     Case("posterior_step 2M", posterior.posterior_step_kernel,
          {"out_ptr": "*fp32", "x0_prev_ptr": "*fp32"} | STEP, 20),
 )
@@ -141,7 +141,7 @@ class Inputs(NamedTuple):
     x: torch.Tensor  # float32 [N, 1, 28, 28]: x_t, or the noise that plain torch must keep
     out: torch.Tensor  # float32 [N, 1, 28, 28]
     forward: torch.Tensor  # float32 [T, 5]
-    reverse: torch.Tensor  # float32 [S, 6]
+    reverse: torch.Tensor  # float32 [S, 7]
     draw: torch.Tensor  # int64 []
 
 
@@ -190,7 +190,7 @@ def posterior_step(s):
 
 
 def posterior_step_plain(s):
-    a, b, c0, ct, sigma, _ = s.reverse[0]
+    a, b, c0, ct, sigma, *_ = s.reverse[0]
     x0_hat = (a * s.x + b * s.out).clamp(-1, 1)
     return c0 * x0_hat + ct * s.x + sigma * torch.randn_like(s.x)
 
