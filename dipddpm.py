@@ -1303,7 +1303,8 @@ def generate(cfg, run, nets, train, x_0, test, result):
     curves and pictures go to `result`."""
     N, C, H, W = x_0.shape
     n = min(cfg.samples or 1000, N)
-    judge = Judge(cfg, run, train, x_0, test, n)
+    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
+    judge = measure.Judge(train, x_0, test, n, [root, data.cache_root(), run.folder])
     result |= judge.summary()
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
@@ -1357,6 +1358,7 @@ def generate(cfg, run, nets, train, x_0, test, result):
     for name, network in nets.items():
         curves |= convergence(cfg, run, name, network, begun, numbers, judge, test)
     result["pictures"] += draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]
+    run.seconds["eval"] = judge.seconds
 
 
 def headlines(cfg, arms, n):
@@ -1441,7 +1443,7 @@ def restore(cfg, run, nets, task, test, result):
     rows, shown = [], {"truth": truth[:16], "corrupted": corrupted[:16]}
 
     def add(row, x):
-        rows.append({"task": task, "sigma": measured.sigma} | row | measures(x, truth))
+        rows.append({"task": task, "sigma": measured.sigma} | row | measure.measures(x, truth))
         say(describe(rows[-1]))
 
     add({"name": "corrupted", "seed": cfg.seed}, corrupted)
@@ -1485,11 +1487,12 @@ def restore(cfg, run, nets, task, test, result):
         result["curves"].setdefault(f"restored {task}/{setting_of(row, cfg)}", []).append(
             [row.get("nfe", 0), row["psnr"]])
     result["arms"] += rows
-    result["pictures"].append(draw(run, f"{task}.png", f"{task}, sigma = {measured.sigma:g}, "
-                                   f"{film_nfe(cfg)} network evaluations", shown))
+    result["pictures"].append(measure.draw(
+        run.folder / f"{task}.png", f"{task}, sigma = {measured.sigma:g}, {film_nfe(cfg)} network "
+        "evaluations", shown))
 
 
-# ------------------------------------------------------------------ method 1: curves and judge
+# ------------------------------------------------------------------ method 1: curves
 
 
 def convergence(cfg, run, name, net, begun, numbers, judge, test):
@@ -1566,78 +1569,6 @@ def setting_of(row, cfg):
                "eta": cfg.eta, "order": cfg.order, "grid": cfg.grid}
     return " ".join([row["name"]] + [f"{key} {show(row[key])}" for key, values in several.items()
                                      if len(values) > 1 and key in row])
-
-
-def total_variation(counts, others):
-    """Half the sum of |p - q| between the shares of two histograms: 0 where they agree, at most 1;
-    the share of samples that would have to change class."""
-    size = max(len(counts), len(others))
-    p, q = (F.pad(c, (0, size - len(c))).double() / c.sum() for c in (counts, others))
-    return 0.5 * (p - q).abs().sum().item()
-
-
-class Judge:
-    """Measures sets of n samples: against the test split in the features of a LeNet that is trained
-    on the whole training split, where there are labels for it, and in the shares of the classes
-    that it sees; and for copying, by the distance of each sample to the nearest training image (L2
-    over pixels in [0, 1]: mean and 5th percentile) and to its own source image. Its time goes to
-    seconds["eval"]."""
-
-    def __init__(self, cfg, run, train, x_0, test, n):
-        began = time.time()
-        self.run, self.lenet, self.n, self.x_0 = run, None, n, x_0
-        held_out = measure.subset(len(test.pixels), n)
-        self.real = self.copying(test.pixels[held_out].to(run.device))
-        if train.labels is not None and min(n, len(test.pixels)) > 3:  # three neighbours and itself
-            root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-            self.lenet = measure.feature_network(
-                train.pixels, train.labels, train.name, [root, data.cache_root(), run.folder],
-                device=run.device, test=(test.pixels, test.labels))
-            self.features = measure.features(self.lenet, test.pixels)
-            self.shares = torch.bincount(measure.classes(self.lenet, test.pixels))
-            # as many real images as generated ones, as recall asks for
-            self.manifold = self.features[held_out.to(run.device)]
-            self.floor, self.floor_std = measure.floor(self.lenet, train.pixels, test.pixels, n)
-        run.seconds["eval"] += time.time() - began
-
-    def copying(self, x):
-        """Distances to the nearest training image, as a flat dictionary."""
-        d = measure.nearest(x, self.x_0)
-        return {"nearest": round(d.mean().item(), 3),
-                "nearest_5": round(d.quantile(0.05).item(), 3)}
-
-    def __call__(self, x, sources=None):
-        """x [n, C, H, W] in [-1, 1] -> the set's measures, a flat dictionary."""
-        began = time.time()
-        x = (x + 1) / 2
-        row = {}
-        if self.lenet is not None:
-            f, g = measure.features(self.lenet, x), self.features
-            kid, kid_std = measure.kid(f, g)
-            precision, recall = measure.precision_recall(f, self.manifold)
-            shares = torch.bincount(measure.classes(self.lenet, x), minlength=len(self.shares))
-            row = {"fid_lenet": round(measure.frechet_distance(f, g), 3), "kid": round(kid, 5),
-                   "kid_std": round(kid_std, 5), "precision": round(precision, 4),
-                   "recall": round(recall, 4),
-                   "class_gap": round(total_variation(shares, self.shares), 4)}
-        row |= self.copying(x)
-        if sources is not None:
-            own = (x - sources.float() / 255).flatten(1).norm(dim=1)
-            row["own_source"] = round(own.mean().item(), 3)
-        self.run.seconds["eval"] += time.time() - began
-        return row
-
-    def summary(self):
-        notes = [f"{self.n} real test images lie {self.real['nearest']:g} from their nearest "
-                 f"training image (mean; 5th percentile {self.real['nearest_5']:g})"]
-        if self.lenet is None:
-            notes.append("no labels, or too few images: no LeNet features, no fid_lenet")
-            return {"notes": notes, "real": self.real}
-        return {"floor": {"fid_lenet": round(self.floor, 3), "std": round(self.floor_std, 3),
-                          "samples": self.n},
-                "notes": notes, "real": self.real,
-                "features": {"name": self.lenet.name, "accuracy": self.lenet.accuracy,
-                             "checksum": self.lenet.checksum, "dimension": self.lenet.dimension}}
 
 
 # ------------------------------------------------------------------ method 2: guide
@@ -1980,7 +1911,7 @@ def run_guide(cfg, run):
         x = x.clamp(0, 1)
         psnr = measure.psnr(x, truth)
         mean = iterations.double().mean().item()
-        row = {"name": name} | about | measures(x, truth) | {
+        row = {"name": name} | about | measure.measures(x, truth) | {
             "gap": round((bound - psnr).mean().item(), 3),
             "gap_worst": round((bound - psnr).max().item(), 3), "iterations": round(mean, 1),
             "networks": networks, "network_steps": round(networks * mean)} | more
@@ -2031,8 +1962,8 @@ def run_guide(cfg, run):
     run.seconds["dip"] = time.time() - first
     finish(run, {"notes": notes,
                  "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256},
-                 "arms": rows, "curves": curves, "pictures": [
-                     draw(run, "guide.png", f"{measured.task}, sigma = {sigma:g}", shown)]})
+                 "arms": rows, "curves": curves, "pictures": [measure.draw(
+                     run.folder / "guide.png", f"{measured.task}, sigma = {sigma:g}", shown)]})
     say(measure.text_tables([run.folder], ("psnr", "ssim")))
 
 
@@ -2053,8 +1984,8 @@ def run_dip(cfg, run):
                 "iterations": round(iterations.float().mean().item(), 1)}
     curves, marks = {}, {}
     if truth is not None:
-        arms[0] |= measures(corrupted, truth)
-        arms[1] |= measures(x, truth) | {"psnr_oracle": round(best.mean().item(), 3)}
+        arms[0] |= measure.measures(corrupted, truth)
+        arms[1] |= measure.measures(x, truth) | {"psnr_oracle": round(best.mean().item(), 3)}
         curves["psnr/mean over images"] = curve
         marks["psnr"] = {"best": max(curve, key=lambda point: point[1])[0], "end": curve[-1][0]}
     for row in arms:
@@ -2062,8 +1993,8 @@ def run_dip(cfg, run):
     for k, image in enumerate(x[:16]):
         measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
     shown = {} if truth is None else {"truth": truth[:16]}
-    picture = draw(run, "dip.png", f"{measured.task}, sigma = {measured.sigma:.3g}",
-                   shown | {"corrupted": corrupted[:16], "dip": x[:16]})
+    picture = measure.draw(run.folder / "dip.png", f"{measured.task}, sigma = {measured.sigma:.3g}",
+                           shown | {"corrupted": corrupted[:16], "dip": x[:16]})
     finish(run, {
         "data": {"name": test.name, "train": 0, "test": len(x), "sha256": test.sha256},
         "arms": arms, "curves": curves, "pictures": [picture], "marks": marks})
@@ -2089,7 +2020,7 @@ def run_sample(cfg, run):
         films |= {"ddpm": film} if film else {}
         arms.append(row)
         file = "-".join(["samples", f"nfe{nfe}", *setting_of(row, cfg).split()[1:]]) + ".png"
-        picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=zoom(x))
+        picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=measure.zoom(x))
         measure.save_png(picture, run.folder / file)
         pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
                          f"eta = {setting[0]:g}, order {setting[1]}, {setting[2]} grid"})
@@ -2104,16 +2035,6 @@ MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "guide": run_gui
 
 
 # ------------------------------------------------------------------ results and pictures
-
-
-def measures(image, truth):
-    """Mean and standard deviation over images of each image measure, as a flat dictionary."""
-    row = {}
-    for name in ("psnr", "ssim", "mse", "mae", "delta_e"):
-        v = getattr(measure, name)(image, truth)
-        row[name] = round(v.mean().item(), 5)
-        row[f"{name}_std"] = round(v.std(correction=0).item(), 5)
-    return row
 
 
 def describe(row):
@@ -2131,20 +2052,6 @@ def loss_curves(rows):
     return {k: v[::max(1, len(v) // 200)] for k, v in curves.items()}
 
 
-def zoom(images):
-    """Enlargement that makes a small image visible in a grid."""
-    return max(1, 64 // max(images.shape[-2:]))
-
-
-def draw(run, file, caption, rows):
-    """Save {name: images [n, C, H, W] in [0, 1]} as a picture with a row for each; returns its
-    entry in results.json."""
-    x = torch.cat([x.clamp(0, 1).cpu() for x in rows.values()])
-    columns = len(next(iter(rows.values())))
-    measure.save_png(measure.grid(x, columns=columns, scale=zoom(x)), run.folder / file)
-    return {"file": file, "caption": caption, "rows": list(rows)}
-
-
 def draw_arms(cfg, run, pictures, priors, sources):
     """A picture for each number of evaluations, a row for each arm, by the first sampler and from
     the first t_start; and one of the priors."""
@@ -2152,14 +2059,16 @@ def draw_arms(cfg, run, pictures, priors, sources):
     listed = []
     for nfe in cfg.nfe:
         rows = {arm: (x + 1) / 2 for (arm, n), x in pictures.items() if n == nfe}
-        listed.append(draw(run, f"samples-nfe{nfe}.png", f"{nfe} network evaluations, eta = "
-                           f"{eta:g}, order {order}, {grid} grid", rows))
+        listed.append(measure.draw(
+            run.folder / f"samples-nfe{nfe}.png", f"{nfe} network evaluations, eta = {eta:g}, "
+            f"order {order}, {grid} grid", rows))
     if priors:
         n = min(16, *map(len, priors.values()))
         rows = {"source": sources[:n].float() / 255}
         rows |= {arm: (x[:n] + 1) / 2 for arm, x in priors.items()}
-        listed.append(draw(run, "priors.png", "what the arms start from, before noise; source: the "
-                           f"training images that {' and '.join(HAS_SOURCE)} are made of", rows))
+        listed.append(measure.draw(
+            run.folder / "priors.png", "what the arms start from, before noise; source: the "
+            f"training images that {' and '.join(HAS_SOURCE)} are made of", rows))
     return listed
 
 
@@ -2171,9 +2080,9 @@ def film_nfe(cfg):
 def draw_film(run, films):
     """The reverse process of the first image as a strip, {arm: [x_t, ...]}."""
     steps = len(next(iter(films.values()))) - 1
-    return draw(run, "film.png", "the reverse process of one image, from left to right, in "
-                f"{steps} network evaluations",
-                {arm: (torch.cat(film) + 1) / 2 for arm, film in films.items()})
+    return measure.draw(run.folder / "film.png", "the reverse process of one image, from left to "
+                        f"right, in {steps} network evaluations",
+                        {arm: (torch.cat(film) + 1) / 2 for arm, film in films.items()})
 
 
 def finish(run, result):

@@ -1,9 +1,10 @@
 """Measures, pictures and the report: everything that looks at a result and nothing that makes one.
 
     image against image    mse, mae, psnr, ssim, delta_e           [N, C, H, W] in [0, 1] -> [N]
-    set against set        frechet_distance, kid, precision_recall, nearest
+    set against set        frechet_distance, kid, precision_recall, nearest, total_variation
     LeNet features         feature_network, features, floor
-    files                  grid, save_png, write_text, write_json, report, compare
+    all of a set           Judge
+    files                  grid, save_png, draw, write_text, write_json, report, compare
 
 `python eval.py A.png B.png` prints the image measures of two pictures;
 `python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json, and for several runs also
@@ -26,6 +27,7 @@ import os
 import re
 import statistics
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -171,6 +173,16 @@ def ciede2000(p, q):
     theta = 30 * degree * (-((mean_h / degree - 275) / 25)**2).exp()
     R_T = -(2 * theta).sin() * 2 * flatness(mean_c)
     return (dL**2 + dC**2 + dH**2 + R_T * dC * dH).clamp(min=0).sqrt()
+
+
+def measures(image, truth):
+    """Mean and standard deviation over images of each image measure, as a flat dictionary."""
+    row = {}
+    for f in psnr, ssim, mse, mae, delta_e:
+        v = f(image, truth)
+        row[f.__name__] = round(v.mean().item(), 5)
+        row[f"{f.__name__}_std"] = round(v.std(correction=0).item(), 5)
+    return row
 
 
 # ---------------------------------------------------------------- set against set
@@ -464,6 +476,81 @@ def floor(net, train_pixels, test_pixels, samples, subsets=5):
     return statistics.fmean(values), statistics.stdev(values)
 
 
+# ---------------------------------------------------------------- a set's judge
+
+
+def total_variation(counts, others):
+    """Half the sum of |p - q| between the shares of two histograms: 0 where they agree, at most 1;
+    the share of samples that would have to change class."""
+    size = max(len(counts), len(others))
+    p, q = (F.pad(c, (0, size - len(c))).double() / c.sum() for c in (counts, others))
+    return 0.5 * (p - q).abs().sum().item()
+
+
+class Judge:
+    """Measures sets of n samples: against the test split in the features of a LeNet that is trained
+    on the whole training split, where there are labels for it, and in the shares of the classes
+    that it sees; and for copying, by the distance of each sample to the nearest training image (L2
+    over pixels in [0, 1]: mean and 5th percentile) and to its own source image. `train` and `test`
+    are data.Images, x_0 the training images that were used, on the device to measure on; the LeNet
+    is cached in the first of `cache_dirs` that has it or takes it. `seconds` is what all took."""
+
+    def __init__(self, train, x_0, test, n, cache_dirs):
+        began = time.time()
+        self.lenet, self.n, self.x_0 = None, n, x_0
+        held_out = subset(len(test.pixels), n)
+        self.real = self.copying(test.pixels[held_out].to(x_0.device))
+        if train.labels is not None and min(n, len(test.pixels)) > 3:  # three neighbours and itself
+            self.lenet = feature_network(
+                train.pixels, train.labels, train.name, cache_dirs, device=x_0.device,
+                test=(test.pixels, test.labels))
+            self.features = features(self.lenet, test.pixels)
+            self.shares = torch.bincount(classes(self.lenet, test.pixels))
+            # as many real images as generated ones, as recall asks for
+            self.manifold = self.features[held_out.to(x_0.device)]
+            self.floor, self.floor_std = floor(self.lenet, train.pixels, test.pixels, n)
+        self.seconds = time.time() - began
+
+    def copying(self, x):
+        """Distances to the nearest training image, as a flat dictionary."""
+        d = nearest(x, self.x_0)
+        return {"nearest": round(d.mean().item(), 3),
+                "nearest_5": round(d.quantile(0.05).item(), 3)}
+
+    def __call__(self, x, sources=None):
+        """x [n, C, H, W] in [-1, 1] -> the set's measures, a flat dictionary."""
+        began = time.time()
+        x = (x + 1) / 2
+        row = {}
+        if self.lenet is not None:
+            f, g = features(self.lenet, x), self.features
+            distance, deviation = kid(f, g)
+            precision, recall = precision_recall(f, self.manifold)
+            shares = torch.bincount(classes(self.lenet, x), minlength=len(self.shares))
+            row = {"fid_lenet": round(frechet_distance(f, g), 3), "kid": round(distance, 5),
+                   "kid_std": round(deviation, 5), "precision": round(precision, 4),
+                   "recall": round(recall, 4),
+                   "class_gap": round(total_variation(shares, self.shares), 4)}
+        row |= self.copying(x)
+        if sources is not None:
+            own = (x - sources.float() / 255).flatten(1).norm(dim=1)
+            row["own_source"] = round(own.mean().item(), 3)
+        self.seconds += time.time() - began
+        return row
+
+    def summary(self):
+        notes = [f"{self.n} real test images lie {self.real['nearest']:g} from their nearest "
+                 f"training image (mean; 5th percentile {self.real['nearest_5']:g})"]
+        if self.lenet is None:
+            notes.append("no labels, or too few images: no LeNet features, no fid_lenet")
+            return {"notes": notes, "real": self.real}
+        return {"floor": {"fid_lenet": round(self.floor, 3), "std": round(self.floor_std, 3),
+                          "samples": self.n},
+                "notes": notes, "real": self.real,
+                "features": {"name": self.lenet.name, "accuracy": self.lenet.accuracy,
+                             "checksum": self.lenet.checksum, "dimension": self.lenet.dimension}}
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -519,6 +606,20 @@ def save_png(image, path):
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
     _replace(path, content.getvalue())
+
+
+def zoom(images):
+    """Enlargement that makes a small image visible in a grid."""
+    return max(1, 64 // max(images.shape[-2:]))
+
+
+def draw(path, caption, rows):
+    """Save {name: images [n, C, H, W] in [0, 1]} as a picture with a row for each; returns its
+    entry in results.json."""
+    x = torch.cat([x.clamp(0, 1).cpu() for x in rows.values()])
+    columns = len(next(iter(rows.values())))
+    save_png(grid(x, columns=columns, scale=zoom(x)), path)
+    return {"file": path.name, "caption": caption, "rows": list(rows)}
 
 
 # ---------------------------------------------------------------- report

@@ -1957,8 +1957,8 @@ def test_headlines_say_with_how_few_evaluations_and_when_a_prior_is_paid_back():
 
 def test_class_gap_is_the_share_of_samples_in_a_wrong_class():
     a, b = torch.tensor([5, 5]), torch.tensor([2, 4, 4])
-    assert dipddpm.total_variation(a, b) == pytest.approx(0.4)
-    assert dipddpm.total_variation(b, b) == 0
+    assert measures.total_variation(a, b) == pytest.approx(0.4)
+    assert measures.total_variation(b, b) == 0
 
 
 def test_seconds_of_a_step_are_not_bent_by_a_pause():
