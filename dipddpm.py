@@ -15,7 +15,7 @@ Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs 
             noise steps. Whatever counts steps (t_start, a grid's tau) runs from T to 0 and asks the
             network at t = tau - 1; tau = 0 is the clean image, where alpha_bar is 1.
 Ranges      images are in [-1, 1] inside the diffusion, in [0, 1] inside DIP and every metric.
-Contents    Config and command line - schedule and tables - U-Net - DIP network - DDPM training -
+Contents    Config and command line - schedule and tables - U-Net - DIP networks - DDPM training -
             sampling - DIP fitting - network, codes - method 1: priors, restoration, curves -
             method 2: guide - other runs and main
 """
@@ -113,8 +113,8 @@ class Config:
                              "from image to image, for all; codes: one decoder for all, new images "
                              "from new codes; a list", "prior",
                              type=listed(str, "images", "network", "codes"))
-    dip_arch: str = flag("autoencoder", "the network of --dip-source network", "prior",
-                         ("conv2", "autoencoder", "resnet18"))
+    dip_arch: str = flag(None, "a DIP's network (skip; --dip-source network: autoencoder)", "prior",
+                         ("skip", "conv2", "autoencoder", "resnet18"))
     dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
                           " codes: 32)", "prior", low=1)
     dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
@@ -239,7 +239,7 @@ def check(cfg):
             if low is not None and value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, not {value}")
             choices = f.metadata["choices"]  # a saved run's may be of another version
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ValueError(f"{name} {value} is none of {', '.join(choices)}")
     for name in ("lr", "dip_lr", "alpha"):
         if getattr(cfg, name) == 0:
@@ -520,7 +520,7 @@ def make_unet(cfg, channels, device):
     return draw_weights(net.to_empty(device=device), cfg.seed, 0)
 
 
-# ------------------------------------------------------------------ DIP network
+# ------------------------------------------------------------------ DIP networks
 
 
 class GroupedConv(nn.Module):
@@ -529,78 +529,173 @@ class GroupedConv(nn.Module):
     U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn for each of `members` from its own number, so that a
     network does not depend on which others share its group."""
 
-    def __init__(self, members, layer, c_in, c_out, size, seed, stride=1):
+    def __init__(self, members, layer, c_in, c_out, size, seed, stride=1, transposed=False):
         super().__init__()
-        K, bound = len(members), (c_in * size * size) ** -0.5
-        shape = (K, c_out * (c_in * size * size + 1))
-        u = kernels.uniform(shape, seed, members, layer, kernels.WEIGHTS, members.device)
-        weight, bias = (u * 2 - 1).mul(bound).split([c_out * c_in * size * size, c_out], dim=1)
-        self.weight = nn.Parameter(weight.reshape(K * c_out, c_in, size, size))
+        K, area = len(members), size * size
+        first, second = (c_in, c_out) if transposed else (c_out, c_in)
+        u = kernels.uniform((K, c_out * (c_in * area + 1)), seed, members, layer, kernels.WEIGHTS,
+                            members.device)
+        weight, bias = (u * 2 - 1).mul((second * area) ** -0.5).split(
+            [c_out * c_in * area, c_out], dim=1)
+        self.weight = nn.Parameter(weight.reshape(K * first, second, size, size))
         self.bias = nn.Parameter(bias.reshape(K * c_out))
-        self.K, self.stride, self.pad = K, stride, size // 2
+        self.K, self.stride, self.pad = K, stride, (size - 1) // 2
+        self.transposed = transposed
 
     def forward(self, x):
-        if self.pad:
-            x = F.pad(x, (self.pad,) * 4, mode="reflect")
+        if self.transposed:
+            return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.pad,
+                                      groups=self.K)
+        if self.pad:  # a map that is no larger than the padding has nothing to reflect
+            mode = "reflect" if min(x.shape[2:]) > self.pad else "replicate"
+            x = F.pad(x, (self.pad,) * 4, mode=mode)
         return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.K)
 
 
-class NormAct(nn.Module):
-    """BatchNorm in training mode, then LeakyReLU(0.2), over [1, K C, H, W]: with a batch of one,
-    K C channels are K separate BatchNorms."""
+class GroupedNorm(nn.Module):
+    """BatchNorm by the batch's own statistics over [1, K C, H, W]: with a batch of one, K C
+    channels are K separate BatchNorms."""
 
-    def __init__(self, channels, device, act=True):
+    def __init__(self, channels, device):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, device=device))
         self.bias = nn.Parameter(torch.zeros(channels, device=device))
-        self.act = act
 
     def forward(self, x):
-        x = F.batch_norm(x, None, None, self.weight, self.bias, training=True)
-        return F.leaky_relu(x, 0.2) if self.act else x
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
 
-class SkipDIP(nn.Module):
-    """K of Ulyanov et al.'s hourglasses (2018, supplementary) as one grouped network:
-    z [1, K Cz, H, W] -> x [K, C, H, W] in [0, 1]. Each scale has a 4-channel 1x1 skip, a stride-2
-    and a plain 3x3 convolution on the way down, bilinear upsampling, a 3x3 and a 1x1 convolution on
-    the way up."""
+class Grouped:
+    """What the DIPs below are made of, for K members that are fitted together, each to its image:
+    every layer K times as wide, in K groups. Each layer draws its weights under a number of its
+    own."""
 
-    def __init__(self, members, channels, height, width_px, width, z_channels, seed):
+    def __init__(self, members, seed):
+        self.members, self.seed, self.K = members, seed, len(members)
+        self.numbers = itertools.count()
+
+    def conv(self, c_in, c_out, size, stride=1):
+        return GroupedConv(self.members, next(self.numbers), c_in, c_out, size, self.seed, stride)
+
+    def up(self, c_in, c_out, size, stride=1):
+        return GroupedConv(self.members, next(self.numbers), c_in, c_out, size, self.seed, stride,
+                           transposed=True)
+
+    def norm(self, channels):
+        return GroupedNorm(self.K * channels, self.members.device)
+
+
+class Single:
+    """What the same DIPs are made of as one network for a whole data set, trained in batches."""
+
+    K = 1
+
+    def conv(self, c_in, c_out, size, stride=1):
+        return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2)
+
+    def up(self, c_in, c_out, size, stride=1):
+        return nn.ConvTranspose2d(c_in, c_out, size, stride, padding=(size - 1) // 2)
+
+    def norm(self, channels):
+        return nn.BatchNorm2d(channels)
+
+
+class Skip(nn.Module):
+    """The hourglass of Ulyanov et al. (2018, supplementary). Each scale has a 4-channel 1x1 skip, a
+    stride-2 and a plain 3x3 convolution on the way down, bilinear upsampling, a 3x3 and a 1x1
+    convolution on the way up. [B, K Ci, H, W] -> [B, K Co, H, W] in [0, 1]."""
+
+    def __init__(self, make, c_in, c_out, height, width_px, width):
         super().__init__()
-        K, device = len(members), members.device
-        self.K, self.channels, skip = K, channels, 4
+        self.K, skip = make.K, 4
         self.scales = min(5, max(1, int(math.log2(min(height, width_px))) - 2))
-        numbers = iter(range(10_000))  # each layer draws its weights under a number of its own
 
         def conv_norm(c_in, c_out, size, stride=1):
-            conv = GroupedConv(members, next(numbers), c_in, c_out, size, seed, stride)
-            return nn.Sequential(conv, NormAct(K * c_out, device))
+            return nn.Sequential(make.conv(c_in, c_out, size, stride), make.norm(c_out),
+                                 nn.LeakyReLU(0.2))
 
-        def each_scale(make):
-            return nn.ModuleList(make(z_channels if s == 0 else width) for s in range(self.scales))
+        def each_scale(layer):
+            return nn.ModuleList(layer(c_in if s == 0 else width) for s in range(self.scales))
 
         self.skips = each_scale(lambda c: conv_norm(c, skip, 1))
         self.downs = each_scale(lambda c: nn.Sequential(conv_norm(c, width, 3, stride=2),
                                                         conv_norm(width, width, 3)))
-        self.norms = each_scale(lambda c: NormAct(K * (skip + width), device, act=False))
+        self.norms = each_scale(lambda c: make.norm(skip + width))
         self.ups = each_scale(lambda c: nn.Sequential(conv_norm(skip + width, width, 3),
                                                       conv_norm(width, width, 1)))
-        self.last = GroupedConv(members, next(numbers), width, channels, 1, seed)
+        self.last = make.conv(width, c_out, 1)
 
-    def forward(self, z):
-        h, skips = z, []
+    def forward(self, x):
+        h, skips = x, []
         for skip, down in zip(self.skips, self.downs):
             skips.append(skip(h))
             h = down(h)
         for norm, up in zip(reversed(self.norms), reversed(self.ups)):
             skip = skips.pop()
-            H, W = skip.shape[-2:]
-            h = F.interpolate(h, size=(H, W), mode="bilinear", align_corners=False)
-            h = torch.cat([skip.view(self.K, -1, H, W), h.view(self.K, -1, H, W)], dim=1)
-            h = up(norm(h.view(1, -1, H, W)))
-        x = torch.sigmoid(self.last(h))
-        return x.view(self.K, self.channels, *x.shape[-2:])
+            h = F.interpolate(h, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            h = [part.unflatten(1, (self.K, -1)) for part in (skip, h)]  # [B, K, c, H, W] each
+            h = up(norm(torch.cat(h, dim=2).flatten(1, 2)))
+        return torch.sigmoid(self.last(h))
+
+
+def conv2(make, c_in, c_out, height, width_px, width):
+    """Two 3x3 convolutions and a sigmoid."""
+    return nn.Sequential(make.conv(c_in, width, 3), nn.ReLU(), make.conv(width, c_out, 3),
+                         nn.Sigmoid())
+
+
+def autoencoder(make, c_in, c_out, height, width_px, width):
+    """Four 3x3 convolutions and a tanh, at full resolution: it narrows nothing."""
+    widths = [c_in, width, width, width, c_out]
+    layers = [layer for a, b in zip(widths, widths[1:])
+              for layer in (make.conv(a, b, 3), nn.ReLU())]
+    return nn.Sequential(*layers[:-1], nn.Tanh())
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 5, left)."""
+
+    def __init__(self, make, c_in, c_out, stride):
+        super().__init__()
+        self.conv1, self.norm1 = make.conv(c_in, c_out, 3, stride), make.norm(c_out)
+        self.conv2, self.norm2 = make.conv(c_out, c_out, 3), make.norm(c_out)
+        same = stride == 1 and c_in == c_out
+        self.shortcut = nn.Identity() if same else nn.Sequential(
+            make.conv(c_in, c_out, 1, stride), make.norm(c_out))
+
+    def forward(self, x):
+        h = self.conv2(F.relu(self.norm1(self.conv1(x))))
+        return F.relu(self.shortcut(x) + self.norm2(h))
+
+
+class ResNet18(nn.Module):
+    """A ResNet-18 encoder (He et al. 2016, table 1; random weights, widths w ... 8 w) and six
+    transposed convolutions: an image becomes 8 w numbers at 1/32 of its size."""
+
+    def __init__(self, make, c_in, c_out, height, width_px, width):
+        super().__init__()
+        if isinstance(make, Grouped) and max(height, width_px) <= 32:
+            raise ValueError(f"--dip-arch resnet18 makes one pixel of {width_px}x{height}: fitted "
+                             "to one image its norms have nothing to take a mean over")
+        widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width,
+                  8 * width]
+        self.enter = nn.Sequential(make.conv(c_in, width, 7, 2), make.norm(width), nn.ReLU(),
+                                   nn.MaxPool2d(3, 2, padding=1))
+        self.blocks = nn.Sequential(*(BasicBlock(make, a, b, 2 if b > a else 1)
+                                      for a, b in zip(widths, widths[1:])))
+        ups = [8 * width, 4 * width, 2 * width, width, width, width]
+        self.ups = nn.ModuleList(nn.Sequential(make.up(a, b, 4, 2), make.norm(b), nn.ReLU())
+                                 for a, b in zip(ups, ups[1:]))
+        self.last = make.up(width, c_out, 3)
+
+    def forward(self, x):
+        h = self.blocks(self.enter(x))
+        for up in self.ups:
+            h = up(h)
+        return torch.sigmoid(self.last(h)[..., :x.shape[2], :x.shape[3]])  # 32 ceil(H / 32) is more
+
+
+ARCHS = {"skip": Skip, "conv2": conv2, "autoencoder": autoencoder, "resnet18": ResNet18}
 
 
 # ------------------------------------------------------------------ DDPM training
@@ -859,7 +954,8 @@ class DIPGroup:
     def __init__(self, cfg, members, C, H, W, dtype=torch.float32):
         width, device = cfg.dip_width or (16 if max(H, W) <= 64 else 128), members.device
         self.cfg, self.K, self.Cz = cfg, len(members), min(width, 32)
-        self.net = SkipDIP(members, C, H, W, width, self.Cz, cfg.seed).to(dtype)
+        make = ARCHS[cfg.dip_arch or "skip"]
+        self.net = make(Grouped(members, cfg.seed), self.Cz, C, H, W, width).to(dtype)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True)
         self.z = 0.1 * kernels.uniform((1, self.Cz, H, W), cfg.seed, 0, 0, kernels.DIP_CODE, device)
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
@@ -872,7 +968,7 @@ class DIPGroup:
         jitter = kernels.normal(self.z.shape, self.cfg.seed, 0, i, kernels.DIP_JITTER,
                                 self.z.device)
         z = (self.z + jitter / 30).to(self.average.dtype).expand(self.K, -1, -1, -1)
-        x = self.net(z.reshape(1, -1, *z.shape[2:]))  # [K, C, H, W]
+        x = self.net(z.reshape(1, -1, *z.shape[2:])).view_as(self.average)  # [K, C, H, W]
         losses = ((A(x) - y).square() * share).sum(dim=(1, 2, 3))
         self.optimizer.zero_grad()
         losses.sum().backward()
@@ -986,73 +1082,14 @@ def fit_in_groups(cfg, y, members, iters, run, measured=None):
 NETWORK_ITERS, NETWORK_RATE = 300, 1e-3
 
 
-def conv2(C, width):
-    """Two 3x3 convolutions and a sigmoid."""
-    return nn.Sequential(nn.Conv2d(C, width, 3, padding=1), nn.ReLU(),
-                         nn.Conv2d(width, C, 3, padding=1), nn.Sigmoid())
-
-
-def autoencoder(C, width):
-    """Four 3x3 convolutions and a tanh, at full resolution: it narrows nothing."""
-    widths = [C, width, width, width, C]
-    layers = [layer for c_in, c_out in zip(widths, widths[1:])
-              for layer in (nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU())]
-    return nn.Sequential(*layers[:-1], nn.Tanh())
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 5, left)."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
-        self.norm1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(c_out)
-        same = stride == 1 and c_in == c_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
-
-    def forward(self, x):
-        h = self.conv2(F.relu(self.norm1(self.conv1(x))))
-        return F.relu(self.shortcut(x) + self.norm2(h))
-
-
-class ResNet18(nn.Module):
-    """A ResNet-18 encoder (He et al. 2016, table 1; random weights, widths w ... 8 w) and six
-    transposed convolutions: an image becomes 8 w numbers at 1/32 of its size."""
-
-    def __init__(self, C, width):
-        super().__init__()
-        widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width,
-                  8 * width]
-        self.enter = nn.Sequential(nn.Conv2d(C, width, 7, 2, padding=3), nn.BatchNorm2d(width),
-                                   nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
-        self.blocks = nn.Sequential(*(BasicBlock(a, b, 2 if b > a else 1)
-                                      for a, b in zip(widths, widths[1:])))
-        ups = [8 * width, 4 * width, 2 * width, width, width, width]
-        self.ups = nn.ModuleList(nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, padding=1),
-                                               nn.BatchNorm2d(b), nn.ReLU())
-                                 for a, b in zip(ups, ups[1:]))
-        self.last = nn.ConvTranspose2d(width, C, 3, padding=1)
-
-    def forward(self, x):
-        h = self.blocks(self.enter(x))
-        for up in self.ups:
-            h = up(h)
-        return torch.sigmoid(self.last(h)[..., :x.shape[2], :x.shape[3]])  # 32 ceil(H / 32) is more
-
-
-ARCHS = {"conv2": conv2, "autoencoder": autoencoder, "resnet18": ResNet18}
-
-
 def fit_network(cfg, x_0, run):
     """Minimise E_i |f_theta(x_i) - x_i|^2 over the images of x_0 uint8 [N, C, H, W], from random
     theta, Adam, half a cosine: the DIP of a whole data set, f: [B, C, H, W] -> the same, in [0, 1].
-    Nothing in it is narrow but `resnet18`: given time the others become the identity."""
+    What nothing narrows (`conv2`, `autoencoder`) becomes the identity, given time."""
     N, C = x_0.shape[:2]
     with torch.device("meta"):
-        f = ARCHS[cfg.dip_arch](C, cfg.dip_width or 64)
+        f = ARCHS[cfg.dip_arch or "autoencoder"](Single(), C, C, *x_0.shape[2:],
+                                                 cfg.dip_width or 64)
     f = draw_weights(f.to_empty(device=run.device), cfg.seed, 2)
     optimizer = torch.optim.Adam(f.parameters(), fused=True)
     steps = cfg.dip_iters or NETWORK_ITERS
@@ -1824,6 +1861,7 @@ def observe(cfg, run):
         measured = measured._replace(sigma=noise_level(measured.y).median().item())
         about["sigma_estimate"] = round(measured.sigma, 5)
     budget = cfg.dip_iters or (1000 if max(H, W) <= 64 else 3000)
+    DIPGroup(cfg, members[:1], C, H, W)  # who cannot take this size says so before run.begin
     run.begin()
     say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
         f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most {budget} "
