@@ -1851,7 +1851,9 @@ def test_windowed_variance_is_that_of_the_last_outputs():
 
 
 def test_observing_takes_the_middle_and_adds_the_noise_asked_for(tmp_path):
-    seen = dipddpm.observe(config(data="digits", crop=20, samples=3, sigma=0.2), bare_run(tmp_path))
+    run = bare_run(tmp_path)
+    run.begin = lambda: None
+    seen = dipddpm.observe(config(data="digits", crop=20, samples=3, sigma=0.2), run)
     middle = data.load("digits", split="test", limit=3).pixels[:, :, 4:24, 4:24].float() / 255
     assert torch.equal(seen.truth, middle) and seen.measured.sigma == 0.2
     assert (seen.measured.y - middle).std() == pytest.approx(0.2, rel=0.1)
