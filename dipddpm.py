@@ -446,10 +446,11 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: x_t [B, C, H, W] and t int64 [B] -> out [B, C, H, W], for H and W divisible
-    by 4. Space-to-depth by 2 comes first: on small images most of a U-Net's time is spent at full
-    resolution, where there is least to decide. Skip connections are added, not concatenated, which
-    keeps every block at one width. Two levels of widths w and 2 w, attention on the lower one."""
+    """The denoiser: x_t [B, C, H, W] and t int64 [B] -> out [B, C, H, W]; inside, the last row and
+    column are repeated up to multiples of 4. Space-to-depth by 2 comes first: on small images most
+    of a U-Net's time is spent at full resolution, where there is least to decide. Skip connections
+    are added, not concatenated, which keeps every block at one width. Two levels of widths w and
+    2 w, attention on the lower one."""
 
     def __init__(self, channels, width=32, blocks=(1, 2)):
         super().__init__()
@@ -476,6 +477,9 @@ class UNet(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     def forward(self, x_t, t):
+        H, W = x_t.shape[2:]
+        if H % 4 or W % 4:
+            x_t = F.pad(x_t, (0, -W % 4, 0, -H % 4), mode="replicate")
         emb = self.embed(self.time_embedding(t))  # [B, 4w]
         h = self.enter(F.pixel_unshuffle(x_t, 2))  # [B, w, H/2, W/2]
         skips = []
@@ -492,7 +496,8 @@ class UNet(nn.Module):
         h = F.pixel_shuffle(self.grow(h), 2)  # [B, w, H/2, W/2]
         for block in self.up1:
             h = block(h + skips.pop(), emb)
-        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)  # [B, C, H, W]
+        out = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
+        return out[..., :H, :W]  # [B, C, H, W]
 
 
 def draw_weights(net, seed, network):
@@ -1115,12 +1120,13 @@ CELL_DRAW, CODE_DRAW, CENTRE_DRAW, GAUSS_DRAW = 1, 2, 3, 4  # in the stream DIP_
 
 
 class CodeDecoder(nn.Module):
-    """One DIP for all images: code [B, CODE] -> x [B, C, H, W] in [0, 1], for H and W divisible by
-    4. A linear map to a quarter of the size, then twice upsampling and a 3x3 convolution."""
+    """One DIP for all images: code [B, CODE] -> x [B, C, H, W] in [0, 1]. A linear map to a quarter
+    of the size, then twice upsampling and a 3x3 convolution."""
 
     def __init__(self, channels, height, width_px, width):
         super().__init__()
-        self.shape = (2 * width, height // 4, width_px // 4)
+        self.size = height, width_px
+        self.shape = (2 * width, -(-height // 4), -(-width_px // 4))
         self.enter = nn.Linear(CODE, math.prod(self.shape))
         self.norm0 = nn.BatchNorm2d(2 * width)
         self.conv1 = nn.Conv2d(2 * width, width, 3, padding=1)
@@ -1134,7 +1140,7 @@ class CodeDecoder(nn.Module):
         for conv, norm in (self.conv1, self.norm1), (self.conv2, self.norm2):
             h = F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
             h = F.leaky_relu(norm(conv(h)), 0.2)
-        return torch.sigmoid(self.last(h))
+        return torch.sigmoid(self.last(h)[..., :self.size[0], :self.size[1]])
 
 
 def principal_components(x_0, D):
@@ -1162,8 +1168,9 @@ def fit_codes(cfg, x_0, run):
     with torch.device("meta"):
         decoder = CodeDecoder(C, H, W, cfg.dip_width or 32)
     decoder = draw_weights(decoder.to_empty(device=run.device), cfg.seed, 1)
-    codes = nn.Embedding.from_pretrained(principal_components(x_0, CODE)[0], freeze=False,
-                                         sparse=True)
+    scores = principal_components(x_0, CODE)[0]
+    scores = F.pad(scores, (0, CODE - scores.shape[1]))  # of fewer images than that
+    codes = nn.Embedding.from_pretrained(scores, freeze=False, sparse=True)
     optimizers = [torch.optim.Adam(decoder.parameters(), fused=True),
                   torch.optim.SparseAdam(codes.parameters())]  # moves the batch's codes only
     progress = Progress("fit codes", steps, B)
@@ -1292,9 +1299,8 @@ def run_prior(cfg, run):
     test = data.load(train.name if cfg.data == "auto" else cfg.data, cfg.data_dir, "test")
     x_0 = train.pixels[:cfg.limit].to(run.device)
     N, C, H, W = x_0.shape
-    if H % 4 or W % 4:
-        raise ValueError(f"--data {cfg.data}: images of {W}x{H} pixels; the U-Net needs sizes that "
-                         "are multiples of 4")
+    for task in cfg.task:
+        check_size(task, H, W)
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
         raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
@@ -1447,6 +1453,14 @@ def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, **h
 # ------------------------------------------------------------------ method 1: restoration
 
 MASK_DRAW, HELD_DRAW = 1, 2  # draw numbers in the stream CORRUPTION; 0 is the noise's
+
+
+def check_size(task, H, W):
+    """ValueError if images of this size cannot be halved, or quartered, as the task does."""
+    factor = {"sr": 2, "sr-4": 4}.get(task, 1)
+    if H % factor or W % factor:
+        raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of "
+                         f"{factor}")
 
 
 def corrupt(cfg, task, truth, numbers):
@@ -1846,8 +1860,7 @@ def observe(cfg, run):
         raise ValueError(f"--task {show(cfg.task)}: --mode {cfg.mode} takes one task")
     task = "denoise" if cfg.task[0] == "generate" else cfg.task[0]
     N, C, H, W = pixels.shape
-    if task.startswith("sr") and (H % 4 or W % 4):
-        raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of 4")
+    check_size(task, H, W)
     truth = pixels.to(run.device).float() / 255
     members = torch.arange(N, device=run.device)
     if cfg.noise == "own":

@@ -1099,7 +1099,8 @@ def test_time_grids_are_even_in_what_they_are_named_for():
 # ------------------------------------------------------------------ U-Net
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 28, 28), (1, 3, 32, 32), (3, 1, 8, 12)])
+@pytest.mark.parametrize("shape", [(2, 1, 28, 28), (1, 3, 32, 32), (3, 1, 8, 12), (2, 1, 7, 7),
+                                   (1, 3, 18, 33)])
 def test_unet_keeps_shape_and_starts_at_zero(shape):
     net = dipddpm.make_unet(config(width=8), shape[1], "cpu")
     out = net(torch.randn(shape), torch.arange(shape[0]))
@@ -1440,6 +1441,13 @@ def measured(task, n=3, sigma=0.0, size=8):
     return truth, dipddpm.corrupt(config(sigma=sigma), task, truth, torch.arange(n))
 
 
+def test_super_resolution_wants_sizes_that_it_can_divide():
+    dipddpm.check_size("inpaint", 7, 9)
+    dipddpm.check_size("sr", 6, 8)
+    with pytest.raises(ValueError, match="sr-4: images of 8x6 pixels; .* multiples of 4"):
+        dipddpm.check_size("sr-4", 6, 8)
+
+
 @pytest.mark.parametrize("task", dipddpm.TASKS)
 def test_back_is_the_pseudo_inverse_of_a(task):
     x, m = measured(task)
@@ -1655,6 +1663,11 @@ def test_codes_are_learned_with_their_decoder_and_give_new_images(tmp_path):
     assert error < 0.1 * (x / 255).var()
     new = dipddpm.prior_dip_codes(cfg, x, x[:40], run)
     assert new.shape == (40, 1, 8, 8) and new.abs().max() <= 1 and new.std(0).max() > 0.1
+
+
+def test_a_decoder_gives_any_size():
+    decoder = dipddpm.CodeDecoder(3, 7, 18, 8)
+    assert decoder(torch.zeros(2, dipddpm.CODE)).shape == (2, 3, 7, 18)
 
 
 def test_pca_prior_has_the_datas_mean():
