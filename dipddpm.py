@@ -756,7 +756,8 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     """Minimise `denoising_loss` over t < t_max (Ho et al. 2020, algorithm 1). x_0: uint8
     [N, C, H, W]. Returns the network with exponentially averaged weights, log rows (step, epoch,
     seconds, loss, lr) and the seconds. Continues from run.state where that has a beginning; leaves
-    checkpoints in run.folder."""
+    checkpoints in run.folder. A step whose gradient is not finite changes nothing; RuntimeError
+    where no step since the last row was finite."""
     N, C = x_0.shape[:2]
     B = min(cfg.batch, N)
     per_epoch = N // B
@@ -768,14 +769,14 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     saved = run.state.get(name)
-    done, seconds, rows = continue_from(saved, net, ema, optimizer, t_max)
+    done, seconds, rows, tally = continue_from(saved, net, ema, optimizer, t_max)
     t_max = saved.get("t_max", t_max) if saved else t_max
     lr = rates[0].clone()  # a tensor, so that a graph can set it
     optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
     position = torch.arange(B, device=run.device)  # of an image in the batch
     order = torch.empty(N, dtype=torch.int64, device=run.device)
     step = torch.tensor([done], device=run.device)
-    loss_sum, loss_count = torch.zeros((), device=run.device), 0
+    tally = tally.to(run.device)  # since the last row: sum of losses, steps that were finite
 
     def train_step():
         index = order.index_select(0, step % per_epoch * B + position)
@@ -783,11 +784,12 @@ def train_ddpm(cfg, x_0, t_max, run, name):
                               run.autocast).mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
         lr.copy_(rates.index_select(0, step)[0])
+        optimizer.found_inf = (~finite).float()  # with it the fused step changes nothing
         optimizer.step()
         update_average(ema, net, step[0])
-        loss_sum.add_(loss.detach())
+        tally.add_(torch.stack([loss.detach(), torch.ones_like(loss)]).where(finite, 0))
         step.add_(1)
 
     advance = Graphed(train_step, run.device)
@@ -799,26 +801,25 @@ def train_ddpm(cfg, x_0, t_max, run, name):
             order.copy_(epoch_order(cfg, N, epoch, run.device))
         advance()
         done += 1
-        loss_count += 1
         if cfg.snapshots and done * cfg.snapshots // steps > (done - 1) * cfg.snapshots // steps:
             save({"step": done, "seconds": clock(), "ema": ema.state_dict()},
                  run.folder / "snapshots" / f"{name}-{done:06d}.pt")
-        if loss_count == 50 or done == steps:  # the only place where the host waits for the device
-            mean = loss_sum.item() / loss_count
-            if not math.isfinite(mean):
-                raise RuntimeError(f"loss is {mean} at step {done} with --lr {cfg.lr}; the last "
-                                   f"good checkpoint is kept")
-            rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2), mean,
+        whole = done % 50 == 0 or done == steps
+        if whole:  # the only place where the host waits for the device
+            loss, good = tally.tolist()
+            skipped = done - (rows[-1][1] if rows else 0) - round(good)
+            if not good:
+                raise RuntimeError(f"no finite gradient in {skipped} steps up to {done} with --lr "
+                                   f"{cfg.lr:g}; the last good checkpoint is kept")
+            if skipped:
+                say(f"train {name}: {skipped} steps before {done} skipped: no finite gradient")
+            rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2), loss / good,
                          learning_rate(cfg, done - 1, steps)])
-            loss_sum.zero_()
-            loss_count = 0
-            progress(done, f"loss {mean:.4f}")
-        if run.stop and not torch.isfinite(loss_sum):
-            raise KeyboardInterrupt  # without a checkpoint: the last one is good
-        if run.stop or done == steps or (loss_count == 0
-                                         and time.time() - saved_at > CHECKPOINT_SECONDS):
+            tally.zero_()
+            progress(done, f"loss {loss / good:.4f}")
+        if run.stop or done == steps or whole and time.time() - saved_at > CHECKPOINT_SECONDS:
             run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
-                               "net": net.state_dict(), "ema": ema.state_dict(),
+                               "tally": tally, "net": net.state_dict(), "ema": ema.state_dict(),
                                "optimizer": optimizer.state_dict()}
             save_checkpoint(run)
             saved_at = time.time()
@@ -2212,7 +2213,7 @@ class Run:
         self.config = asdict(cfg)
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.folder = Path(cfg.resume) if continued and not cfg.out else new_folder(cfg)
-        if continued and (Path(cfg.resume) / "checkpoint.pt").exists():
+        if continued and any((Path(cfg.resume) / name).exists() for name in (CHECKPOINT, PREVIOUS)):
             saved = load_checkpoint(cfg.resume)
             self.state = saved["networks"]
             self.about = {key: saved[key] for key in ("data", "shape")}
@@ -2222,7 +2223,7 @@ class Run:
         """Make the folder: not before the input is known to be good, so that misuse leaves none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         measure.write_json(self.config, self.folder / "config.json")
-        if self.state and not (self.folder / "checkpoint.pt").exists():
+        if self.state and not (self.folder / CHECKPOINT).exists():
             save_checkpoint(self)
 
     def autocast(self):
@@ -2258,36 +2259,56 @@ def newest_run():
     return found[-1].parent
 
 
-def save(content, path):
-    """torch.save, written beside, synced, renamed: an old file stays until the new one is whole."""
+def save(content, path, previous=None):
+    """torch.save, written beside, synced, renamed: an old file stays until the new one is whole,
+    and then, where `previous` is a path, moves there."""
     path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".pt.tmp")
-    with open(beside, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def save_checkpoint(run):
     save({"format": CHECKPOINT_FORMAT, "networks": run.state} | run.about,
-         run.folder / "checkpoint.pt")
+         run.folder / CHECKPOINT, run.folder / PREVIOUS)
 
 
 def load_checkpoint(folder):
-    """checkpoint.pt's content, tensors and plain values only. ValueError in one line if it is not
-    one of ours."""
-    path = Path(folder) / "checkpoint.pt"
+    """The newest checkpoint's content, tensors and plain values only, or that of the one before
+    where it cannot be read. ValueError in one line if neither is one of ours."""
+    newest, previous = Path(folder) / CHECKPOINT, Path(folder) / PREVIOUS
+    try:
+        saved = read_checkpoint(newest)
+    except (ValueError, OSError) as error:
+        if not previous.exists():
+            raise
+        saved = read_checkpoint(previous)
+        say(f"{error}; going on from {PREVIOUS}")
+    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{newest}: not a checkpoint of format {CHECKPOINT_FORMAT}")
+    return saved
+
+
+def read_checkpoint(path):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no checkpoint there")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads it into
         raise ValueError(f"{path}: not a readable checkpoint "
                          f"({type(error).__name__})") from error
-    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
-    return saved
 
 
 def load_weights(module, state, where):
@@ -2299,16 +2320,16 @@ def load_weights(module, state, where):
 
 
 def continue_from(saved, net, ema, optimizer, t_max):
-    """A training state from a checkpoint, or a beginning: -> step, seconds, rows."""
+    """A training state from a checkpoint, or a beginning: -> step, seconds, rows, tally."""
     if saved is None:
-        return 0, 0.0, []
+        return 0, 0.0, [], torch.zeros(2)
     if saved.get("t_max", t_max) < t_max:
         raise ValueError(f"the checkpoint's network was trained for t < {saved['t_max']}: it "
                          f"cannot serve --t-start {t_max}")
     load_weights(net, saved["net"], "checkpoint")
     load_weights(ema, saved["ema"], "checkpoint")
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["seconds"], list(saved["rows"])
+    return saved["step"], saved["seconds"], list(saved["rows"]), saved.get("tally", torch.zeros(2))
 
 
 def pick_device(name):

@@ -4,6 +4,7 @@ The kernels run under Triton's interpreter where there is no GPU, against the to
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gzip
@@ -1286,10 +1287,27 @@ def test_snapshots_are_the_averages_of_their_moments(tmp_path):
     assert all(torch.equal(v, last["ema"][k]) for k, v in net.state_dict().items())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path):
-    with pytest.raises(RuntimeError, match="loss is nan at step .* --lr 1e\\+30"):
+def test_gradients_that_are_never_finite_end_the_run_and_say_so(tmp_path):
+    with pytest.raises(RuntimeError, match="no finite gradient in 50 steps .* --lr 1e\\+30"):
         dipddpm.train_ddpm(config(**TINY | dict(lr=1e30)), tiny_images(), 50, bare_run(tmp_path),
                            "full")
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_told(tmp_path, monkeypatch,
+                                                                      capsys):
+    real, weights = dipddpm.denoising_loss, []
+
+    def spoiled(cfg, net, *a):
+        weights.append(copy.deepcopy(net.state_dict()))
+        return real(cfg, net, *a) * (math.nan if len(weights) in (30, 31) else 1)
+
+    monkeypatch.setattr(dipddpm, "denoising_loss", spoiled)
+    _, rows, _ = dipddpm.train_ddpm(config(**TINY), tiny_images(), 50, bare_run(tmp_path), "full")
+    same = [all(torch.equal(v, after[k]) for k, v in before.items())
+            for before, after in zip(weights, weights[1:])]
+    assert [i for i, unchanged in enumerate(same, 1) if unchanged] == [30, 31]
+    assert "2 steps before 50 skipped" in capsys.readouterr().out
+    assert all(math.isfinite(row[4]) for row in rows)
 
 
 # ------------------------------------------------------------------ sampling
