@@ -25,6 +25,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import errno
 import io
 import itertools
 import json
@@ -2207,12 +2208,13 @@ class Run:
         self.command = "python dipddpm.py " + shlex.join(argv)
         self.commit = commit()
         self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
-        self.stop = False
+        self.stop = 0  # the number of the signal that asked for it
         self.state = {}  # what a checkpoint holds of each network's training
         self.about = {}  # its data's name, counts, checksum, and an image's shape
         self.config = asdict(cfg)
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
-        self.folder = Path(cfg.resume) if continued and not cfg.out else new_folder(cfg)
+        self.fresh = bool(cfg.out or not continued)
+        self.folder = new_folder(cfg) if self.fresh else Path(cfg.resume)
         if continued and any((Path(cfg.resume) / name).exists() for name in (CHECKPOINT, PREVIOUS)):
             saved = load_checkpoint(cfg.resume)
             self.state = saved["networks"]
@@ -2222,6 +2224,9 @@ class Run:
     def begin(self):
         """Make the folder: not before the input is known to be good, so that misuse leaves none."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
+        if self.fresh:
+            check_empty(self.folder)  # again, now that nobody else can fill it
         measure.write_json(self.config, self.folder / "config.json")
         if self.state and not (self.folder / CHECKPOINT).exists():
             save_checkpoint(self)
@@ -2231,15 +2236,34 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
 
 
+def lock(folder):
+    """Hold a run's folder until this process ends, however it ends; ValueError where another one
+    does. Where there is no flock (Windows), nobody holds anything."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(folder / LOCK, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another process is writing there") from None
+    return file
+
+
 def new_folder(cfg):
     """--out, or a new name in runs/. A folder that holds something is never written to."""
     stem = Path(cfg.data).stem if cfg.data else "data"
     folder = Path(cfg.out) if cfg.out else Path("runs") / (
         f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_empty(folder)
+    return folder
+
+
+def check_empty(folder):
+    if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK}):
         raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
                          f"{folder} or name another")
-    return folder
 
 
 def run_folder(path):
@@ -2277,7 +2301,7 @@ def save(content, path, previous=None):
         raise
 
 
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+CHECKPOINT, PREVIOUS, LOCK = "checkpoint.pt", "checkpoint-previous.pt", ".lock"
 
 
 def save_checkpoint(run):
@@ -2434,8 +2458,8 @@ def configs(argv):
 
 
 def main(argv=None):
-    """The command line. Exit status: 0 done, 1 the run failed, 2 misuse or bad input, 130
-    interrupted (after a checkpoint)."""
+    """The command line. Exit status: 0 done, 1 the run failed, 2 misuse or bad input, 130 or 143
+    interrupted by SIGINT or SIGTERM (after a checkpoint)."""
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     run = None
@@ -2445,11 +2469,11 @@ def main(argv=None):
             run = Run(cfg, argv)
             folders.append(run.folder)
 
-            def stop_soon(*_, run=run):
+            def stop_soon(number, _, run=run):
                 """First signal: at the next safe place. Second: at once."""
-                if run.stop:
+                stopped, run.stop = run.stop, number
+                if stopped:
                     raise KeyboardInterrupt
-                run.stop = True
 
             signal.signal(signal.SIGINT, stop_soon)
             signal.signal(signal.SIGTERM, stop_soon)
@@ -2457,14 +2481,21 @@ def main(argv=None):
         if len(folders) > 1:
             measure.compare(folders, folders[0].parent / "comparison.html")
             say(f"comparison: {folders[0].parent / 'comparison.html'}")
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
+        sys.exit(fail("out of memory: lower --batch in training, --samples or --dip-group after it"
+                      if short else error, 1))
     except (ValueError, OSError) as error:
-        sys.exit(fail(error, 2))
-    except RuntimeError as error:
-        sys.exit(fail(error, 1))
+        sys.exit(fail(error, 1 if error_of_disk(error) else 2))
     except KeyboardInterrupt:
         hint = f"; continue with --resume {run.folder}" if run and run.state else ""
         print(f"dipddpm: interrupted{hint}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (run.stop if run and run.stop else signal.SIGINT))
+
+
+def error_of_disk(error):
+    """Whether a file could not be written for lack of room: a failed run, no misuse."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fail(error, status):

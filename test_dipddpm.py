@@ -1225,9 +1225,10 @@ def test_a_stopped_and_continued_training_ends_in_the_same_bits(tmp_path):
     again = bare_run(run.folder)
     again.state = dipddpm.load_checkpoint(run.folder)["networks"]
     assert again.state["full"]["step"] == 38
-    continued, _, _ = dipddpm.train_ddpm(cfg, x, 50, again, "full")
+    continued, log, _ = dipddpm.train_ddpm(cfg, x, 50, again, "full")
     for p, q in zip(whole.parameters(), continued.parameters()):
         assert torch.equal(p, q)
+    assert [row[:3] + row[4:] for row in rows] == [row[:3] + row[4:] for row in log]  # but seconds
 
 
 SPLIT = """
@@ -2044,6 +2045,51 @@ def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
                                    tmp_path / "s"], capsys)
         assert status == 2 and "checkpoint.pt" in err and err.count("\n") == 1
         (tmp_path / "s").exists() and shutil.rmtree(tmp_path / "s")
+
+
+def test_the_checkpoint_before_serves_where_the_newest_is_damaged(tmp_path, capsys):
+    run = bare_run(tmp_path)
+    run.about = {"data": {}, "shape": []}
+    for step in (1, 2):
+        run.state = {"full": {"step": step}}
+        dipddpm.save_checkpoint(run)
+    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 2
+    newest = tmp_path / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
+    assert "going on from checkpoint-previous.pt" in capsys.readouterr().out
+    newest.unlink()  # killed between the two renames
+    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    import resource
+    run = bare_run(tmp_path)
+    run.about = {"data": {}, "shape": []}
+    run.state = {"full": {"step": 1}}
+    dipddpm.save_checkpoint(run)
+    run.state = {"full": {"step": 2, "net": torch.zeros(100_000)}}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            dipddpm.save_checkpoint(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_is_one_processs(tmp_path):
+    held = dipddpm.lock(tmp_path)
+    code = "import dipddpm, pathlib, sys; dipddpm.lock(pathlib.Path(sys.argv[1]))"
+    other = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(other, cwd=EVAL.parent, capture_output=True, text=True)
+    assert "another process is writing there" in done.stderr
+    held.close()
+    assert subprocess.run(other, cwd=EVAL.parent).returncode == 0
 
 
 def test_a_saved_flag_that_is_no_choice_any_more_is_one_line(whole_run, tmp_path, capsys):
