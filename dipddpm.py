@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -774,23 +775,26 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     t_max = saved.get("t_max", t_max) if saved else t_max
     lr = rates[0].clone()  # a tensor, so that a graph can set it
     optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
-    position = torch.arange(B, device=run.device)  # of an image in the batch
+    rank, size = processes()
+    position = torch.arange(rank, B, size, device=run.device)  # of this process's in the batch
+    model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
     order = torch.empty(N, dtype=torch.int64, device=run.device)
     step = torch.tensor([done], device=run.device)
-    tally = tally.to(run.device)  # since the last row: sum of losses, steps that were finite
+    # since the last row, of this process: sum of losses, steps that were finite
+    tally = tally.to(run.device) * (rank == 0)
 
     def train_step():
         index = order.index_select(0, step % per_epoch * B + position)
-        loss = denoising_loss(cfg, net, x_0, index, position, B, t_max, coef, step[0],
-                              run.autocast).mean()
+        loss = denoising_loss(cfg, model, x_0, index, position, B, t_max, coef, step[0],
+                              run.autocast).sum() / B
         optimizer.zero_grad()
-        loss.backward()
+        (loss * size).backward()
         finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
         lr.copy_(rates.index_select(0, step)[0])
         optimizer.found_inf = (~finite).float()  # with it the fused step changes nothing
         optimizer.step()
         update_average(ema, net, step[0])
-        tally.add_(torch.stack([loss.detach(), torch.ones_like(loss)]).where(finite, 0))
+        tally.add_(torch.stack([loss.detach(), torch.full_like(loss, 1 / size)]).where(finite, 0))
         step.add_(1)
 
     advance = Graphed(train_step, run.device)
@@ -807,7 +811,7 @@ def train_ddpm(cfg, x_0, t_max, run, name):
                  run.folder / "snapshots" / f"{name}-{done:06d}.pt")
         whole = done % 50 == 0 or done == steps
         if whole:  # the only place where the host waits for the device
-            loss, good = tally.tolist()
+            loss, good = total(tally).tolist()
             skipped = done - (rows[-1][1] if rows else 0) - round(good)
             if not good:
                 raise RuntimeError(f"no finite gradient in {skipped} steps up to {done} with --lr "
@@ -818,13 +822,14 @@ def train_ddpm(cfg, x_0, t_max, run, name):
                          learning_rate(cfg, done - 1, steps)])
             tally.zero_()
             progress(done, f"loss {loss / good:.4f}")
-        if run.stop or done == steps or whole and time.time() - saved_at > CHECKPOINT_SECONDS:
+        stop = agreed(run.stop) if size == 1 or whole else 0  # the processes ask each other rarely
+        if stop or done == steps or whole and time.time() - saved_at > CHECKPOINT_SECONDS:
             run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
                                "tally": tally, "net": net.state_dict(), "ema": ema.state_dict(),
                                "optimizer": optimizer.state_dict()}
             save_checkpoint(run)
             saved_at = time.time()
-            if run.stop:
+            if stop:
                 raise KeyboardInterrupt
     return ema.eval(), rows, clock()
 
@@ -1072,17 +1077,20 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
 
 
 def fit_in_groups(cfg, y, members, iters, run, measured=None):
-    """`fit_dips` for any number of images, --dip-group at a time."""
-    K = cfg.dip_group
-    groups = torch.arange(len(y)).split(K)
-    progress, outputs = Progress("fit DIPs", len(groups) * iters, min(len(y), K)), []
+    """`fit_dips` for any number of images, --dip-group at a time, the groups dealt out to the
+    processes."""
+    K, (rank, size) = cfg.dip_group, processes()
+    groups = torch.arange(len(y)).split(K)[rank::size]
+    progress, outputs = Progress("fit DIPs", len(groups) * iters, min(len(y), K)), 0 * y
+    if measured:
+        outputs = torch.zeros(len(y), y.shape[1], *measured.mask.shape[2:], device=y.device)
     for g, rows in enumerate(groups):
-        outputs.append(fit_dips(cfg, y[rows], members[rows], iters,
-                                lambda i, g=g: progress(g * iters + i),
-                                measured and measured.part(rows)))
+        outputs[rows] = fit_dips(cfg, y[rows], members[rows], iters,
+                                 lambda i, g=g: progress(g * iters + i),
+                                 measured and measured.part(rows))
         if run.stop:
             raise KeyboardInterrupt
-    return torch.cat(outputs)
+    return total(outputs)
 
 
 # ------------------------------------------------------------------ network: one DIP for a data set
@@ -1298,8 +1306,9 @@ def start_from_prior(cfg, prior, t_start, numbers):
 
 def run_prior(cfg, run):
     """--mode prior and --mode ddpm: train, then generate or restore."""
-    train = data.load(cfg.data, cfg.data_dir, "train")
-    test = data.load(train.name if cfg.data == "auto" else cfg.data, cfg.data_dir, "test")
+    with first_alone():  # where data are downloaded, one process does it
+        train = data.load(cfg.data, cfg.data_dir, "train")
+        test = data.load(train.name if cfg.data == "auto" else cfg.data, cfg.data_dir, "test")
     x_0 = train.pixels[:cfg.limit].to(run.device)
     N, C, H, W = x_0.shape
     for task in cfg.task:
@@ -1320,8 +1329,9 @@ def run_prior(cfg, run):
     for task in cfg.task:
         if task != "generate":
             restore(cfg, run, nets, task, test, result)
-    finish(run, result)
-    say(measure.text_tables([run.folder]))
+    if processes()[0] == 0:
+        finish(run, result)
+        say(measure.text_tables([run.folder]))
 
 
 def train_networks(cfg, x_0, run):
@@ -1350,7 +1360,8 @@ def generate(cfg, run, nets, train, x_0, test, result):
     N, C, H, W = x_0.shape
     n = min(cfg.samples or 1000, N)
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    judge = measure.Judge(train, x_0, test, n, [root, data.cache_root(), run.folder])
+    with first_alone():  # where the LeNet is not there yet, one process trains it
+        judge = measure.Judge(train, x_0, test, n, [root, data.cache_root(), run.folder])
     result |= judge.summary()
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
@@ -1439,11 +1450,18 @@ def headlines(cfg, arms, n):
     return notes
 
 
-def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, **how):
-    """`sample`, and a row of results.json that says how it was done and how long it took."""
+def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, film=None,
+                 measured=None):
+    """`sample`, a part of the images in each process, and a row of results.json that says how it
+    was done and how long it took."""
     eta, order, grid = setting
     began = time.time()
-    x = sample(cfg, net, x_init, t_start, nfe, eta, numbers, run.autocast, order, grid, **how)
+    rank, size = processes()
+    x, mine = torch.zeros_like(x_init), torch.arange(len(x_init)).tensor_split(size)[rank]
+    if len(mine):
+        x[mine] = sample(cfg, net, x_init[mine], t_start, nfe, eta, numbers[mine], run.autocast,
+                         order, grid, film, measured and measured.part(mine))
+    x = total(x)
     synchronize(run.device)
     took = time.time() - began
     run.seconds["sample"] += took
@@ -2163,8 +2181,53 @@ def write_log(run, rows):
 # ------------------------------------------------------------------ the edge: runs, checkpoints
 
 
+def processes():
+    """(this process's number, how many run together): torchrun starts many, main joins them. All do
+    the same and agree on it, but each trains on its part of a batch, samples and fits its part of
+    the images; the first alone writes and speaks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(x):
+    """The sum over the processes of x, a tensor of one shape in all: in each. Where all but one are
+    zero it is exact."""
+    if processes()[1] > 1:
+        x = x.contiguous()
+        dist.all_reduce(x)
+    return x
+
+
+@contextlib.contextmanager
+def first_alone():
+    """The other processes wait until the first has been through what is inside."""
+    rank, size = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if size > 1 and rank == 0:
+        dist.barrier()
+
+
+def the_first_ones(value):
+    """The first process's value, in each: two may read different clocks."""
+    if processes()[1] > 1:
+        box = [value]
+        dist.broadcast_object_list(box)
+        value = box[0]
+    return value
+
+
+def agreed(stop):
+    """The largest of the processes' wishes."""
+    if processes()[1] > 1:
+        stop = torch.tensor(stop, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+    return int(stop)
+
+
 def say(line):
-    print(line, flush=True)
+    if processes()[0] == 0:
+        print(line, flush=True)
 
 
 class Clock:
@@ -2188,7 +2251,7 @@ class Progress:
 
     def __call__(self, done, note=""):
         now, last = time.time(), done == self.total
-        if not last and now - self.shown < (0.2 if self.live else 30):
+        if processes()[0] or not last and now - self.shown < (0.2 if self.live else 30):
             return
         self.shown = now
         rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
@@ -2203,6 +2266,7 @@ class Run:
     """What surrounds the mathematics: a folder, a device, a precision, clocks, a wish to stop."""
 
     def __init__(self, cfg, argv):
+        join_processes(cfg)
         self.device = pick_device(cfg.device)
         self.device_name = device_name(self.device)
         self.precision = pick_precision(cfg.precision, self.device)
@@ -2215,7 +2279,7 @@ class Run:
         self.config = asdict(cfg)
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.fresh = bool(cfg.out or not continued)
-        self.folder = new_folder(cfg) if self.fresh else Path(cfg.resume)
+        self.folder = the_first_ones(new_folder(cfg) if self.fresh else Path(cfg.resume))
         if continued and any((Path(cfg.resume) / name).exists() for name in (CHECKPOINT, PREVIOUS)):
             saved = load_checkpoint(cfg.resume)
             self.state = saved["networks"]
@@ -2224,10 +2288,11 @@ class Run:
 
     def begin(self):
         """Make the folder: not before the input is known to be good, so that misuse leaves none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder)
-        if self.fresh:
-            check_empty(self.folder)  # again, now that nobody else can fill it
+        if processes()[0] == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
+            if self.fresh:
+                check_empty(self.folder)  # again, now that nobody else can fill it
         measure.write_json(self.config, self.folder / "config.json")
         if self.state and not (self.folder / CHECKPOINT).exists():
             save_checkpoint(self)
@@ -2257,6 +2322,8 @@ def new_folder(cfg):
     stem = Path(cfg.data).stem if cfg.data else "data"
     folder = Path(cfg.out) if cfg.out else Path("runs") / (
         f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
+    if processes()[0]:
+        return folder
     check_empty(folder)
     return folder
 
@@ -2286,7 +2353,9 @@ def newest_run():
 
 def save(content, path, previous=None):
     """torch.save, written beside, synced, renamed: an old file stays until the new one is whole,
-    and then, where `previous` is a path, moves there."""
+    and then, where `previous` is a path, moves there. The first process alone writes."""
+    if processes()[0]:
+        return
     path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".pt.tmp")
     try:
@@ -2357,6 +2426,19 @@ def continue_from(saved, net, ema, optimizer, t_max):
     return saved["step"], saved["seconds"], list(saved["rows"]), saved.get("tally", torch.zeros(2))
 
 
+def join_processes(cfg):
+    """Meet the other processes if torchrun started this one: by NCCL on CUDA, by gloo elsewhere."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if cfg.mode not in ("ddpm", "prior"):
+        raise ValueError(f"--mode {cfg.mode} runs in one process, without torchrun")
+    cuda = (cfg.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    measure.WRITES = dist.get_rank() == 0
+
+
 def pick_device(name):
     """--device, or CUDA where there is one."""
     try:
@@ -2398,7 +2480,8 @@ class Graphed:
 
     def __init__(self, work, device):
         self.work, self.calls, self.graph = work, 0, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        alone = processes()[1] == 1  # what processes tell each other is not recorded
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and alone else None
 
     def __call__(self):
         if self.stream is None:
@@ -2479,9 +2562,11 @@ def main(argv=None):
             signal.signal(signal.SIGINT, stop_soon)
             signal.signal(signal.SIGTERM, stop_soon)
             MODES[cfg.mode](cfg, run)
-        if len(folders) > 1:
+        if len(folders) > 1 and processes()[0] == 0:
             measure.compare(folders, folders[0].parent / "comparison.html")
             say(f"comparison: {folders[0].parent / 'comparison.html'}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (MemoryError, RuntimeError) as error:
         short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
         sys.exit(fail("out of memory: lower --batch in training, --samples or --dip-group after it"

@@ -554,8 +554,13 @@ class Judge:
 # ---------------------------------------------------------------- files
 
 
+WRITES = True  # False in a process that only helps another one
+
+
 def _replace(path, content):
     """Write bytes under a temporary name and move them: a reader never sees half a file."""
+    if not WRITES:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

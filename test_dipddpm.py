@@ -2170,6 +2170,57 @@ def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
     assert dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
 
 
+def two_processes(*argv):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "dipddpm.py", *map(str, argv)]
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    few = ("--mode prior --data digits --limit 64 --epochs 30 --width 8 --batch 31 --timesteps 40 "
+           "--samples 9 --dip-iters 3 --dip-width 4 --dip-group 4 --nfe 2 --dip-source images "
+           "--task generate,inpaint").split()
+    here = dict(cwd=EVAL.parent, env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME":
+                                                   str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(two_processes(*few, "--out", tmp_path / "two"), **here)
+    assert done.returncode == 0, done.stderr
+    one = subprocess.run([sys.executable, "dipddpm.py", *few, "--out", tmp_path / "one"], **here)
+    assert one.returncode == 0, one.stderr
+    assert done.stdout.count("data: digits") == 1  # one process speaks
+    results, losses, pictures = [], [], []
+    for name in ("one", "two"):
+        results.append(json.loads((tmp_path / name / "results.json").read_text())["arms"])
+        rows = (tmp_path / name / "log.csv").read_text().splitlines()[1:]
+        losses.append([float(row.split(",")[4]) for row in rows])
+        pictures.append(np.asarray(Image.open(tmp_path / name / "samples-nfe2.png"), float))
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(pictures[0] - pictures[1]).max() <= 2
+    assert [row["name"] for row in results[0]] == [row["name"] for row in results[1]]
+    assert [row.get("psnr", 0) for row in results[1]] == pytest.approx(
+        [row.get("psnr", 0) for row in results[0]], abs=0.01)
+
+
+def test_two_processes_stop_together_and_leave_a_checkpoint(tmp_path):
+    process = subprocess.Popen(
+        two_processes("--mode", "ddpm", *FAST.split(), "--epochs", 100000, "--out", tmp_path / "r"),
+        cwd=EVAL.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "r" / "config.json").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    state = dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]
+    assert state["step"] > 0 and state["step"] % 50 == 0 and not state["tally"].any()
+
+
+def test_modes_that_no_process_can_help_say_so(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run_main("--mode guide --data digits".split(), capsys)
+    assert status == 2 and "runs in one process" in err and err.count("\n") == 1
+
+
 # ================================================================== eval
 
 EVAL = Path(measures.__file__)
