@@ -122,11 +122,12 @@ class Config:
     dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
                           "passes; a restoration: 300; dip and guide: at most 1000, or 3000 above "
                           "64 pixels)", "prior", low=1)
-    dip_lr: float = flag(0.01, "Adam's learning rate in a DIP fit to one image", "prior", low=0)
+    dip_lr: float = flag(None, "Adam's learning rate in a DIP fit to one image (0.05 up to 64 "
+                         "pixels, else 0.01)", "prior", low=0)
     window: float = flag(0.95, "decay of the average of a DIP's outputs", "prior", low=0)
     rungs: int = flag(5, "rungs of the ladder", "guide", low=1)
     replicas: int = flag(4, "networks for each image", "guide", low=1)
-    alpha: float = flag(0.5, "noise that is added to the half that is fitted, in sigma", "guide",
+    alpha: float = flag(0.35, "noise that is added to the half that is fitted, in sigma", "guide",
                         low=0)
     patience: int = flag(100, "iterations without a lower risk that end a rung", "guide", low=1)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
@@ -964,11 +965,13 @@ class DIPGroup:
     and z."""
 
     def __init__(self, cfg, members, C, H, W, dtype=torch.float32):
-        width, device = cfg.dip_width or (16 if max(H, W) <= 64 else 128), members.device
+        small, device = max(H, W) <= 64, members.device
+        width = cfg.dip_width or (16 if small else 128)
+        self.lr = cfg.dip_lr or (0.05 if small else 0.01)
         self.cfg, self.K, self.Cz = cfg, len(members), min(width, 32)
         make = ARCHS[cfg.dip_arch or "skip"]
         self.net = make(Grouped(members, cfg.seed), self.Cz, C, H, W, width).to(dtype)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.lr, fused=True)
         self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, members, 0,
                                        kernels.DIP_CODE, device)
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
@@ -1034,7 +1037,7 @@ class DIPGroup:
                 memory[getattr(module, name)] = {
                     key: part(value) if value.dim() else value
                     for key, value in self.optimizer.state[p].items()}
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.cfg.dip_lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.lr, fused=True)
         self.optimizer.state.update(memory)
         self.z, self.average, self.age = (v[which] for v in (self.z, self.average, self.age))
         self.saved, self.saved_at = [x[which] for x in self.saved], self.saved_at[which]

@@ -1759,7 +1759,8 @@ def test_the_risk_is_the_error_without_the_truth(task):
 def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
     y = torch.zeros(50, 1, 16, 16)
     m = dipddpm.Measurement("denoise", y, torch.ones_like(y), 0.2)
-    targets, *_ = dipddpm.halves(config(), m, dipddpm.replicas_of(torch.arange(50), 4), 3)
+    targets, *_ = dipddpm.halves(config(alpha=0.5), m, dipddpm.replicas_of(torch.arange(50), 4),
+                                   3)
     plus = 0.2 * 0.5 * torch.ones(())  # y itself is clean here: y_plus has alpha sigma alone
     for target, level in zip(targets, (4, 2, 1)):
         extra = 0.2**2 * 1.25 * (level**2 - 1)
