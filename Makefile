@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test lint clean
+.PHONY: help run test soak lint clean
 
 help:  ## explain the targets (default)
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -12,6 +12,9 @@ run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if 
 
 test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
 	$(BIN)/python -m pytest -q --durations=5 test_dipddpm.py
+
+soak: .venv/dev  ## the hard tests at full size: 200 kills, 110,000 damaged files
+	KILLS=200 FUZZED=10000 $(BIN)/python -m pytest -q -k "killed or mutated" test_dipddpm.py
 
 lint: .venv/dev  ## ruff over all files
 	$(BIN)/ruff check .

@@ -328,6 +328,7 @@ def _labels(path, stored, first):
 
 # ---- folders and photos --------------------------------------------------------------------------
 
+PIXEL_LIMIT = 2**25  # of one picture; a header can declare any size
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -366,7 +367,11 @@ def _opened(path):
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            yield Image.open(file)
+            image = Image.open(file)
+            if math.prod(image.size) > PIXEL_LIMIT:
+                raise ValueError(f"{'×'.join(map(str, image.size))} is more than {PIXEL_LIMIT} "
+                                 "pixels: no photo, or a decompression bomb")
+            yield image
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"{path}: not an image that can be read") from error
         except Exception as error:

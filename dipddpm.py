@@ -2332,7 +2332,8 @@ def new_folder(cfg):
 
 
 def check_empty(folder):
-    if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= {LOCK}):
+    filled = folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir())
+    if filled or folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
                          f"{folder} or name another")
 

@@ -476,6 +476,75 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
         error_line(ValueError, lambda: data.load(path), path, "bomb")
 
 
+FUZZED = int(os.environ.get("FUZZED", 500))  # mutants of each kind of file; make soak has more
+
+
+def mutant(rng, content):
+    """A file's bytes with one to three kinds of damage."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at, n = int(rng.integers(0, len(content) + 1)), int(rng.integers(1, 9))
+        head = int(rng.integers(0, 32))
+        kind = rng.integers(0, 6)
+        if kind == 0:
+            content = content[:at]  # cut
+        elif kind == 1:
+            content[at:at + n] = rng.bytes(n)  # overwritten
+        elif kind == 2:
+            content[head:head + n] = rng.bytes(n)  # the same near the header
+        elif kind == 3:
+            content[head:head + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f" + b"\xff" * 3,
+                                                 b"\x80\0\0\0", b"\0\0\x10\0"])
+        elif kind == 4:
+            content[at:at] = rng.bytes(n)  # pushed in
+        else:
+            content += content[:at]  # repeated
+    return bytes(content)
+
+
+def originals(folder):
+    """{name: (bytes of a good file, how its mutant is loaded from a path)}."""
+    idx = idx_bytes(np.random.default_rng(2).integers(0, 256, (3, 28, 28)).astype(np.uint8))
+    rgb = np.random.default_rng(1).integers(0, 256, (9, 11, 3)).astype(np.uint8)
+    files = {"images.idx": (idx, data.read_idx), "packed.idx.gz": (gzip.compress(idx),
+                                                                   data.read_idx)}
+    stored = {"cifar-10-batches-bin/test_batch.bin": ("cifar10", bytes(3073 * 2)),
+              "stl10_binary/test_X.bin": ("stl10", bytes(27648 * 2)),
+              "stl10_binary/test_y.bin": ("stl10", b"\1\2")}
+    for name, (which, content) in stored.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        files[name] = (content, lambda path, which=which: data.load(which, folder, "test"))
+    for suffix, form in ((".png", {}), (".jpg", {}), (".gif", {}), (".bmp", {}), (".webp", {}),
+                         (".tif", {})):
+        content = io.BytesIO()
+        Image.fromarray(rgb).save(content, Image.registered_extensions()[suffix], **form)
+        files["a" + suffix] = (content.getvalue(), data.load)
+    return files
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about what is damaged
+def test_a_mutated_file_loads_or_is_named_in_one_line(tmp_path):
+    import resource
+    rng, tried = np.random.default_rng(0), 0
+    peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+    for name, (content, load) in originals(tmp_path).items():
+        path = tmp_path / name
+        for _ in range(FUZZED):
+            path.write_bytes(mutant(rng, content))
+            tried += 1
+            try:
+                load(path)
+            except (ValueError, OSError) as error:
+                named = str(error)
+                assert path.name in named or path.parent.name in named, named
+                assert "\n" not in named, named
+        path.write_bytes(content)
+        load(path)
+    assert tried >= 11 * FUZZED and time.time() - began < 0.1 * tried
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 512 * 1024  # KiB
+
+
 def test_nothing_to_load_is_said_clearly(tmp_path):
     error_line(FileNotFoundError, lambda: data.load(tmp_path), tmp_path, "no images")
     error_line(ValueError, lambda: data.load("minst"), "'minst'", "auto, mnist, fashion, cifar10")
@@ -2169,6 +2238,59 @@ def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in err, err
     assert dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
+
+
+KILLS = int(os.environ.get("KILLS", 10))
+KILLED = """
+import os, random, signal, sys, time
+import dipddpm
+
+folder, kills, *flags = sys.argv[1:]
+dipddpm.CHECKPOINT_SECONDS, chance, moments = 0, random.Random(5), 0
+
+def start():
+    begun = os.path.exists(os.path.join(folder, "config.json"))
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(folder + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        try:
+            dipddpm.main(["--resume", folder] if begun else [*flags, "--out", folder])
+        except SystemExit as error:
+            os._exit(error.code or 0)
+        os._exit(0)
+    return pid
+
+for _ in range(int(kills)):
+    pid = start()
+    time.sleep(chance.uniform(0.1, 1.2))
+    os.kill(pid, signal.SIGKILL)
+    moments += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+status = os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1])
+print(moments, status)
+"""
+
+
+def test_a_training_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+    flags = ("--mode ddpm --data digits --limit 64 --epochs 200 --width 8 --batch 16 "
+             "--timesteps 40 --samples 4 --nfe 2").split()
+    here = dict(cwd=EVAL.parent, env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME":
+                                                   str(tmp_path)}, capture_output=True, text=True)
+    whole = subprocess.run([sys.executable, "dipddpm.py", *flags, "--out", tmp_path / "whole"],
+                           **here)
+    assert whole.returncode == 0, whole.stderr
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", str(KILLS), *flags],
+                          **here)
+    assert done.returncode == 0, done.stderr
+    kills, status = map(int, done.stdout.split())
+    assert status == 0 and kills >= 0.5 * KILLS, done.stdout + done.stderr
+    logs, pictures, weights = [], [], []
+    for name in ("whole", "killed"):
+        rows = [row.split(",") for row in (tmp_path / name / "log.csv").read_text().splitlines()]
+        logs.append([row[:3] + row[4:] for row in rows])  # all but the seconds
+        pictures.append((tmp_path / name / "samples-nfe2.png").read_bytes())
+        weights.append(dipddpm.load_checkpoint(tmp_path / name)["networks"]["full"]["ema"])
+    assert logs[0] == logs[1] and len(logs[0]) == 17 and pictures[0] == pictures[1]
+    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
 
 
 def two_processes(*argv):
