@@ -328,7 +328,7 @@ def _labels(path, stored, first):
 
 # ---- folders and photos --------------------------------------------------------------------------
 
-PIXEL_LIMIT = 2**25  # of one picture; a header can declare any size
+PIXEL_LIMIT = 2**26  # of one picture; a header can declare any size
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -370,7 +370,7 @@ def _opened(path):
             image = Image.open(file)
             if math.prod(image.size) > PIXEL_LIMIT:
                 raise ValueError(f"{'×'.join(map(str, image.size))} is more than {PIXEL_LIMIT} "
-                                 "pixels: no photo, or a decompression bomb")
+                                 "pixels, or a decompression bomb")
             yield image
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"{path}: not an image that can be read") from error

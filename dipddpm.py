@@ -25,6 +25,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import errno
 import io
 import itertools
@@ -129,7 +130,8 @@ class Config:
     replicas: int = flag(4, "networks for each image", "guide", low=1)
     alpha: float = flag(0.35, "noise that is added to the half that is fitted, in sigma", "guide",
                         low=0)
-    patience: int = flag(100, "iterations without a lower risk that end a rung", "guide", low=1)
+    patience: int = flag(None, "iterations without a lower risk that end a rung (50 up to 64 "
+                         "pixels, else 200)", "guide", low=1)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
 
     task: tuple = flag(("generate",), "generate new images, or restore test images, a list: "
@@ -759,7 +761,7 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     """Minimise `denoising_loss` over t < t_max (Ho et al. 2020, algorithm 1). x_0: uint8
     [N, C, H, W]. Returns the network with exponentially averaged weights, log rows (step, epoch,
     seconds, loss, lr) and the seconds. Continues from run.state where that has a beginning; leaves
-    checkpoints in run.folder. A step whose gradient is not finite changes nothing; RuntimeError
+    checkpoints in run.folder. A step whose gradient is not finite moves no weight; RuntimeError
     where no step since the last row was finite."""
     N, C = x_0.shape[:2]
     B = min(cfg.batch, N)
@@ -814,15 +816,16 @@ def train_ddpm(cfg, x_0, t_max, run, name):
         if whole:  # the only place where the host waits for the device
             loss, good = total(tally).tolist()
             skipped = done - (rows[-1][1] if rows else 0) - round(good)
-            if not good:
+            if not good and (done % 50 == 0 or not rows):
                 raise RuntimeError(f"no finite gradient in {skipped} steps up to {done} with --lr "
                                    f"{cfg.lr:g}; the last good checkpoint is kept")
             if skipped:
                 say(f"train {name}: {skipped} steps before {done} skipped: no finite gradient")
-            rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2), loss / good,
-                         learning_rate(cfg, done - 1, steps)])
+            if good:
+                rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2),
+                             loss / good, learning_rate(cfg, done - 1, steps)])
             tally.zero_()
-            progress(done, f"loss {loss / good:.4f}")
+            progress(done, f"loss {rows[-1][4]:.4f}")
         stop = agreed(run.stop) if size == 1 or whole else 0  # the processes ask each other rarely
         if stop or done == steps or whole and time.time() - saved_at > CHECKPOINT_SECONDS:
             run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
@@ -1090,7 +1093,7 @@ def fit_in_groups(cfg, y, members, iters, run, measured=None):
     for g, rows in enumerate(groups):
         outputs[rows] = fit_dips(cfg, y[rows], members[rows], iters,
                                  lambda i, g=g: progress(g * iters + i),
-                                 measured and measured.part(rows))
+                                 measured and measured.part(rows)).clamp(0, 1)
         if run.stop:
             raise KeyboardInterrupt
     return total(outputs)
@@ -1316,6 +1319,10 @@ def run_prior(cfg, run):
     N, C, H, W = x_0.shape
     for task in cfg.task:
         check_size(task, H, W)
+    if {*cfg.task} - {"generate"} or cfg.mode == "prior" and "images" in cfg.dip_source:
+        DIPGroup(cfg, torch.zeros(1, dtype=torch.int64), C, H, W)  # who cannot take it, says so
+    if min(cfg.batch, N) < processes()[1]:
+        raise ValueError(f"--batch {cfg.batch}, of {N} images, is too small for as many processes")
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
         raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
@@ -1347,7 +1354,7 @@ def train_networks(cfg, x_0, run):
         if name == "smoothed":
             began = time.time()
             source = next(source for source in cfg.dip_source if source in SMOOTHERS)
-            x = PRIORS[f"dip-{source}"](cfg, x_0, x_0, run)
+            x = of_the_first(PRIORS[f"dip-{source}"](cfg, x_0, x_0, run))
             images = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             synchronize(run.device)
             run.seconds["dip"] += time.time() - began
@@ -1380,7 +1387,7 @@ def generate(cfg, run, nets, train, x_0, test, result):
         yield "ddpm", cfg.timesteps, eps, 0.0
         for arm in arms_of(cfg):
             began = time.time()
-            priors[arm] = PRIORS[arm](cfg, x_0, sources, run)
+            priors[arm] = of_the_first(PRIORS[arm](cfg, x_0, sources, run))
             synchronize(run.device)
             seconds = time.time() - began
             run.seconds["dip"] += seconds if arm.startswith("dip") else 0.0
@@ -1417,7 +1424,9 @@ def generate(cfg, run, nets, train, x_0, test, result):
     result["notes"] += headlines(cfg, arms, n)
     for name, network in nets.items():
         curves |= convergence(cfg, run, name, network, begun, numbers, judge, test)
-    result["pictures"] += draw_arms(cfg, run, pictures, priors, sources) + [draw_film(run, films)]
+    result["pictures"] += draw_arms(cfg, run, pictures, priors, sources)
+    if films:  # which a process without images has none of
+        result["pictures"].append(draw_film(run, films))
     run.seconds["eval"] = judge.seconds
 
 
@@ -1752,7 +1761,7 @@ def replicas_of(members, M):
 
 def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
-    until the risk of the output, averaged over iterations and replicas, has not fallen for
+    until the risk of the replicas' outputs, averaged over iterations, has not fallen for
     --patience iterations; then weights, Adam's memory and output go back to the rung's best. The
     ladder ends where a rung is no better than the one before: the image leaves the group with the
     output of least risk. One rung is an early stop alone. A replica whose loss jumps back half of
@@ -1762,6 +1771,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     each look with the iteration and the outputs."""
     n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
     device, dtype = measured.y.device, measured.y.dtype
+    patience = cfg.patience or (50 if max(H, W) <= 64 else 200)
     numbers = replicas_of(members, M)
     half = (halves if measured.sigma else held_out)(cfg, measured, numbers, rungs)
     group = DIPGroup(cfg, numbers, C, H, W, dtype)
@@ -1795,7 +1805,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
         since = torch.where(risk < best, 0, since + CHECK)
         group.save((risk < best).repeat_interleave(M))
         best = torch.minimum(best, risk)
-        ended = since >= cfg.patience
+        ended = since >= patience
         leaves = ended & ((rung == len(half.targets) - 1) | (best >= last))
         climbs = ended & ~leaves
         group.rewind(ended.repeat_interleave(M))
@@ -2052,6 +2062,7 @@ def run_dip(cfg, run):
     seen = test, truth, measured, about, members, _ = observe(cfg, run)
     began = time.time()
     x, iterations, best, curve = fit_guided_in_groups(cfg, seen, 1, run, tell=True)
+    x = x.clamp(0, 1)
     run.seconds["dip"] = took = time.time() - began
     corrupted = measured.back(measured.y).clamp(0, 1)
     arms = [{"name": name} | about for name in ("corrupted", "dip")]
@@ -2211,6 +2222,11 @@ def first_alone():
         dist.barrier()
 
 
+def of_the_first(x):
+    """The first process's tensor x, in each: on a GPU not every sum is the same twice."""
+    return total(x if processes()[0] == 0 else torch.zeros_like(x))
+
+
 def the_first_ones(value):
     """The first process's value, in each: two may read different clocks."""
     if processes()[1] > 1:
@@ -2283,8 +2299,10 @@ class Run:
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.fresh = bool(cfg.out or not continued)
         self.folder = the_first_ones(new_folder(cfg) if self.fresh else Path(cfg.resume))
+        if not self.fresh and processes()[0] == 0:
+            self.lock = lock(self.folder)  # before anything is read
         if continued and any((Path(cfg.resume) / name).exists() for name in (CHECKPOINT, PREVIOUS)):
-            saved = load_checkpoint(cfg.resume)
+            saved = load_checkpoint(cfg.resume, mend=not self.fresh)
             self.state = saved["networks"]
             self.about = {key: saved[key] for key in ("data", "shape")}
         self.clock = Clock(sum(saved["seconds"] for saved in self.state.values()))
@@ -2293,8 +2311,8 @@ class Run:
         """Make the folder: not before the input is known to be good, so that misuse leaves none."""
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder)
             if self.fresh:
+                self.lock = lock(self.folder)
                 check_empty(self.folder)  # again, now that nobody else can fill it
         measure.write_json(self.config, self.folder / "config.json")
         if self.state and not (self.folder / CHECKPOINT).exists():
@@ -2315,8 +2333,10 @@ def lock(folder):
     file = open(folder / LOCK, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{folder}: another process is writing there") from None
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
@@ -2383,9 +2403,10 @@ def save_checkpoint(run):
          run.folder / CHECKPOINT, run.folder / PREVIOUS)
 
 
-def load_checkpoint(folder):
+def load_checkpoint(folder, mend=False):
     """The newest checkpoint's content, tensors and plain values only, or that of the one before
-    where it cannot be read. ValueError in one line if neither is one of ours."""
+    where it cannot be read; then with `mend` the newest goes, lest it take the other's place.
+    ValueError in one line if neither is one of ours."""
     newest, previous = Path(folder) / CHECKPOINT, Path(folder) / PREVIOUS
     try:
         saved = read_checkpoint(newest)
@@ -2394,6 +2415,8 @@ def load_checkpoint(folder):
             raise
         saved = read_checkpoint(previous)
         say(f"{error}; going on from {PREVIOUS}")
+        if mend and processes()[0] == 0:
+            newest.unlink(missing_ok=True)
     if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{newest}: not a checkpoint of format {CHECKPOINT_FORMAT}")
     return saved
@@ -2439,7 +2462,7 @@ def join_processes(cfg):
     cuda = (cfg.device or "cuda").startswith("cuda") and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
     measure.WRITES = dist.get_rank() == 0
 
 
@@ -2572,7 +2595,8 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            said in str(error) for said in ("out of memory", "allocate memory", "enough memory"))
         sys.exit(fail("out of memory: lower --batch in training, --samples or --dip-group after it"
                       if short else error, 1))
     except (ValueError, OSError) as error:

@@ -2197,6 +2197,14 @@ def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
     assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
 
 
+def test_a_dip_that_answers_beyond_an_image_is_clipped_before_it_is_measured(tmp_path, capsys):
+    status, out, err = run_main([
+        "--mode", "dip", "--data", "digits", "--samples", 2, "--sigma", 0.3, "--dip-iters", 20,
+        "--dip-width", 4, "--dip-arch", "autoencoder", "--out", tmp_path / "d"], capsys)
+    assert status == 0, err
+    assert math.isfinite(json.loads((tmp_path / "d" / "results.json").read_text())["arms"][1]["psnr"])
+
+
 def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--sigma",
                                0.3, "--dip-iters", 60, "--dip-width", 4, "--patience", 20, "--out",
