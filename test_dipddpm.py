@@ -2202,7 +2202,8 @@ def test_a_dip_that_answers_beyond_an_image_is_clipped_before_it_is_measured(tmp
         "--mode", "dip", "--data", "digits", "--samples", 2, "--sigma", 0.3, "--dip-iters", 20,
         "--dip-width", 4, "--dip-arch", "autoencoder", "--out", tmp_path / "d"], capsys)
     assert status == 0, err
-    assert math.isfinite(json.loads((tmp_path / "d" / "results.json").read_text())["arms"][1]["psnr"])
+    result = json.loads((tmp_path / "d" / "results.json").read_text())
+    assert math.isfinite(result["arms"][1]["psnr"])
 
 
 def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
