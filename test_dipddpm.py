@@ -1857,7 +1857,7 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
         outputs.setdefault(folder, []).append(x)
         return {}
 
-    monkeypatch.setattr(dipddpm, "measures", caught)
+    monkeypatch.setattr(measures, "measures", caught)
     for folder, source in (tmp_path / "a", observe), (tmp_path / "b", altered):
         monkeypatch.setattr(dipddpm, "observe", source)
         dipddpm.main(["--mode", "guide", "--data", "digits", "--samples", "2", "--sigma", "0.3",
