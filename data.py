@@ -39,11 +39,12 @@ class Images(NamedTuple):
     sha256: str  # of the pixel bytes, hex
 
 
-def load(name="auto", root=None, split="train", limit=None) -> Images:
+def load(name="auto", root=None, split="train", limit=None, size=None, crop=None) -> Images:
     """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
     auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder of images or to one image;
-    data sets live under `root`, by default `default_root()`. ValueError for a bad argument or a
-    damaged file, FileNotFoundError that says what to put where."""
+    data sets live under `root`, by default `default_root()`. `size` resizes each image until its
+    shorter side has so many pixels; `crop` then takes the middle crop x crop. ValueError for a bad
+    argument or a damaged file, FileNotFoundError that says what to put where."""
     name, root = str(name), Path(root).expanduser() if root else default_root()
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is neither 'train' nor 'test'")
@@ -53,8 +54,10 @@ def load(name="auto", root=None, split="train", limit=None) -> Images:
         name = _mnist_or_digits(root)
     if name in SETS:
         pixels, labels = SETS[name](root, split, limit)
+        if size or crop:
+            pixels = np.stack([_fit(image, size, crop, name) for image in pixels[:limit]])
     elif (path := Path(name).expanduser()).exists():
-        pixels, labels = load_files(path, split, limit), None
+        pixels, labels = load_files(path, split, limit, size, crop), None
     else:
         raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
     pixels = np.array(pixels[:limit], order="C")  # a copy: nothing else is kept alive
@@ -332,11 +335,11 @@ PIXEL_LIMIT = 2**26  # of one picture; a header can declare any size
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
-def load_files(path, split="train", limit=None):
-    """Pixels uint8 [N, C, H, W] of the images directly in a folder, by name, or of one image; C is
-    1 where all are grey, else 3, without alpha. Of ten or more every tenth is test; fewer are both
-    splits. FileNotFoundError for an empty folder, ValueError for an unreadable image or a second
-    size."""
+def load_files(path, split="train", limit=None, size=None, crop=None):
+    """Pixels uint8 [N, C, H, W] of the images directly in a folder, by name, or of one image,
+    resized and cropped as in `load`; C is 1 where all are grey, else 3, without alpha. Of ten or
+    more every tenth is test; fewer are both splits. FileNotFoundError for an empty folder,
+    ValueError for an unreadable image or a second size."""
     paths = [path]
     if path.is_dir():
         visible = (p for p in path.iterdir() if p.name[0] != "." and p.is_file())
@@ -345,19 +348,19 @@ def load_files(path, split="train", limit=None):
             raise FileNotFoundError(f"{path}: no images here ({' '.join(sorted(SUFFIXES))})")
     # Colour and size are the whole folder's, whatever part of it is asked for: splits must agree.
     grey = {_is_grey(p) for p in paths} == {True}
-    height, width = _decode(paths[0], grey).shape[:2]
+    _, height, width = _fit(_decode(paths[0], grey), size, crop, paths[0]).shape
     chosen = paths
     if len(paths) >= 10:
         chosen = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
     pixels = []
     for p in chosen[:limit]:
-        image = _decode(p, grey)
-        if image.shape[:2] != (height, width):
-            found = f"{image.shape[1]}×{image.shape[0]}"
-            raise ValueError(f"{p}: {found} pixels, but {paths[0].name} has {width}×{height}")
+        image = _fit(_decode(p, grey), size, crop, p)
+        if image.shape[1:] != (height, width):
+            found = f"{image.shape[2]}×{image.shape[1]}"
+            raise ValueError(f"{p}: {found} pixels, but {paths[0].name} has {width}×{height}: "
+                             "--size and --crop make them equal")
         pixels.append(image)
-    pixels = np.stack(pixels)  # [N, H, W] or [N, H, W, 3]
-    return pixels[:, None] if grey else pixels.transpose(0, 3, 1, 2)
+    return np.stack(pixels)
 
 
 @contextlib.contextmanager
@@ -384,14 +387,33 @@ def _is_grey(path):
 
 
 def _decode(path, grey):
-    """One image, upright, as uint8 [H, W] if grey, else [H, W, 3]; of a GIF the first frame."""
+    """One image, upright, as uint8 [1 if grey else 3, H, W]; of a GIF the first frame."""
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"samples of mode {image.mode} have no known range")
-        return np.asarray(image.convert("L" if grey else "RGB"))
+        image = np.asarray(image.convert("L" if grey else "RGB"))
+    return image[None] if grey else image.transpose(2, 0, 1)
+
+
+def _fit(image, size, crop, where):
+    """uint8 [C, H, W] -> its shorter side resized to `size` pixels, bicubic and without aliasing,
+    then the middle [C, crop, crop]."""
+    H, W = image.shape[1:]
+    if size:
+        H, W = (round(side * size / min(H, W)) for side in (H, W))
+        if H * W > PIXEL_LIMIT:
+            raise ValueError(f"{where}: {W}×{H} is more than {PIXEL_LIMIT} pixels")
+        image = np.stack([Image.fromarray(np.ascontiguousarray(plane)).resize(
+            (W, H), Image.Resampling.BICUBIC) for plane in image])
+    if crop:
+        if crop > min(H, W):
+            raise ValueError(f"{where}: no middle of {crop}×{crop} in {W}×{H} pixels")
+        top, left = (H - crop) // 2, (W - crop) // 2
+        image = image[:, top:top + crop, left:left + crop]
+    return image
 
 
 # ---- digits --------------------------------------------------------------------------------------

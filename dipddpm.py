@@ -89,6 +89,8 @@ class Config:
     data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder "
                      "of images or to one image", "run")
     data_dir: str = flag(None, "where data sets live (or DIPDDPM_DATA)", "run")
+    size: int = flag(None, "resize each image: its shorter side to N pixels", "run", low=7)
+    crop: int = flag(None, "then take its middle N x N pixels", "run", low=7)
     seed: int = flag(0, "seed of every random number of the run", "run", low=0)
     device: str = flag(None, "cpu, cuda, cuda:1, ...; automatic when absent", "run")
     precision: str = flag("auto", "networks' arithmetic; auto is bf16 where the hardware has "
@@ -158,14 +160,16 @@ class Config:
                       "estimated: added, but the fit must find out; own: nothing is added, the "
                       "images are noisy already (dip only)", "guide",
                       ("given", "estimated", "own"))
-    crop: int = flag(None, "dip, guide: take the middle N x N pixels of each image", "guide",
-                     low=16)
+    arms: tuple = flag(("plain", "mean", "split", "ladder", "literal"), "arms of --mode guide, a "
+                       "list; the gap to the oracle needs plain", "guide",
+                       type=listed(str, "plain", "mean", "split", "ladder", "literal"))
 
 
 SMOOTHERS = {"images", "network"}  # DIP sources that turn a training image into a DIP's output
 # What a network's meaning depends on, and what its training does: resuming may not change these.
 NETWORK_FIELDS = ("timesteps", "schedule", "predict", "width")
-TRAINING_FIELDS = NETWORK_FIELDS + ("data", "seed", "epochs", "limit", "batch", "lr")
+TRAINING_FIELDS = NETWORK_FIELDS + ("data", "size", "crop", "seed", "epochs", "limit", "batch",
+                                    "lr")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1311,11 +1315,16 @@ def start_from_prior(cfg, prior, t_start, numbers):
     return kernels.q_sample(prior, None, t, table, cfg.seed, numbers, 0, kernels.INIT_NOISE)
 
 
+def load_images(cfg, split, name=None):
+    """The images of a split that --data, --size and --crop ask for."""
+    return data.load(name or cfg.data, cfg.data_dir, split, size=cfg.size, crop=cfg.crop)
+
+
 def run_prior(cfg, run):
     """--mode prior and --mode ddpm: train, then generate or restore."""
     with first_alone():  # where data are downloaded, one process does it
-        train = data.load(cfg.data, cfg.data_dir, "train")
-        test = data.load(train.name if cfg.data == "auto" else cfg.data, cfg.data_dir, "test")
+        train = load_images(cfg, "train")
+        test = load_images(cfg, "test", train.name if cfg.data == "auto" else cfg.data)
     x_0 = train.pixels[:cfg.limit].to(run.device)
     N, C, H, W = x_0.shape
     for task in cfg.task:
@@ -1883,14 +1892,8 @@ class Observed(NamedTuple):
 def observe(cfg, run):
     """Load the test images and add what --sigma, --noise and --task say. A noise level that is not
     given is the median over the images, which are taken to come from one source."""
-    test = data.load(cfg.data, cfg.data_dir, "test")
+    test = load_images(cfg, "test")
     pixels = test.pixels[:cfg.samples or 16]
-    H, W = pixels.shape[-2:]
-    if cfg.crop:
-        if cfg.crop > min(H, W):
-            raise ValueError(f"--crop {cfg.crop}: the images are of {W}x{H} pixels")
-        top, left = (H - cfg.crop) // 2, (W - cfg.crop) // 2
-        pixels = pixels[..., top:top + cfg.crop, left:left + cfg.crop]
     if len(cfg.task) > 1:
         raise ValueError(f"--task {show(cfg.task)}: --mode {cfg.mode} takes one task")
     task = "denoise" if cfg.task[0] == "generate" else cfg.task[0]
@@ -1902,6 +1905,8 @@ def observe(cfg, run):
         measured, truth = Measurement(task, truth, torch.ones_like(truth[:, :1]), 0.0), None
     else:
         measured = corrupt(cfg, task, truth, members)
+    if cfg.mode == "guide" and not measured.sigma and not {"plain", "mean", "split"} & {*cfg.arms}:
+        raise ValueError(f"--arms {show(cfg.arms)}: there is no noise to make rungs of")
     about = {"seed": cfg.seed, "task": task}
     if truth is not None:
         about["sigma"] = measured.sigma
@@ -1995,12 +2000,13 @@ def run_guide(cfg, run):
 
     def add(name, x, iterations, networks, seconds=None, **more):
         x = x.clamp(0, 1)
-        psnr = measure.psnr(x, truth)
         mean = iterations.double().mean().item()
         row = {"name": name} | about | measure.measures(x, truth) | {
-            "gap": round((bound - psnr).mean().item(), 3),
-            "gap_worst": round((bound - psnr).max().item(), 3), "iterations": round(mean, 1),
-            "networks": networks, "network_steps": round(networks * mean)} | more
+            "iterations": round(mean, 1), "networks": networks,
+            "network_steps": round(networks * mean)} | more
+        if bound is not None:
+            gap = bound - measure.psnr(x, truth)
+            row |= {"gap": round(gap.mean().item(), 3), "gap_worst": round(gap.max().item(), 3)}
         rows.append(row | ({} if seconds is None else {"seconds": round(seconds, 2)}))
         shown[name] = x[:16]
         say(describe(rows[-1]))
@@ -2017,13 +2023,18 @@ def run_guide(cfg, run):
         return arms, curve, time.time() - began
 
     first = time.time()
-    for replicas, suffix in dict.fromkeys(((1, ""), (M, "-mean" * (M > 1)))):
+    for wanted, replicas, suffix in ("plain", 1, ""), ("mean", M, "-mean"):
+        if wanted not in cfg.arms or suffix and M == 1:
+            continue
         arms, curves[f"psnr/plain{suffix}"], took = plain(replicas, [measured.y])
-        bound = measure.psnr(arms["oracle"][0].clamp(0, 1), truth) if bound is None else bound
+        if not suffix:
+            bound = measure.psnr(arms["oracle"][0].clamp(0, 1), truth)
         for arm, (x, iterations) in arms.items():
             share = {"plain": 1.0, "es-wmv": iterations.mean().item() / budget}.get(arm)
             add(arm + suffix, x, iterations, replicas, share and share * took)
     for name, rungs in (("split", 1), ("ladder", cfg.rungs))[:2 if sigma else 1]:
+        if name not in cfg.arms:
+            continue
         began = time.time()
         x, iterations, best, curves[f"psnr/{name}"] = fit_guided_in_groups(cfg, seen, rungs, run)
         took = time.time() - began
@@ -2031,7 +2042,7 @@ def run_guide(cfg, run):
         add(name, x, iterations, M, took, own_gap=round(gap.mean().item(), 3),
             own_gap_worst=round(gap.max().item(), 3))
     notes = []
-    if sigma:  # where there is noise: every rung noises the clean image afresh
+    if sigma and "literal" in cfg.arms:  # every rung noises the clean image afresh
         levels = [sigma * level for level in rung_levels(cfg.rungs)]
         clean, given = measured.A(truth), measured.A(torch.ones_like(truth))
         leaking = [clean + given * level * kernels.normal(
@@ -2297,6 +2308,7 @@ class Run:
         self.state = {}  # what a checkpoint holds of each network's training
         self.about = {}  # its data's name, counts, checksum, and an image's shape
         self.config = asdict(cfg)
+        self.lock = None
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.fresh = bool(cfg.out or not continued)
         self.folder = the_first_ones(new_folder(cfg) if self.fresh else Path(cfg.resume))
@@ -2319,14 +2331,20 @@ class Run:
         if self.state and not (self.folder / CHECKPOINT).exists():
             save_checkpoint(self)
 
+    def close(self):
+        """Let go of the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
     def autocast(self):
         """bf16 inside the networks where asked for; the mathematics around them stays float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
 
 
 def lock(folder):
-    """Hold a run's folder until this process ends, however it ends; ValueError where another one
-    does. Where there is no flock (Windows), nobody holds anything."""
+    """Hold a run's folder until the file that is returned is closed, or this process ends, however
+    it ends; ValueError where another run does. Where there is no flock (Windows), nobody holds
+    anything."""
     try:
         import fcntl
     except ImportError:
@@ -2335,7 +2353,7 @@ def lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is writing there") from None
+        raise ValueError(f"{folder}: another run is writing there") from None
     except OSError:  # a file system without locks
         pass
     return file
@@ -2585,7 +2603,10 @@ def main(argv=None):
 
             signal.signal(signal.SIGINT, stop_soon)
             signal.signal(signal.SIGTERM, stop_soon)
-            MODES[cfg.mode](cfg, run)
+            try:
+                MODES[cfg.mode](cfg, run)
+            finally:
+                run.close()
         if len(folders) > 1 and processes()[0] == 0:
             measure.compare(folders, folders[0].parent / "comparison.html")
             say(f"comparison: {folders[0].parent / 'comparison.html'}")

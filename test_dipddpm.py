@@ -455,7 +455,33 @@ def test_orientation_is_applied(tmp_path):
 def test_second_size_is_an_error_with_both_sizes(tmp_path):
     for i in range(4):
         picture(tmp_path / f"{i}.png", size=(6, 5) if i >= 2 else (6, 4))
-    error_line(ValueError, lambda: data.load(tmp_path), tmp_path / "2.png", "6×5", "6×4")
+    error_line(ValueError, lambda: data.load(tmp_path), tmp_path / "2.png", "6×5", "6×4", "--size")
+
+
+def test_images_of_several_sizes_are_resized_and_cropped_to_one(tmp_path):
+    stripes = np.arange(64) // 16 % 2 * 200  # their edges are at 16, 32 and 48
+    for name, (height, width) in {"a": (64, 64), "b": (32, 48), "c": (96, 64)}.items():
+        pixels = np.broadcast_to(stripes[:width], (height, width)).astype(np.uint8)
+        Image.fromarray(pixels).convert("RGB").save(tmp_path / f"{name}.png")
+    images = data.load(tmp_path, size=16, crop=16).pixels
+    assert images.shape == (3, 3, 16, 16)
+    assert images[0, 0, 0].tolist() == pytest.approx(list(stripes[::4]), abs=25)  # overshoots
+    assert torch.equal(images[1:, :, :1].expand_as(images[1:]), images[1:])
+    cropped = data.load(tmp_path, crop=20).pixels
+    assert torch.equal(cropped[1, 0, 0], torch.from_numpy(stripes[14:34]).byte())
+    assert torch.equal(cropped[0], cropped[2])  # both are 64 wide
+    assert data.load(tmp_path / "b.png", size=16).pixels.shape == (1, 3, 16, 24)
+    error_line(ValueError, lambda: data.load(tmp_path, crop=40), tmp_path / "b.png", "40×40")
+
+
+def test_a_data_set_is_resized_and_cropped_as_a_folder_is(tmp_path):
+    images = data.load("digits", limit=3).pixels
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    fitted = data.load("digits", limit=3, size=40, crop=33)
+    assert fitted.pixels.shape == (3, 1, 33, 33) and len(fitted.labels) == 3
+    assert torch.equal(fitted.pixels, data.load(tmp_path, size=40, crop=33).pixels)
+    assert torch.equal(data.load("digits", limit=3, crop=20).pixels, images[..., 4:24, 4:24])
 
 
 def test_damaged_image_is_named(tmp_path):
@@ -1022,7 +1048,10 @@ def test_every_field_of_config_is_a_flag():
     ("--mode guide --data digits --noise own", "--noise own is for --mode dip"),
     ("--mode dip --data digits --noise own --sigma 0.1", "--noise own is for --mode dip without"),
     ("--mode dip --data digits --noise estimated --task sr", "no noise level can be told from sr"),
-    ("--mode dip --data digits --crop 40", "--crop 40: the images are of 28x28"),
+    ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
+    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 67108864 pixels"),
+    ("--mode guide --data digits --arms split,es-wmv", "es-wmv is none of plain, mean, split"),
+    ("--mode guide --data digits --sigma 0 --arms ladder", "--arms ladder: there is no noise"),
     ("--mode prior --dip-source code", "code is none of images, network"),
     ("--mode prior --task deblur", "deblur is none of generate, denoise"),
     ("--mode prior --train smoothed --dip-source codes", "smoothed needs --dip-source network"),
@@ -2102,7 +2131,7 @@ def test_resuming_with_other_training_flags_or_data_is_refused_in_one_line(
     status, _, err = run_main(["--resume", whole_run, "--width", 16], capsys)
     assert status == 2 and "--width was 8" in err and err.count("\n") == 1
     real = data.load
-    monkeypatch.setattr(data, "load", lambda *a: real(*a)._replace(sha256="another"))
+    monkeypatch.setattr(data, "load", lambda *a, **b: real(*a, **b)._replace(sha256="another"))
     status, _, err = run_main(["--resume", whole_run], capsys)
     assert status == 2 and "the data was" in err and err.count("\n") == 1
 
@@ -2157,7 +2186,7 @@ def test_a_folder_is_one_processs(tmp_path):
     code = "import dipddpm, pathlib, sys; dipddpm.lock(pathlib.Path(sys.argv[1]))"
     other = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(other, cwd=EVAL.parent, capture_output=True, text=True)
-    assert "another process is writing there" in done.stderr
+    assert "another run is writing there" in done.stderr
     held.close()
     assert subprocess.run(other, cwd=EVAL.parent).returncode == 0
 
@@ -2220,6 +2249,19 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
     assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
+
+
+def test_guide_runs_the_arms_that_were_asked_for(tmp_path, capsys):
+    command = ["--mode", "guide", "--data", "digits", "--samples", 1, "--dip-iters", 20,
+               "--dip-width", 4, "--replicas", 2, "--arms"]
+    some = {"split,mean": ["plain-mean", "oracle-mean", "es-wmv-mean", "split"],
+            "plain": ["plain", "oracle", "es-wmv"]}
+    for arms, names in some.items():
+        status, _, err = run_main([*command, arms, "--out", tmp_path / arms], capsys)
+        assert status == 0, err
+        rows = json.loads((tmp_path / arms / "results.json").read_text())["arms"]
+        assert [row["name"] for row in rows] == names
+        assert all(("gap" in row) == (arms == "plain") for row in rows)  # to the plain oracle
 
 
 def test_guide_fills_what_is_missing_where_there_is_no_noise(tmp_path, capsys):
