@@ -1536,6 +1536,20 @@ def test_dips_of_other_numbers_or_seeds_differ():
     assert not torch.allclose(z[0], z[1])
 
 
+@pytest.mark.parametrize("layer", ["conv", "up"])
+def test_layers_of_a_grouped_dip_start_as_pytorchs_do(layer):
+    members = torch.arange(200)
+    grouped = getattr(dipddpm.Grouped(members, 0), layer)(3, 5, 4, 2)
+    torch.manual_seed(0)
+    single = [getattr(dipddpm.Single(), layer)(3, 5, 4, 2) for _ in range(200)]
+    for name in "weight", "bias":
+        ours = getattr(grouped, name)
+        theirs = torch.cat([getattr(one, name) for one in single])
+        assert ours.shape == theirs.shape
+        assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.02)
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+
+
 @pytest.mark.parametrize("size, scales", [((28, 28), 2), ((256, 256), 5), ((9, 30), 1)])
 def test_dip_has_the_scales_that_its_image_allows_and_keeps_odd_sizes(size, scales):
     net = dipddpm.Skip(dipddpm.Grouped(torch.arange(2), 0), 2, 3, *size, 4)
@@ -2321,20 +2335,25 @@ print(moments, status)
 """
 
 
-def test_a_training_killed_again_and_again_ends_in_the_same_bits(tmp_path):
-    (tmp_path / "data").mkdir()  # a few pictures: what is killed is to be the training
+def little_training(tmp_path):
+    """Flags of 600 quick steps on pictures that are quickly there, and where to run them."""
+    (tmp_path / "data").mkdir()
     for i in range(70):
         pixels = np.random.default_rng(i).integers(0, 256, (12, 12)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
     flags = ("--mode ddpm --epochs 150 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
-             "--data").split() + [tmp_path / "data"]
-    here = dict(cwd=EVAL.parent, env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME":
-                                                   str(tmp_path)}, capture_output=True, text=True)
+             "--data").split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    return [*flags, str(tmp_path / "data")], dict(cwd=EVAL.parent, env=environment, text=True)
+
+
+def test_a_training_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+    flags, here = little_training(tmp_path)
+    here["capture_output"] = True
     whole = subprocess.run([sys.executable, "dipddpm.py", *flags, "--out", tmp_path / "whole"],
                            **here)
     assert whole.returncode == 0, whole.stderr
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", str(KILLS),
-                           *map(str, flags)],
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", str(KILLS), *flags],
                           **here)
     assert done.returncode == 0, done.stderr
     kills, status = map(int, done.stdout.split())
@@ -2354,6 +2373,10 @@ def two_processes(*argv):
             "dipddpm.py", *map(str, argv)]
 
 
+def losses_in(folder):
+    return [float(row.split(",")[4]) for row in (folder / "log.csv").read_text().splitlines()[1:]]
+
+
 def test_two_processes_do_what_one_does(tmp_path):
     few = ("--mode prior --data digits --limit 64 --epochs 30 --width 8 --batch 31 --timesteps 40 "
            "--samples 9 --dip-iters 3 --dip-width 4 --dip-group 4 --nfe 2 --dip-source images "
@@ -2365,33 +2388,40 @@ def test_two_processes_do_what_one_does(tmp_path):
     one = subprocess.run([sys.executable, "dipddpm.py", *few, "--out", tmp_path / "one"], **here)
     assert one.returncode == 0, one.stderr
     assert done.stdout.count("data: digits") == 1  # one process speaks
-    results, losses, pictures = [], [], []
+    results, losses, pictures, memories = [], [], [], []
     for name in ("one", "two"):
+        adam = dipddpm.load_checkpoint(tmp_path / name)["networks"]["full"]["optimizer"]["state"]
+        memories.append(sum(memory["exp_avg_sq"].sum().item() for memory in adam.values()))
         results.append(json.loads((tmp_path / name / "results.json").read_text())["arms"])
-        rows = (tmp_path / name / "log.csv").read_text().splitlines()[1:]
-        losses.append([float(row.split(",")[4]) for row in rows])
+        losses.append(losses_in(tmp_path / name))
         pictures.append(np.asarray(Image.open(tmp_path / name / "samples-nfe2.png"), float))
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert memories[1] == pytest.approx(memories[0], rel=1e-3)  # Adam forgives a wrong scale
     assert abs(pictures[0] - pictures[1]).max() <= 2
     assert [row["name"] for row in results[0]] == [row["name"] for row in results[1]]
     assert [row.get("psnr", 0) for row in results[1]] == pytest.approx(
         [row.get("psnr", 0) for row in results[0]], abs=0.01)
 
 
-def test_two_processes_stop_together_and_leave_a_checkpoint(tmp_path):
-    process = subprocess.Popen(
-        two_processes("--mode", "ddpm", *FAST.split(), "--epochs", 100000, "--out", tmp_path / "r"),
-        cwd=EVAL.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    flags, here = little_training(tmp_path)
+    process = subprocess.Popen(two_processes(*flags, "--out", tmp_path / "r"), **here,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(600):
         if (tmp_path / "r" / "config.json").exists():
             break
         time.sleep(0.1)
-    time.sleep(4)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
     state = dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]
-    assert state["step"] > 0 and state["step"] % 50 == 0 and not state["tally"].any()
+    assert 0 < state["step"] < 600 and state["step"] % 50 == 0 and not state["tally"].any()
+    for last in ["--resume", tmp_path / "r"], [*flags, "--out", tmp_path / "whole"]:
+        done = subprocess.run([sys.executable, "dipddpm.py", *map(str, last)], **here,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+    losses = [losses_in(tmp_path / name) for name in ("r", "whole")]
+    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 def test_modes_that_no_process_can_help_say_so(monkeypatch, capsys):
