@@ -34,6 +34,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -98,7 +99,9 @@ class Config:
     out: str = flag(None, "folder for results (default: a new one in runs/, or --resume's)", "run")
     resume: str = flag(None, "folder of a run to continue; with --out, its networks are taken and "
                        "it stays as it is", "run")
-    sweep: str = flag(None, "NAME=V1,V2,...: one run for each value of a flag", "run")
+    overwrite: bool = flag(False, "empty --out first, where it holds a run", "run")
+    sweep: tuple = flag((), "NAME=V1,V2,...: one run for each value of a flag; repeated, for each "
+                        "combination; given again with the same --out, only what is missing", "run")
 
     epochs: int = flag(30, "passes over the training data", "training", low=1)
     limit: int = flag(None, "use only the first N training images", "training", low=1)
@@ -188,10 +191,14 @@ def parser():
     groups = {name: p.add_argument_group(name) for name in names}
     for f in fields(Config):
         m = f.metadata
-        group = groups[m["group"]]
+        group, name = groups[m["group"]], "--" + f.name.replace("_", "-")
+        if f.type is bool or f.name == "sweep":
+            group.add_argument(name, action="append" if f.name == "sweep" else "store_true",
+                               help=m["help"])
+            continue
         shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
-        group.add_argument("--" + f.name.replace("_", "-"), type=m["type"] or f.type,
-                           choices=m["choices"], help=m["help"] + shown,
+        group.add_argument(name, type=m["type"] or f.type, choices=m["choices"],
+                           help=m["help"] + shown,
                            metavar=None if m["choices"] else f.name.upper())
     return p
 
@@ -216,7 +223,7 @@ def read_config(argv):
             if name in given and given[name] != saved[name]:
                 raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
                                  f"and cannot become {given[name]}")
-        saved["out"] = None
+        saved |= {"out": None, "overwrite": False}
         if sampling:
             saved["samples"] = None
         given = saved | given | {"resume": str(folder)}
@@ -273,6 +280,8 @@ def check(cfg):
     if cfg.noise == "own" and (cfg.mode != "dip" or cfg.sigma is not None):
         raise ValueError("--noise own is for --mode dip without --sigma: there is no truth to "
                          "compare with, and no noise to add")
+    if cfg.overwrite and not cfg.out:
+        raise ValueError("--overwrite needs --out: the folder to empty")
     starts = steps_of_prior(cfg)
     if max(starts) > cfg.timesteps:
         raise ValueError(f"--t-start {max(starts)} is beyond T = --timesteps {cfg.timesteps}")
@@ -2326,7 +2335,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.fresh:
                 self.lock = lock(self.folder)
-                check_empty(self.folder)  # again, now that nobody else can fill it
+                overwrite = self.config["overwrite"]
+                check_empty(self.folder, overwrite)  # again, now that nobody else can fill it
+                for path in self.folder.iterdir() if overwrite else ():
+                    if path.name != LOCK:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
         measure.write_json(self.config, self.folder / "config.json")
         if self.state and not (self.folder / CHECKPOINT).exists():
             save_checkpoint(self)
@@ -2360,20 +2373,25 @@ def lock(folder):
 
 
 def new_folder(cfg):
-    """--out, or a new name in runs/. A folder that holds something is never written to."""
+    """--out, or a new name in runs/. A folder that holds something is never written to, unless that
+    is a run and --overwrite is given."""
     stem = Path(cfg.data).stem if cfg.data else "data"
     folder = Path(cfg.out) if cfg.out else Path("runs") / (
         f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
+    if cfg.resume and folder.exists() and folder.samefile(cfg.resume):
+        raise ValueError(f"--out {folder} is the run that --resume takes its networks from")
     if processes()[0] == 0:
-        check_empty(folder)
+        check_empty(folder, cfg.overwrite)
     return folder
 
 
-def check_empty(folder):
+def check_empty(folder, overwrite):
     filled = folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir())
-    if filled or folder.exists() and not folder.is_dir():
+    if filled and overwrite and not (folder / "config.json").exists():
+        raise ValueError(f"--out {folder} is not empty and holds no run: not overwritten")
+    if filled and not overwrite or folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
-                         f"{folder} or name another")
+                         f"{folder}, empty it with --overwrite or name another")
 
 
 def run_folder(path):
@@ -2569,18 +2587,40 @@ def commit():
 
 def configs(argv):
     """Command line -> one Config, or with --sweep NAME=V1,V2,... one for each value, as if --NAME
-    had been given it, each with a folder of its own."""
+    had been given it, each with a folder of its own; of several sweeps, for each combination."""
     cfg = read_config(argv)
     if not cfg.sweep:
         return [cfg]
-    name, _, values = cfg.sweep.partition("=")
-    known = asdict(cfg).keys() - {"sweep", "out", "resume"}
-    if name.replace("-", "_") not in known or not values:
-        raise ValueError(f"--sweep {cfg.sweep}: want NAME=V1,V2,... with NAME a flag's name")
+    each = [[]]
+    for sweep in cfg.sweep:
+        name, _, values = sweep.partition("=")
+        known = asdict(cfg).keys() - {"sweep", "out", "resume", "overwrite"}
+        if name.replace("-", "_") not in known or not values:
+            raise ValueError(f"--sweep {sweep}: want NAME=V1,V2,... with NAME a flag's name")
+        each = [[*flags, f"{name}={v}"] for flags in each for v in values.split(",")]
     parent = Path(cfg.out or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
-    each = [read_config([*argv, f"--{name}={v}", f"--out={parent / f'{name}={v}'}"])
-            for v in values.split(",")]
-    return [replace(cfg, sweep=None) for cfg in each]
+    return [replace(read_config([*argv, *(f"--{f}" for f in flags),
+                                 f"--out={parent / '-'.join(flags)}"]), sweep=())
+            for flags in each]
+
+
+def left_of_a_sweep(cfg):
+    """One run of a sweep that may have been given before -> None if it is finished, the Config that
+    continues it, or starts it again where there is nothing to continue."""
+    folder, own = Path(cfg.out), {"out": None, "resume": None, "overwrite": False, "sweep": ()}
+    if cfg.overwrite or not (folder / "config.json").exists():
+        return cfg
+    saved = read_saved_flags(folder / "config.json")
+    if saved | own != asdict(cfg) | own:
+        differs = sorted(k for k in saved if k not in own and saved[k] != getattr(cfg, k))
+        raise ValueError(f"{folder} is a run with another --{differs[0].replace('_', '-')}: "
+                         "--overwrite it, or name another --out")
+    if (folder / "results.json").exists():
+        say(f"{folder}: finished before")
+        return None
+    if cfg.mode in ("ddpm", "prior") and not cfg.resume:
+        return replace(cfg, out=None, resume=str(folder))
+    return replace(cfg, overwrite=True)
 
 
 def main(argv=None):
@@ -2590,10 +2630,15 @@ def main(argv=None):
     keep_freed_memory()
     run = None
     try:
-        folders = []
-        for cfg in configs(argv):
+        each, folders = configs(argv), []
+        for cfg in each:
+            if len(each) > 1:
+                folders.append(Path(cfg.out))
+                join_processes(cfg)
+                cfg = the_first_ones(left_of_a_sweep(cfg))
+            if cfg is None:
+                continue
             run = Run(cfg, argv)
-            folders.append(run.folder)
 
             def stop_soon(number, _, run=run):
                 """First signal: at the next safe place. Second: at once."""
@@ -2609,6 +2654,7 @@ def main(argv=None):
                 run.close()
         if len(folders) > 1 and processes()[0] == 0:
             measure.compare(folders, folders[0].parent / "comparison.html")
+            say(measure.text_tables(folders))
             say(f"comparison: {folders[0].parent / 'comparison.html'}")
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1110,7 +1110,7 @@ def read_results(folder):
     return results | {"folder": Path(folder)}
 
 
-RUNS_OWN = ("seed", "out", "resume", "sweep", "data_dir")  # no setting of the method
+RUNS_OWN = ("seed", "out", "resume", "overwrite", "sweep", "data_dir")  # no setting of the method
 
 
 def identity(run):

@@ -1066,6 +1066,8 @@ def test_every_field_of_config_is_a_flag():
     ("--mode sample --resume {tmp}", "no run there"),
     ("--mode ddpm --out {tmp}", "not empty"),
     ("--mode ddpm --sweep banana=1,2", "banana"),
+    ("--mode ddpm --sweep seed=1,2 --sweep banana=1", "banana"),
+    ("--mode ddpm --overwrite", "--overwrite needs --out"),
     ("--mode prior --sweep train=full,banana", "banana is none of"),
     ("--mode prior --sweep epochs=1,0", "--epochs must be at least 1"),
 ])
@@ -1082,7 +1084,10 @@ def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, caps
 def test_sweep_gives_one_config_for_each_value():
     swept = dipddpm.configs("--mode prior --sweep seed=0,1,2 --out here".split())
     assert [(c.seed, c.out, c.sweep) for c in swept] == [
-        (i, str(Path("here") / f"seed={i}"), None) for i in range(3)]
+        (i, str(Path("here") / f"seed={i}"), ()) for i in range(3)]
+    swept = dipddpm.configs("--mode dip --sweep dip-lr=0.1,0.2 --sweep seed=3,4 --out here".split())
+    assert [(c.dip_lr, c.seed, c.out) for c in swept] == [
+        (lr, i, str(Path("here") / f"dip-lr={lr}-seed={i}")) for lr in (0.1, 0.2) for i in (3, 4)]
 
 
 # ------------------------------------------------------------------ schedule and tables
@@ -2211,6 +2216,64 @@ def test_a_saved_flag_that_is_no_choice_any_more_is_one_line(whole_run, tmp_path
     shutil.copy(whole_run / "checkpoint.pt", tmp_path)
     status, _, err = run_main(["--resume", tmp_path], capsys)
     assert status == 2 and "--dip-arch unet is none of skip" in err and err.count("\n") == 1
+
+
+def test_a_sweep_that_is_given_again_does_only_what_is_missing(tmp_path, capsys):
+    argv = ["--mode", "dip", "--data", "digits", "--samples", 1, "--dip-iters", 20, "--dip-width",
+            4, "--replicas", 1, "--sweep", "seed=0,1", "--sweep", "sigma=0.1,0.2", "--out",
+            tmp_path / "s"]
+    assert run_main(argv, capsys)[0] == 0
+    runs = sorted(p for p in (tmp_path / "s").iterdir() if p.is_dir())
+    assert [p.name for p in runs] == [f"seed={i}-sigma=0.{k}" for i in (0, 1) for k in (1, 2)]
+    before = [(p / "results.json").read_bytes() for p in runs]
+    (runs[2] / "results.json").unlink()
+    status, out, err = run_main(argv, capsys)
+    assert status == 0 and out.count("finished before") == 3, err
+    after = [(p / "results.json").read_bytes() for p in runs]
+    assert [a == b for a, b in zip(before, after)] == [True, True, False, True]
+    assert "| dip" in out and (tmp_path / "s" / "comparison.html").exists()
+    status, _, err = run_main([*argv, "--dip-iters", 30], capsys)
+    assert status == 2 and "another --dip-iters" in err and err.count("\n") == 1
+    assert [(p / "results.json").read_bytes() for p in runs] == after
+
+
+def test_a_stopped_sweep_of_trainings_goes_on(tmp_path, capsys, monkeypatch):
+    argv = [*little_training(tmp_path)[0], "--epochs", 20, "--sweep", "seed=0,1", "--out"]
+    assert run_main([*argv, tmp_path / "whole"], capsys)[0] == 0
+    real = dipddpm.save_checkpoint
+
+    def stop_the_second(run):
+        real(run)
+        if run.config["seed"] == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dipddpm, "save_checkpoint", stop_the_second)
+        assert run_main([*argv, tmp_path / "s"], capsys)[0] == 130
+    status, out, err = run_main([*argv, tmp_path / "s"], capsys)
+    assert status == 0 and "seed=0: finished before" in out, err
+    whole, again = (dipddpm.load_checkpoint(tmp_path / name / "seed=1")["networks"]["full"]["ema"]
+                    for name in ("whole", "s"))
+    assert all(torch.equal(w, again[k]) for k, w in whole.items())
+
+
+def test_only_a_run_is_overwritten_and_only_when_asked(tmp_path, capsys):
+    argv = ["--mode", "dip", "--data", "digits", "--samples", 2, "--dip-iters", 10, "--dip-width",
+            4, "--replicas", 1, "--out", tmp_path / "d"]
+    assert run_main(argv, capsys)[0] == 0
+    files = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
+    status, _, err = run_main([*argv, "--seed", 1], capsys)
+    assert status == 2 and "--overwrite" in err and err.count("\n") == 1
+    status, _, err = run_main([*argv, "--seed", 1, "--data", "nowhere", "--overwrite"], capsys)
+    assert status == 2 and "nowhere" in err
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
+    status, _, err = run_main([*argv, "--samples", 1, "--overwrite"], capsys)
+    assert status == 0 and not (tmp_path / "d" / "restored-01.png").exists(), err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    status, _, err = run_main([*argv[:-1], tmp_path / "other", "--overwrite"], capsys)
+    assert status == 2 and "holds no run" in err
+    assert (tmp_path / "other" / "thesis.txt").exists()
 
 
 def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
