@@ -1739,6 +1739,14 @@ class Halves(NamedTuple):
         error = (seen - self.judge).square() * self.judged
         return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.noise
 
+    def weights(self, risk, least, M):
+        """How likely y_minus is to come from an output of this risk, in units of one of the least:
+        its noise is normal, so log p(y_minus | x) = - values R / (2 noise) + ..., [n]. Where there
+        is no noise to go by only the least counts."""
+        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0]
+        scale = 2 * max(self.noise, 1e-30) / values
+        return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
+
 
 def rung_levels(rungs):
     """The rungs' noise in units of the last one's: from 4 down to 1, geometrically."""
@@ -1782,9 +1790,11 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
     --patience iterations; then weights, Adam's memory and output go back to the rung's best. The
-    ladder ends where a rung is no better than the one before: the image leaves the group with the
-    output of least risk. One rung is an early stop alone. A replica whose loss jumps back half of
-    the way to that of a flat output has collapsed, and goes back to the best as well.
+    ladder ends where a rung is no better than the one before: the image leaves the group. What is
+    returned is the mean of the outputs at every look, each as likely as it makes y_minus: chance
+    in one risk then matters less than where the least is all that counts. One rung is an early
+    stop alone. A replica whose loss jumps back half of the way to that of a flat output has
+    collapsed, and goes back to the best as well.
 
     Returns outputs [n, C, H, W] and the iterations that each image took [n]. `watch` is called at
     each look with the iteration and the outputs."""
@@ -1795,6 +1805,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     half = (halves if measured.sigma else held_out)(cfg, measured, numbers, rungs)
     group = DIPGroup(cfg, numbers, C, H, W, dtype)
     outputs = torch.zeros(n, C, H, W, dtype=dtype, device=device)
+    total_weight = torch.zeros(n, dtype=dtype, device=device)
     iterations = torch.full((n,), budget, device=device)
     # of each image that is still in the group: its number, its rung, iterations without a lower
     # risk, and the least risk on this rung and on the last; of each replica its least loss
@@ -1817,10 +1828,15 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
         collapsed = (low < flat) & (losses > (low + flat) / 2)
         group.rewind(collapsed)
         low = torch.where(collapsed, low, torch.minimum(low, losses))
-        risk = half.risk(A(group.average), M)
-        x = group.average.view(-1, M, C, H, W).mean(1)
-        first = risk < torch.minimum(best, last)
-        outputs[image[first]] = x[first]
+        risk = half.risk(A(group.average), M).nan_to_num(math.inf)
+        x = group.average.view(-1, M, C, H, W).mean(1).nan_to_num()
+        ever = torch.minimum(best, last)
+        least = torch.minimum(ever, risk)
+        kept = total_weight[image] * half.weights(ever, least, M)  # a new least: the old weigh less
+        weight = half.weights(risk, least, M)
+        total_weight[image] = kept + weight
+        share = (weight / (kept + weight)).view(-1, 1, 1, 1)
+        outputs[image] += share * (x - outputs[image])
         since = torch.where(risk < best, 0, since + CHECK)
         group.save((risk < best).repeat_interleave(M))
         best = torch.minimum(best, risk)

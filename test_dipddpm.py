@@ -1873,6 +1873,35 @@ def test_the_risk_is_the_error_without_the_truth(task):
     assert (risk - error).mean().abs() < 0.2 * error.mean()
 
 
+@pytest.mark.parametrize("task", ["denoise", "inpaint", "sr"])
+def test_outputs_weigh_as_much_as_they_make_the_other_half_likely(task):
+    truth, m = measured(task, n=5, sigma=0.3)
+    half = dipddpm.halves(config(replicas=1, sigma=0.3), m, torch.arange(5), 1)
+    noise = torch.distributions.Normal(0, math.sqrt(half.noise))
+    likely, risks = [], []
+    for output in (m.A(truth), m.A(0.8 * truth + 0.1)):
+        likely.append(((half.judged > 0) * noise.log_prob(half.judge - output)).sum((1, 2, 3)))
+        risks.append(half.risk(output, 1))
+    least = torch.minimum(*risks)
+    ratio = half.weights(risks[1], least, 1) / half.weights(risks[0], least, 1)
+    torch.testing.assert_close(ratio, (likely[1] - likely[0]).exp(), rtol=1e-3, atol=1e-30)
+
+
+@pytest.mark.parametrize("sigma", [1.5, 0.0])
+def test_a_guided_result_is_the_mean_of_its_outputs_by_weight(sigma, tmp_path):
+    task = "denoise" if sigma else "inpaint"
+    truth, m = measured(task, n=2, sigma=sigma, size=28)
+    cfg, looks = config(dip_width=4, replicas=1, patience=1000), []
+    x, _ = dipddpm.fit_guided(cfg, m, torch.arange(2), 1, 60, bare_run(tmp_path),
+                              lambda i, x: looks.append(x))
+    half = (dipddpm.halves if sigma else dipddpm.held_out)(cfg, m, torch.arange(2), 1)
+    risk = torch.stack([half.risk(m.A(look), 1) for look in looks])
+    weight = torch.stack([half.weights(r, risk.min(0).values, 1) for r in risk])
+    weight = (weight / weight.sum(0))[:, :, None, None, None]
+    torch.testing.assert_close(x, (weight * torch.stack(looks)).sum(0), rtol=1e-4, atol=1e-5)
+    assert (weight > 1e-3).sum() > 4 if sigma else (weight > 0).sum() == 2
+
+
 def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
     y = torch.zeros(50, 1, 16, 16)
     m = dipddpm.Measurement("denoise", y, torch.ones_like(y), 0.2)
