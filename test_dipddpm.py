@@ -1885,6 +1885,9 @@ def test_outputs_weigh_as_much_as_they_make_the_other_half_likely(task):
     least = torch.minimum(*risks)
     ratio = half.weights(risks[1], least, 1) / half.weights(risks[0], least, 1)
     torch.testing.assert_close(ratio, (likely[1] - likely[0]).exp(), rtol=1e-3, atol=1e-30)
+    four = [half._replace(judged=half.judged.repeat_interleave(4, 0)).weights(r, least, 4)
+            for r in risks]  # count as two
+    torch.testing.assert_close(four[1] / four[0], ratio**2, rtol=1e-3, atol=1e-30)
 
 
 @pytest.mark.parametrize("sigma", [1.5, 0.0])
