@@ -62,10 +62,10 @@ SAMPLE_BATCH_CUDA = 2000
 # ------------------------------------------------------------------ Config and command line
 
 
-def flag(default, help, group, choices=None, low=None, type=None):
-    """One line of Config is one flag: its default, help, group, choices and smallest value."""
+def flag(default, help, group, choices=None, low=None, high=None, type=None):
+    """One line of Config is one flag: its default, help, group, choices, and its limits."""
     return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low,
-                                                type=type))
+                                                high=high, type=type))
 
 
 def listed(kind, *known):
@@ -107,7 +107,8 @@ class Config:
     limit: int = flag(None, "use only the first N training images", "training", low=1)
     batch: int = flag(128, "images in a training step", "training", low=1)
     lr: float = flag(2e-3, "AdamW's peak learning rate", "training", low=0)
-    timesteps: int = flag(1000, "T, the number of noise steps", "training", low=2)
+    timesteps: int = flag(1000, "T, the number of noise steps", "training", low=2,
+                          high=100_000)
     schedule: str = flag("cosine", "noise schedule", "training", ("linear", "cosine"))
     predict: str = flag("v", "what the network predicts", "training", ("eps", "v", "x0"))
     width: int = flag(32, "channels of the U-Net's upper level", "training", low=8)
@@ -132,7 +133,7 @@ class Config:
     dip_lr: float = flag(None, "Adam's learning rate in a DIP fit to one image (0.01; dip and "
                          "guide: 0.05 up to 64 pixels)", "prior", low=0)
     window: float = flag(0.95, "decay of the average of a DIP's outputs", "prior", low=0)
-    rungs: int = flag(5, "rungs of the ladder", "guide", low=1)
+    rungs: int = flag(5, "rungs of the ladder", "guide", low=1, high=1000)
     replicas: int = flag(4, "networks for each image", "guide", low=1)
     alpha: float = flag(0.35, "noise that is added to the half that is fitted, in sigma", "guide",
                         low=0)
@@ -150,15 +151,15 @@ class Config:
     nfe: tuple = flag((3, 5, 10, 20, 50), "network evaluations, a list", "sampling", low=1,
                       type=listed(int))
     eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
-                      type=listed(float))
+                      high=1, type=listed(float))
     order: tuple = flag((2,), "order of the sampler: 2 is DPM-Solver++(2M), where eta is 0; "
-                        "elsewhere it is 1; a list", "sampling", low=1, type=listed(int))
+                        "elsewhere it is 1; a list", "sampling", low=1, high=2, type=listed(int))
     grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
                        "a list", "sampling", type=listed(str, "uniform", "quadratic", "logsnr"))
     samples: int = flag(None, "images made or fitted (1000; sample: 64; dip, guide: 16; a "
                         "restoration: 256)", "sampling", low=1)
     sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and guide "
-                        "and by tasks (0.1; inpaint and sr: 0)", "sampling", low=0)
+                        "and by tasks (0.1; inpaint and sr: 0)", "sampling", low=0, high=100)
     noise: str = flag("given", "dip, guide: given: --sigma is added, and known to the fit; "
                       "estimated: added, but the fit must find out; own: nothing is added, the "
                       "images are noisy already (dip only)", "guide",
@@ -248,13 +249,17 @@ def read_saved_flags(path):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        values, low = getattr(cfg, f.name), f.metadata["low"]
+        values, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
         for value in values if isinstance(values, tuple) else (values,):
             name = "--" + f.name.replace("_", "-")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, not {value}")
             if low is not None and value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, not {value}")
+            if isinstance(value, int) and value >= 2**63:
+                raise ValueError(f"{name} must be below 2^63, not {value}")
+            if high is not None and value is not None and value > high:
+                raise ValueError(f"{name} must be at most {high}, not {value}")
             choices = f.metadata["choices"]  # a saved run's may be of another version
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{name} {value} is none of {', '.join(choices)}")
@@ -263,14 +268,8 @@ def check(cfg):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if cfg.width % 8:
         raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
-    if max(cfg.eta) > 1:
-        raise ValueError(f"--eta must lie between 0 and 1, not {show(cfg.eta)}")
-    if max(cfg.order) > 2:
-        raise ValueError(f"--order must be 1 or 2, not {show(cfg.order)}")
     if cfg.window >= 1:
         raise ValueError(f"--window must be below 1, not {cfg.window:g}")
-    if cfg.timesteps > 100_000:
-        raise ValueError(f"--timesteps must be at most 100000, not {cfg.timesteps}")
     if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
         raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
                          "DIP makes of the training images")
@@ -1013,6 +1012,10 @@ class DIPGroup:
         self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
         return x.detach(), losses.detach()
 
+    def lost(self, i):
+        return RuntimeError(f"a DIP fit is not finite after {i + 1} iterations with --dip-lr "
+                            f"{self.lr:g}")
+
     def state(self):
         """Weights, Adam's memory of them and averages as views [K, ...], a row a member."""
         memory = self.optimizer.state
@@ -1071,7 +1074,7 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
 
     From a Measurement a share of `hold_out` of its values is held out of the fit, and each image's
     result is the one of its averages, every 10 iterations, that is nearest to those: a stop that
-    needs no truth. Where the share is 0, it is the last."""
+    needs no truth. Where the share is 0, it is the last. RuntimeError where it is not finite."""
     targets = y if isinstance(y, list) else [y]
     y, A, (H, W) = targets[0], (lambda x: x), targets[0].shape[2:]
     if measured is not None:
@@ -1091,6 +1094,8 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
             risk = ((A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
             best = torch.where(risk < best_risk, group.average, best)
             best_risk = torch.minimum(risk, best_risk)
+            if not group.average.isfinite().all():
+                raise group.lost(i)
         if watch is not None:
             watch(i, x, group.average)
         progress(i + 1)
@@ -1158,13 +1163,14 @@ class CodeDecoder(nn.Module):
         super().__init__()
         self.size = height, width_px
         self.shape = (2 * width, -(-height // 4), -(-width_px // 4))
+        half = max(1, width // 2)
         self.enter = nn.Linear(CODE, math.prod(self.shape))
         self.norm0 = nn.BatchNorm2d(2 * width)
         self.conv1 = nn.Conv2d(2 * width, width, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width // 2, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(width // 2)
-        self.last = nn.Conv2d(width // 2, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, half, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(half)
+        self.last = nn.Conv2d(half, channels, 3, padding=1)
 
     def forward(self, code):
         h = F.leaky_relu(self.norm0(self.enter(code).view(-1, *self.shape)), 0.2)  # [B, 2w, H/4, .]
@@ -1835,6 +1841,8 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
         x = group.average.view(-1, M, C, H, W).mean(1).nan_to_num()
         ever = torch.minimum(best, last)
         least = torch.minimum(ever, risk)
+        if least.isinf().any():
+            raise group.lost(i)
         kept = total_weight[image] * half.weights(ever, least, M)  # a new least: the old weigh less
         weight = half.weights(risk, least, M)
         total_weight[image] = kept + weight
@@ -2076,7 +2084,7 @@ def run_guide(cfg, run):
         leaking = [clean + given * level * kernels.normal(
             clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
             run.device) for k, level in enumerate(levels)]
-        weights = [level**-2 for level in levels]
+        weights = [level**-2 for level in rung_levels(cfg.rungs)]
         mean = sum(w * y for w, y in zip(weights, leaking)) / sum(weights)
         for name, targets in ("literal", leaking), ("literal-mean", [mean]):
             arms, curves[f"psnr/{name}"], took = plain(1, targets)
@@ -2336,7 +2344,7 @@ class Run:
         self.state = {}  # what a checkpoint holds of each network's training
         self.about = {}  # its data's name, counts, checksum, and an image's shape
         self.config = asdict(cfg)
-        self.lock = None
+        self.lock, self.begun = None, False
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.fresh = bool(cfg.out or not continued)
         self.folder = the_first_ones(new_folder(cfg) if self.fresh else Path(cfg.resume))
@@ -2359,6 +2367,7 @@ class Run:
                 for path in self.folder.iterdir() if overwrite else ():
                     if path.name != LOCK:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.begun = True
         measure.write_json(self.config, self.folder / "config.json")
         if self.state and not (self.folder / CHECKPOINT).exists():
             save_checkpoint(self)
@@ -2683,7 +2692,7 @@ def main(argv=None):
         sys.exit(fail("out of memory: lower --batch in training, --samples or --dip-group after it"
                       if short else error, 1))
     except (ValueError, OSError) as error:
-        sys.exit(fail(error, 1 if error_of_disk(error) else 2))
+        sys.exit(fail(error, 1 if error_of_disk(error) or run and run.begun else 2))
     except KeyboardInterrupt:
         hint = f"; continue with --resume {run.folder}" if run and run.state else ""
         print(f"dipddpm: interrupted{hint}", file=sys.stderr)

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -1043,7 +1044,7 @@ def test_every_field_of_config_is_a_flag():
     ("--mode dip --data digits --dip-arch resnet18", "resnet18 makes one pixel of 28x28"),
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
-    ("--mode prior --order 3", "--order must be 1 or 2, not 3"),
+    ("--mode prior --order 3", "--order must be at most 2, not 3"),
     ("--mode prior --grid cubic", "cubic is none of uniform"),
     ("--mode guide --data digits --noise own", "--noise own is for --mode dip"),
     ("--mode dip --data digits --noise own --sigma 0.1", "--noise own is for --mode dip without"),
@@ -1079,6 +1080,41 @@ def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, caps
     status, _, err = run_main(argv.format(tmp=tmp_path).split(), capsys)
     assert status == 2 and says in err and err.count("\n") == 1, err
     assert not (tmp_path / "runs").exists()  # misuse leaves no empty run behind
+
+
+FLAGS = int(os.environ.get("FLAGS", 60))
+EXTREME = {int: ["0", "-1", "1", "1000000000000", str(10**25), "nan", "1.5", ""],
+           float: ["0", "-1", "1e-30", "1e30", "nan", "inf", "-inf", ""]}
+
+
+def extreme_flags():
+    """Every number of the command line at each of its extremes, with short runs that use it."""
+    runs = ("--mode prior --epochs 1 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
+            "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --dip-iters 20 "
+            "--dip-width 4 --replicas 2")
+    numbers = [(f.name, f.type) for f in dataclasses.fields(dipddpm.Config)
+               if f.type in (int, float)]
+    numbers += [("eta", float), ("order", int), ("nfe", int), ("t_start", int)]
+    return [(run, f"--{name.replace('_', '-')}={value}") for run in runs for name, kind in numbers
+            for value in EXTREME[kind]]
+
+
+def test_a_number_beyond_all_bounds_is_obeyed_or_refused_in_one_line(tmp_path, capsys):
+    pictures, _ = little_training(tmp_path)
+    cases = extreme_flags()
+    chosen = random.Random(6).sample(cases, min(FLAGS, len(cases)))
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        for i, (run, flag) in enumerate(chosen):
+            signal.setitimer(signal.ITIMER_REAL, 3, 1)  # who asks for a trillion waits for ever
+            status, _, err = run_main([*run.split(), "--data", pictures[-1], flag, "--out",
+                                       tmp_path / str(i)], capsys)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert status in (0, 1, 2, 130), (run, flag, status)
+            assert err.count("\n") == (status != 0), (run, flag, err)
+            assert status != 2 or not (tmp_path / str(i)).exists(), (run, flag)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def test_sweep_gives_one_config_for_each_value():
