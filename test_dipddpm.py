@@ -3,6 +3,7 @@
 The kernels run under Triton's interpreter where there is no GPU, against the torch references.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -242,7 +243,10 @@ def test_real_mnist_has_the_published_content(split, n):
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; of those in `cut` only half of what it announces."""
+    """Serves `files`; of those in `cut` only half of what it announces, of those in `slow` a byte
+    now and then, and those in `moved` from where it says."""
+
+    slow, moved = set(), {}
 
     def __init__(self, files, cut, *arguments):
         self.files, self.cut = files, cut
@@ -251,11 +255,21 @@ class Mirror(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         file = self.path.strip("/")
         content = self.files.get(file)
+        if file in self.moved:
+            self.send_response(302)
+            self.send_header("Location", self.moved[file])
+            return self.end_headers()
         if content is None:
             return self.send_error(404)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if file in self.slow:
+            with contextlib.suppress(OSError):  # whoever waited has gone
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
+            return
         self.wfile.write(content[: len(content) // 2] if file in self.cut else content)
 
     def log_message(self, *arguments):
@@ -319,6 +333,32 @@ def test_wrong_download_never_counts_as_data(mirror, monkeypatch, name, damage):
     served[file] = whole
     cut.clear()
     assert len(action().pixels) == 5
+
+
+def test_a_download_follows_a_redirect_but_not_in_circles(mirror, monkeypatch):
+    root, served, _ = mirror
+    file = "train-images-idx3-ubyte.gz"
+    monkeypatch.setattr(Mirror, "moved", {file: f"/{file}"})
+    error_line(FileNotFoundError, lambda: data.load("mnist", root), "127.0.0.1: ", "loop")
+    assert not list(root.rglob("*.*"))
+    served["elsewhere"] = served.pop(file)
+    monkeypatch.setattr(Mirror, "moved", {file: "/elsewhere"})
+    assert len(data.load("mnist", root).pixels) == 5
+
+
+def test_a_download_that_drips_is_given_up(mirror, monkeypatch):
+    root = mirror[0]
+    monkeypatch.setattr(Mirror, "slow", {"train-images-idx3-ubyte.gz"})
+    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.3)
+    error_line(FileNotFoundError, lambda: data.load("mnist", root), "not complete after 0.3 s")
+    assert not list(root.rglob("*.*"))
+
+
+def test_several_may_download_into_one_folder_at_once(mirror):
+    root = mirror[0]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        digests = set(pool.map(lambda _: data.load("mnist", root).sha256, range(8)))
+    assert len(digests) == 1 and len(list((root / "mnist").iterdir())) == 2
 
 
 def test_endless_download_is_refused(mirror, monkeypatch):
