@@ -2689,8 +2689,10 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
             said in str(error) for said in ("out of memory", "allocate memory", "enough memory"))
+        alone = isinstance(error, dist.DistError) or "gloo" in str(error)
         sys.exit(fail("out of memory: lower --batch in training, --samples or --dip-group after it"
-                      if short else error, 1))
+                      if short else f"another process ended; continue with --resume {run.folder}"
+                      if alone else error, 1))
     except (ValueError, OSError) as error:
         sys.exit(fail(error, 1 if error_of_disk(error) or run and run.begun else 2))
     except KeyboardInterrupt:

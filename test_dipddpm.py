@@ -2574,14 +2574,32 @@ def test_two_processes_do_what_one_does(tmp_path):
         [row.get("psnr", 0) for row in results[0]], abs=0.01)
 
 
+def two_that_have_begun(argv, here):
+    """Two processes' launcher, once the folder after --out says that they train."""
+    process = subprocess.Popen(two_processes(*argv), **here, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    for _ in range(600):
+        if (argv[-1] / "config.json").exists():
+            return process
+        time.sleep(0.1)
+    raise TimeoutError(process.communicate()[1])
+
+
+def test_a_process_that_dies_ends_the_other_and_says_so(tmp_path):
+    flags, here = little_training(tmp_path)
+    process = two_that_have_begun([*flags, "--epochs", 100000, "--out", tmp_path / "r"], here)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    ours = [line for line in err.splitlines() if line.startswith("dipddpm: ")]  # among torchrun's
+    assert process.returncode != 0 and ours == [
+        f"dipddpm: another process ended; continue with --resume {tmp_path / 'r'}"]
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     flags, here = little_training(tmp_path)
-    process = subprocess.Popen(two_processes(*flags, "--out", tmp_path / "r"), **here,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for _ in range(600):
-        if (tmp_path / "r" / "config.json").exists():
-            break
-        time.sleep(0.1)
+    process = two_that_have_begun([*flags, "--out", tmp_path / "r"], here)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
