@@ -41,10 +41,11 @@ class Images(NamedTuple):
 
 def load(name="auto", root=None, split="train", limit=None, size=None, crop=None) -> Images:
     """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
-    auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder of images or to one image;
-    data sets live under `root`, by default `default_root()`. `size` resizes each image until its
-    shorter side has so many pixels; `crop` then takes the middle crop x crop. ValueError for a bad
-    argument or a damaged file, FileNotFoundError that says what to put where."""
+    auto, mnist, fashion, cifar10, stl10, digits, or a path to one image, to a folder of images or
+    to one of four IDX files under MNIST's names; data sets live under `root`, by default
+    `default_root()`. `size` resizes each image until its shorter side has so many pixels; `crop`
+    then takes the middle crop x crop. ValueError for a bad argument or a damaged file,
+    FileNotFoundError that says what to put where."""
     name, root = str(name), Path(root).expanduser() if root else default_root()
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is neither 'train' nor 'test'")
@@ -52,11 +53,14 @@ def load(name="auto", root=None, split="train", limit=None, size=None, crop=None
         raise ValueError(f"limit {limit} is less than 1")
     if name == "auto":
         name = _mnist_or_digits(root)
-    if name in SETS:
-        pixels, labels = SETS[name](root, split, limit)
+    path = Path(name).expanduser()
+    idx = any(path.glob("train-images-idx3-ubyte*")) if name not in SETS else False
+    if name in SETS or idx:
+        read = functools.partial(load_mnist, name=path.resolve().name) if idx else SETS[name]
+        pixels, labels = read(path.resolve().parent if idx else root, split, limit)
         if size or crop:
             pixels = np.stack([_fit(image, size, crop, name) for image in pixels[:limit]])
-    elif (path := Path(name).expanduser()).exists():
+    elif path.exists():
         pixels, labels = load_files(path, split, limit, size, crop), None
     else:
         raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
@@ -208,7 +212,7 @@ def _find_or_fetch(root, name, file):
         if path.is_file():
             return path
     reasons = []
-    for mirror in MIRRORS[name]:
+    for mirror in MIRRORS.get(name, ()):
         part = folder / f".{file}.{uuid.uuid4().hex}.part"
         try:
             content = _download(f"{mirror}{file}.gz", DIGESTS[name][file])
@@ -222,8 +226,9 @@ def _find_or_fetch(root, name, file):
             if part.exists():  # a bare unlink fails on a read-only disk even where nothing is there
                 part.unlink()
     raise FileNotFoundError(
-        f"{folder / file} is missing and could not be downloaded ({'; '.join(reasons)}); "
-        f"put {', '.join(DIGESTS[name])} (plain or .gz) into {folder}"
+        f"{folder / file} is missing and could not be downloaded "
+        f"({'; '.join(reasons) or 'no mirror is known'}); "
+        f"put {', '.join(DIGESTS['mnist'])} (plain or .gz) into {folder}"
     )
 
 

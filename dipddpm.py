@@ -87,8 +87,8 @@ class Config:
     """Every tunable of a run. None means: chosen from the data and the mode where it is used."""
 
     mode: str = flag(MISSING, "what to do", "run", ("dip", "ddpm", "prior", "guide", "sample"))
-    data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path to a folder "
-                     "of images or to one image", "run")
+    data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path: one image, "
+                     "a folder of images, or a folder of four IDX files", "run")
     data_dir: str = flag(None, "where data sets live (or DIPDDPM_DATA)", "run")
     size: int = flag(None, "resize each image: its shorter side to N pixels", "run", low=7)
     crop: int = flag(None, "then take its middle N x N pixels", "run", low=7)

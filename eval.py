@@ -350,7 +350,7 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", test
     digest = hashlib.sha256(f"{LENET_VERSION} {seed} {epochs} {list(pixels.shape)}".encode())
     for x in (pixels, labels.long()):
         digest.update(x.cpu().contiguous().numpy())
-    file = f"features-{name}-{digest.hexdigest()[:16]}.pt"
+    file = f"features-{Path(name).name}-{digest.hexdigest()[:16]}.pt"
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

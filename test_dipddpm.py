@@ -221,6 +221,17 @@ def test_images_and_labels_that_do_not_match_are_an_error(mnist, file, array):
     error_line(ValueError, lambda: data.load("mnist", root), root / "mnist" / file)
 
 
+def test_a_folder_of_idx_files_is_a_data_set(mnist):
+    root, files = mnist
+    (root / "mnist").rename(root / "mine")
+    images = data.load(root / "mine", None, "test")
+    np.testing.assert_array_equal(images.pixels[:, 0], files["t10k-images-idx3-ubyte"])
+    np.testing.assert_array_equal(images.labels, files["t10k-labels-idx1-ubyte"])
+    (root / "mine" / "t10k-labels-idx1-ubyte").unlink()
+    error_line(FileNotFoundError, lambda: data.load(root / "mine", None, "test"),
+               root / "mine" / "t10k-labels-idx1-ubyte", "no mirror is known")
+
+
 def test_auto_never_hides_a_damaged_mnist(mnist):
     root, _ = mnist
     assert data.load("auto", root).name == "mnist"
