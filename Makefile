@@ -13,7 +13,7 @@ run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if 
 test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
 	$(BIN)/python -m pytest -q --durations=5 test_dipddpm.py
 
-soak: .venv/dev  ## the hard tests at full size: 200 kills, 110,000 damaged files, every flag at every extreme
+soak: .venv/dev  ## the hard tests at full size: 200 kills, 110,000 damaged files, every number of the command line at every extreme
 	KILLS=200 FUZZED=10000 FLAGS=1000 $(BIN)/python -m pytest -q -k "killed or mutated or beyond_all" test_dipddpm.py
 
 lint: .venv/dev  ## ruff over all files

@@ -42,7 +42,7 @@ class Images(NamedTuple):
 def load(name="auto", root=None, split="train", limit=None, size=None, crop=None) -> Images:
     """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
     auto, mnist, fashion, cifar10, stl10, digits, or a path to one image, to a folder of images or
-    to one of four IDX files under MNIST's names; data sets live under `root`, by default
+    to a folder of four IDX files under MNIST's names; data sets live under `root`, by default
     `default_root()`. `size` resizes each image until its shorter side has so many pixels; `crop`
     then takes the middle crop x crop. ValueError for a bad argument or a damaged file,
     FileNotFoundError that says what to put where."""
@@ -54,16 +54,16 @@ def load(name="auto", root=None, split="train", limit=None, size=None, crop=None
     if name == "auto":
         name = _mnist_or_digits(root)
     path = Path(name).expanduser()
-    idx = any(path.glob("train-images-idx3-ubyte*")) if name not in SETS else False
-    if name in SETS or idx:
-        read = functools.partial(load_mnist, name=path.resolve().name) if idx else SETS[name]
-        pixels, labels = read(path.resolve().parent if idx else root, split, limit)
-        if size or crop:
-            pixels = np.stack([_fit(image, size, crop, name) for image in pixels[:limit]])
+    if name in SETS:
+        pixels, labels = SETS[name](root, split, limit)
+    elif any(path.glob("train-images-idx3-ubyte*")):
+        pixels, labels = load_mnist(path, split, limit, "")
     elif path.exists():
         pixels, labels = load_files(path, split, limit, size, crop), None
     else:
         raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
+    if labels is not None and (size or crop):
+        pixels = np.stack([_resize_and_crop(x, size, crop, name) for x in pixels[:limit]])
     pixels = np.array(pixels[:limit], order="C")  # a copy: nothing else is kept alive
     digest = hashlib.sha256(pixels).hexdigest()
     if labels is not None:
@@ -179,7 +179,8 @@ ANSWER_SECONDS, DOWNLOAD_SECONDS, DOWNLOAD_LIMIT = 10, 300, 2**26  # the last in
 
 
 def load_mnist(root, split, limit, name="mnist"):
-    """Pixels uint8 [N, 1, H, W] and labels [N] of MNIST, or of Fashion-MNIST: one format."""
+    """Pixels uint8 [N, 1, H, W] and labels [N] of MNIST, or of Fashion-MNIST: one format; of the
+    files in `root` itself where there is no name."""
     prefix = {"train": "train", "test": "t10k"}[split]
     images_path = _find_or_fetch(root, name, f"{prefix}-images-idx3-ubyte")
     labels_path = _find_or_fetch(root, name, f"{prefix}-labels-idx1-ubyte")
@@ -353,13 +354,13 @@ def load_files(path, split="train", limit=None, size=None, crop=None):
             raise FileNotFoundError(f"{path}: no images here ({' '.join(sorted(SUFFIXES))})")
     # Colour and size are the whole folder's, whatever part of it is asked for: splits must agree.
     grey = {_is_grey(p) for p in paths} == {True}
-    _, height, width = _fit(_decode(paths[0], grey), size, crop, paths[0]).shape
+    _, height, width = _resize_and_crop(_decode(paths[0], grey), size, crop, paths[0]).shape
     chosen = paths
     if len(paths) >= 10:
         chosen = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
     pixels = []
     for p in chosen[:limit]:
-        image = _fit(_decode(p, grey), size, crop, p)
+        image = _resize_and_crop(_decode(p, grey), size, crop, p)
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}×{image.shape[1]}"
             raise ValueError(f"{p}: {found} pixels, but {paths[0].name} has {width}×{height}: "
@@ -403,7 +404,7 @@ def _decode(path, grey):
     return image[None] if grey else image.transpose(2, 0, 1)
 
 
-def _fit(image, size, crop, where):
+def _resize_and_crop(image, size, crop, where):
     """uint8 [C, H, W] -> its shorter side resized to `size` pixels, bicubic and without aliasing,
     then the middle [C, crop, crop]."""
     H, W = image.shape[1:]

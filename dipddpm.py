@@ -34,7 +34,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -62,10 +61,11 @@ SAMPLE_BATCH_CUDA = 2000
 # ------------------------------------------------------------------ Config and command line
 
 
-def flag(default, help, group, choices=None, low=None, high=None, type=None):
-    """One line of Config is one flag: its default, help, group, choices, and its limits."""
+def flag(default, help, group, choices=None, low=None, high=None, type=None, action=None):
+    """One line of Config is one flag: its default, help, group, choices, limits and, where it is
+    not one value, the type that reads it or argparse's action."""
     return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low,
-                                                high=high, type=type))
+                                                high=high, type=type, action=action))
 
 
 def listed(kind, *known):
@@ -99,9 +99,11 @@ class Config:
     out: str = flag(None, "folder for results (default: a new one in runs/, or --resume's)", "run")
     resume: str = flag(None, "folder of a run to continue; with --out, its networks are taken and "
                        "it stays as it is", "run")
-    overwrite: bool = flag(False, "empty --out first, where it holds a run", "run")
+    overwrite: bool = flag(False, "remove the run that --out holds first", "run",
+                           action="store_true")
     sweep: tuple = flag((), "NAME=V1,V2,...: one run for each value of a flag; repeated, for each "
-                        "combination; given again with the same --out, only what is missing", "run")
+                        "combination; given again with the same --out, only what is missing", "run",
+                        action="append")
 
     epochs: int = flag(30, "passes over the training data", "training", low=1)
     limit: int = flag(None, "use only the first N training images", "training", low=1)
@@ -136,7 +138,7 @@ class Config:
     rungs: int = flag(5, "rungs of the ladder", "guide", low=1, high=1000)
     replicas: int = flag(4, "networks for each image", "guide", low=1)
     alpha: float = flag(0.35, "noise that is added to the half that is fitted, in sigma", "guide",
-                        low=0)
+                        low=0.01, high=100)
     patience: int = flag(None, "iterations without a lower risk that end a rung (50 up to 64 "
                          "pixels, else 200)", "guide", low=1)
     dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
@@ -193,9 +195,8 @@ def parser():
     for f in fields(Config):
         m = f.metadata
         group, name = groups[m["group"]], "--" + f.name.replace("_", "-")
-        if f.type is bool or f.name == "sweep":
-            group.add_argument(name, action="append" if f.name == "sweep" else "store_true",
-                               help=m["help"])
+        if m["action"]:
+            group.add_argument(name, action=m["action"], help=m["help"])
             continue
         shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
         group.add_argument(name, type=m["type"] or f.type, choices=m["choices"],
@@ -263,7 +264,7 @@ def check(cfg):
             choices = f.metadata["choices"]  # a saved run's may be of another version
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{name} {value} is none of {', '.join(choices)}")
-    for name in ("lr", "dip_lr", "alpha"):
+    for name in ("lr", "dip_lr"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if cfg.width % 8:
@@ -273,6 +274,8 @@ def check(cfg):
     if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
         raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
                          "DIP makes of the training images")
+    if cfg.mode == "guide" and cfg.replicas == 1 and cfg.arms == ("mean",):
+        raise ValueError("--arms mean needs --replicas of at least 2: of one it is plain")
     if cfg.noise != "given" and {*cfg.task} - {"generate", "denoise"}:
         raise ValueError(f"--noise {cfg.noise} needs --task denoise: no noise level can be told "
                          f"from {show(cfg.task)}")
@@ -1012,7 +1015,7 @@ class DIPGroup:
         self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
         return x.detach(), losses.detach()
 
-    def lost(self, i):
+    def not_finite(self, i):
         return RuntimeError(f"a DIP fit is not finite after {i + 1} iterations with --dip-lr "
                             f"{self.lr:g}")
 
@@ -1095,7 +1098,7 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
             best = torch.where(risk < best_risk, group.average, best)
             best_risk = torch.minimum(risk, best_risk)
             if not group.average.isfinite().all():
-                raise group.lost(i)
+                raise group.not_finite(i)
         if watch is not None:
             watch(i, x, group.average)
         progress(i + 1)
@@ -1330,9 +1333,9 @@ def start_from_prior(cfg, prior, t_start, numbers):
     return kernels.q_sample(prior, None, t, table, cfg.seed, numbers, 0, kernels.INIT_NOISE)
 
 
-def load_images(cfg, split, name=None):
+def load_images(cfg, split, name=None, limit=None):
     """The images of a split that --data, --size and --crop ask for."""
-    return data.load(name or cfg.data, cfg.data_dir, split, size=cfg.size, crop=cfg.crop)
+    return data.load(name or cfg.data, cfg.data_dir, split, limit, cfg.size, cfg.crop)
 
 
 def run_prior(cfg, run):
@@ -1747,9 +1750,9 @@ class Halves(NamedTuple):
 
     def weights(self, risk, least, M):
         """How likely the judges make an output of this risk, in units of one of the least, [n]:
-        their noise is normal, so each says log p(judge | x) = - values R / (2 noise) + ... As they
-        share y's noise, M of them count as sqrt(M): more than one, less than M that are
-        independent. Where there is no noise to go by only the least counts."""
+        their noise is normal, so each says log p(judge | x) = - values R / (2 noise) + ... They
+        share y's noise: more than one, less than M that are independent, and so, as a rule of
+        thumb, sqrt(M). Where there is no noise to go by only the least counts."""
         values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0]
         scale = 2 * max(self.noise, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
@@ -1837,12 +1840,12 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
         collapsed = (low < flat) & (losses > (low + flat) / 2)
         group.rewind(collapsed)
         low = torch.where(collapsed, low, torch.minimum(low, losses))
-        risk = half.risk(A(group.average), M).nan_to_num(math.inf)
+        risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
         x = group.average.view(-1, M, C, H, W).mean(1).nan_to_num()
         ever = torch.minimum(best, last)
         least = torch.minimum(ever, risk)
         if least.isinf().any():
-            raise group.lost(i)
+            raise group.not_finite(i)
         kept = total_weight[image] * half.weights(ever, least, M)  # a new least: the old weigh less
         weight = half.weights(risk, least, M)
         total_weight[image] = kept + weight
@@ -1854,11 +1857,11 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
         ended = since >= patience
         leaves = ended & ((rung == len(half.targets) - 1) | (best >= last))
         climbs = ended & ~leaves
-        group.rewind(ended.repeat_interleave(M))
         if climbs.any():  # to the next rung, from this one's best
             rung = rung + climbs
             last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
             up, since = climbs.repeat_interleave(M), since * ~climbs
+            group.rewind(up)
             group.age[up], low[up] = 0, math.inf
             target = target.clone()
             for k in rung[climbs].unique():
@@ -1928,14 +1931,13 @@ class Observed(NamedTuple):
 def observe(cfg, run):
     """Load the test images and add what --sigma, --noise and --task say. A noise level that is not
     given is the median over the images, which are taken to come from one source."""
-    test = load_images(cfg, "test")
-    pixels = test.pixels[:cfg.samples or 16]
+    test = load_images(cfg, "test", limit=cfg.samples or 16)
     if len(cfg.task) > 1:
         raise ValueError(f"--task {show(cfg.task)}: --mode {cfg.mode} takes one task")
     task = "denoise" if cfg.task[0] == "generate" else cfg.task[0]
-    N, C, H, W = pixels.shape
+    N, C, H, W = test.pixels.shape
     check_size(task, H, W)
-    truth = pixels.to(run.device).float() / 255
+    truth = test.pixels.to(run.device).float() / 255
     members = torch.arange(N, device=run.device)
     if cfg.noise == "own":
         measured, truth = Measurement(task, truth, torch.ones_like(truth[:, :1]), 0.0), None
@@ -1965,8 +1967,9 @@ def in_groups(cfg, members, replicas):
 
 def fit_guided_in_groups(cfg, seen, rungs, run, tell=False):
     """`fit_guided` for any number of images: outputs, iterations and, where there is a truth, the
-    best PSNR of each image at any look and the mean over the images by iteration, [[i, PSNR]]; a
-    group that has ended stays where it was. With `tell` PSNR and SSIM are printed now and then."""
+    best PSNR of each image, of every look and the result, and the mean over the images by
+    iteration, [[i, PSNR]]; a group that has ended stays where it was. With `tell` PSNR and SSIM are
+    printed now and then."""
     fits, best, lines, psnr = [], [], [], measure.psnr
     for rows in in_groups(cfg, seen.members, cfg.replicas):
         line = []
@@ -1984,6 +1987,7 @@ def fit_guided_in_groups(cfg, seen, rungs, run, tell=False):
     if seen.truth is None:
         return x, iterations, None, []
     best = torch.cat([torch.stack([p for _, p in line]).max(0).values for line in lines])
+    best = torch.maximum(best, psnr(x.clamp(0, 1), seen.truth))  # of those that end with the budget
     curve = [[i, round(torch.cat([line[min(k, len(line) - 1)][1] for line in lines]).mean().item(),
                        3)] for k, (i, _) in enumerate(max(lines, key=len))]
     return x, iterations, best, curve
@@ -2364,9 +2368,8 @@ class Run:
                 self.lock = lock(self.folder)
                 overwrite = self.config["overwrite"]
                 check_empty(self.folder, overwrite)  # again, now that nobody else can fill it
-                for path in self.folder.iterdir() if overwrite else ():
-                    if path.name != LOCK:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if overwrite:
+                    remove_run(self.folder)
         self.begun = True
         measure.write_json(self.config, self.folder / "config.json")
         if self.state and not (self.folder / CHECKPOINT).exists():
@@ -2415,18 +2418,29 @@ def new_folder(cfg):
 
 def check_empty(folder, overwrite):
     filled = folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir())
-    if filled and overwrite and not (folder / "config.json").exists():
-        raise ValueError(f"--out {folder} is not empty and holds no run: not overwritten")
+    if filled and overwrite:
+        read_saved_flags(run_folder(folder, "--overwrite") / "config.json")  # else it is no run
     if filled and not overwrite or folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
                          f"{folder}, empty it with --overwrite or name another")
 
 
-def run_folder(path):
-    """--resume's folder, given as itself or as its checkpoint.pt; ValueError if it is no run."""
-    folder = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
+def remove_run(folder):
+    """Remove a run's files: what is hidden, and folders but its snapshots', are not its own. What
+    tells that it is a run goes last, so that whoever is killed here can do it again."""
+    files = [p for p in folder.iterdir() if p.name[0] != "." and (p.is_symlink() or p.is_file())]
+    files.sort(key=lambda p: p.name == "config.json")
+    if not (folder / "snapshots").is_symlink():
+        files = [*(folder / "snapshots").glob("*.pt"), *files]
+    for path in files:
+        path.unlink()
+
+
+def run_folder(path, flag="--resume"):
+    """A flag's folder, given as itself or as its checkpoint.pt; ValueError if it is no run."""
+    folder = Path(path).parent if Path(path).name == CHECKPOINT else Path(path)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--resume {path}: no run there (no {folder / 'config.json'})")
+        raise ValueError(f"{flag} {path}: no run there (no {folder / 'config.json'})")
     return folder
 
 
@@ -2619,13 +2633,14 @@ def configs(argv):
     cfg = read_config(argv)
     if not cfg.sweep:
         return [cfg]
-    each = [[]]
+    each, names = [[]], set()
     for sweep in cfg.sweep:
         name, _, values = sweep.partition("=")
-        known = asdict(cfg).keys() - {"sweep", "out", "resume", "overwrite"}
+        known = asdict(cfg).keys() - {"sweep", "out", "resume", "overwrite"} - names
         if name.replace("-", "_") not in known or not values:
-            raise ValueError(f"--sweep {sweep}: want NAME=V1,V2,... with NAME a flag's name")
-        each = [[*flags, f"{name}={v}"] for flags in each for v in values.split(",")]
+            raise ValueError(f"--sweep {sweep}: want NAME=V1,V2,... with NAME a flag's name, once")
+        names.add(name.replace("-", "_"))
+        each = [[*flags, f"{name}={v}"] for flags in each for v in dict.fromkeys(values.split(","))]
     parent = Path(cfg.out or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
     return [replace(read_config([*argv, *(f"--{f}" for f in flags),
                                  f"--out={parent / '-'.join(flags)}"]), sweep=())
@@ -2635,18 +2650,21 @@ def configs(argv):
 def left_of_a_sweep(cfg):
     """One run of a sweep that may have been given before -> None if it is finished, the Config that
     continues it, or starts it again where there is nothing to continue."""
-    folder, own = Path(cfg.out), {"out": None, "resume": None, "overwrite": False, "sweep": ()}
+    folder = Path(cfg.out)
     if cfg.overwrite or not (folder / "config.json").exists():
         return cfg
     saved = read_saved_flags(folder / "config.json")
-    if saved | own != asdict(cfg) | own:
-        differs = sorted(k for k in saved if k not in own and saved[k] != getattr(cfg, k))
+    if saved["resume"] == str(folder):  # it was continued before
+        saved["resume"] = cfg.resume
+    free = {"out": None, "overwrite": False, "sweep": ()}  # may differ
+    differs = sorted(k for k, v in (asdict(cfg) | free).items() if v != (saved | free)[k])
+    if differs:
         raise ValueError(f"{folder} is a run with another --{differs[0].replace('_', '-')}: "
                          "--overwrite it, or name another --out")
     if (folder / "results.json").exists():
         say(f"{folder}: finished before")
         return None
-    if cfg.mode in ("ddpm", "prior") and not cfg.resume:
+    if cfg.mode in ("ddpm", "prior") and (not cfg.resume or (folder / CHECKPOINT).exists()):
         return replace(cfg, out=None, resume=str(folder))
     return replace(cfg, overwrite=True)
 
@@ -2658,12 +2676,14 @@ def main(argv=None):
     keep_freed_memory()
     run = None
     try:
-        each, folders = configs(argv), []
+        each = configs(argv)
+        folders = [cfg.out for cfg in each]
+        if read_config(argv).sweep:
+            join_processes(each[0])
+            each = the_first_ones([left_of_a_sweep(cfg) for cfg in each])
         for cfg in each:
-            if len(each) > 1:
-                folders.append(Path(cfg.out))
-                join_processes(cfg)
-                cfg = the_first_ones(left_of_a_sweep(cfg))
+            if run and run.stop:
+                raise KeyboardInterrupt
             if cfg is None:
                 continue
             run = Run(cfg, argv)
@@ -2680,25 +2700,32 @@ def main(argv=None):
                 MODES[cfg.mode](cfg, run)
             finally:
                 run.close()
+            run.begun = False  # it has ended well
         if len(folders) > 1 and processes()[0] == 0:
-            measure.compare(folders, folders[0].parent / "comparison.html")
+            page = Path(folders[0]).parent / "comparison.html"
+            measure.compare(folders, page)
             say(measure.text_tables(folders))
-            say(f"comparison: {folders[0].parent / 'comparison.html'}")
+            say(f"comparison: {page}")
         if dist.is_initialized():
             dist.destroy_process_group()
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-            said in str(error) for said in ("out of memory", "allocate memory", "enough memory"))
-        alone = isinstance(error, dist.DistError) or "gloo" in str(error)
-        sys.exit(fail("out of memory: lower --batch in training, --samples or --dip-group after it"
-                      if short else f"another process ended; continue with --resume {run.folder}"
-                      if alone else error, 1))
+        said = "out of memory", "allocate memory", "enough memory"
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+                words in str(error) for words in said):
+            error = "out of memory: lower --batch in training, --samples or --dip-group after it"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            error = f"another process ended{how_to_go_on(run)}"
+        sys.exit(fail(error, 1))
     except (ValueError, OSError) as error:
         sys.exit(fail(error, 1 if error_of_disk(error) or run and run.begun else 2))
     except KeyboardInterrupt:
-        hint = f"; continue with --resume {run.folder}" if run and run.state else ""
-        print(f"dipddpm: interrupted{hint}", file=sys.stderr)
+        print(f"dipddpm: interrupted{how_to_go_on(run)}", file=sys.stderr)
         sys.exit(128 + (run.stop if run and run.stop else signal.SIGINT))
+
+
+def how_to_go_on(run):
+    return f"; continue with --resume {run.folder}" if run and run.begun and (
+        run.state or not run.fresh or processes()[1] > 1) else ""
 
 
 def error_of_disk(error):
