@@ -1809,7 +1809,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
     the best as well.
 
     Returns outputs [n, C, H, W] and the iterations that each image took [n]. `watch` is called at
-    each look with the iteration and the outputs."""
+    each look with the iteration and the outputs; of images that have left, with their results."""
     n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
     device, dtype = measured.y.device, measured.y.dtype
     patience = cfg.patience or (50 if max(H, W) <= 64 else 200)
