@@ -2086,6 +2086,52 @@ def test_a_collapsed_replica_goes_back_to_where_it_was_best(tmp_path, monkeypatc
     assert (mended > whole - 1).all() and lost[1] < whole[1] - 2
 
 
+@pytest.mark.parametrize("part, collapsed", [(0.45, False), (0.55, True)])
+def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs(
+        part, collapsed, tmp_path, monkeypatch):
+    truth, m = measured("denoise", n=1, sigma=0.1, size=28)
+    cfg, back = config(dip_width=4, replicas=2, patience=1000), []
+    iterate, rewind = dipddpm.DIPGroup.iterate, dipddpm.DIPGroup.rewind
+
+    def jumps(group, i, y, share, A):
+        x, losses = iterate(group, i, y, share, A)
+        flat = (y - y.mean((1, 2, 3), keepdim=True)).square().mean((1, 2, 3))
+        return x, flat * (part if i >= 15 else 0) * torch.tensor([0, 1])  # the least was 0
+
+    monkeypatch.setattr(dipddpm.DIPGroup, "iterate", jumps)
+    monkeypatch.setattr(dipddpm.DIPGroup, "rewind", lambda group, which: (
+        back.append(which.tolist()), rewind(group, which)))
+    dipddpm.fit_guided(cfg, m, torch.arange(1), 1, 20, bare_run(tmp_path))
+    assert back == [[False, False], [False, collapsed]]
+
+
+def test_a_rung_begins_at_the_last_ones_best_and_the_ladder_ends_where_none_is_better(
+        tmp_path, monkeypatch):
+    truth, m = measured("denoise", n=1, sigma=0.3)
+    risks = iter([0.1, 0.2, 0.2, 0.3, 0.2, 0.2, 0.2, 0.1])  # at each look
+    iterate, rewind, seen = dipddpm.DIPGroup.iterate, dipddpm.DIPGroup.rewind, {}
+
+    def look(group, i, *rest):
+        result = iterate(group, i, *rest)
+        seen[i + 1] = group.age[0].item(), [p.detach().clone() for p in group.net.parameters()]
+        return result
+
+    def back(group, which):
+        rewind(group, which)
+        if which.any():
+            seen["back"] = group.steps, [p.detach().clone() for p in group.net.parameters()]
+
+    monkeypatch.setattr(dipddpm.DIPGroup, "iterate", look)
+    monkeypatch.setattr(dipddpm.DIPGroup, "rewind", back)
+    monkeypatch.setattr(dipddpm.Halves, "risk", lambda *_: torch.tensor([next(risks)]))
+    cfg = config(dip_width=4, replicas=2, patience=20)
+    _, iterations = dipddpm.fit_guided(cfg, m, torch.arange(1), 3, 200, bare_run(tmp_path))
+    assert iterations == 70  # 30 on the first rung, 40 on the second, which is no better
+    steps, weights = seen["back"]
+    assert steps == 30 and all(torch.equal(p, q) for p, q in zip(weights, seen[10][1]))
+    assert seen[30][0] == 30 and seen[31][0] == 1  # the average of outputs begins anew
+
+
 def test_a_member_that_goes_back_goes_on_as_if_it_had_never_left():
     y = tiny_images(2).double() / 255
     share, same = torch.full_like(y, 1 / 64), lambda x: x
