@@ -1621,6 +1621,26 @@ def test_batched_dips_equal_separate_fits(arch):
         torch.testing.assert_close(together[k:k + 1], alone, rtol=1e-6, atol=1e-8)
 
 
+def test_a_dips_input_is_a_fixed_code_with_fresh_jitter_and_its_output_is_averaged():
+    y, codes, outputs, averages = tiny_images(2).float() / 255, [], [], []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: codes.append(args[0]) if isinstance(module, dipddpm.Skip) else None)
+    dipddpm.fit_dips(config(dip_width=16, window=0.5), y, torch.arange(2), 20, lambda i: None,
+                     watch=lambda i, *now: [kept.append(x.clone()) for kept, x in
+                                            zip((outputs, averages), now)])
+    hook.remove()
+    z = dipddpm.DIPGroup(config(dip_width=16), torch.arange(2), 1, 8, 8).z
+    assert 0 <= z.min() < 0.001 and 0.099 < z.max() < 0.1  # U(0, 0.1)
+    jitter = torch.cat(codes).view(20, 2, 16, 8, 8) - z
+    assert torch.allclose(jitter[:, 0], jitter[:, 1], atol=1e-6)  # shared
+    assert jitter[:, 0].std().item() == pytest.approx(1 / 30, rel=0.03)
+    assert (jitter[0, 0] * jitter[1, 0]).mean().abs() < 4 / 900 / 1024**0.5
+    average = 0
+    for n, x in enumerate(outputs):
+        average += (1 - min(0.5, (1 + n) / (10 + n))) * (x - average)
+        torch.testing.assert_close(averages[n], average)
+
+
 def test_dips_of_other_numbers_or_seeds_differ():
     y = tiny_images(1).float() / 255
     fits = [dipddpm.fit_dips(config(dip_width=4, seed=seed), y, torch.tensor([member]), 2,
@@ -2504,6 +2524,31 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
     assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
+
+
+def test_what_leaks_has_the_precision_of_all_its_rungs(tmp_path, capsys, monkeypatch):
+    plain, fitted = dipddpm.fit_plain, []
+    monkeypatch.setattr(dipddpm, "fit_plain", lambda *a: (fitted.append(a[4]), plain(*a))[1])
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 9, "--sigma",
+                               0.2, "--dip-iters", 10, "--dip-width", 2, "--rungs", 3, "--arms",
+                               "literal", "--out", tmp_path / "g"], capsys)
+    assert status == 0, err
+    clean = data.load("digits", split="test", limit=9).pixels.float() / 255
+    levels = [(y - clean).std().item() for y in fitted[0]]
+    assert levels == pytest.approx([0.8, 0.4, 0.2], rel=0.04)
+    best = sum(level**-2 for level in (0.8, 0.4, 0.2)) ** -0.5  # of any mean of the three
+    assert [(y - clean).std().item() for y in fitted[1]] == pytest.approx([best], rel=0.03)
+
+
+def test_an_arms_own_best_is_that_of_its_looks_and_its_result(tmp_path):
+    run = bare_run(tmp_path)
+    run.begin = lambda: None
+    cfg = config(mode="dip", data="digits", samples=1, sigma=0.3, dip_iters=150, dip_width=8,
+                 replicas=1, patience=40)
+    seen = dipddpm.observe(cfg, run)
+    x, _, best, curve = dipddpm.fit_guided_in_groups(cfg, seen, 1, run)
+    result = measures.psnr(x.clamp(0, 1), seen.truth).item()
+    assert best.item() == pytest.approx(max([result] + [psnr for _, psnr in curve]), abs=2e-3)
 
 
 def test_guide_runs_the_arms_that_were_asked_for(tmp_path, capsys):
