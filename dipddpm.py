@@ -790,7 +790,7 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     saved = run.state.get(name)
-    done, seconds, rows, tally = continue_from(saved, net, ema, optimizer, t_max)
+    done, seconds, rows, tally = continue_from(saved, net, ema, optimizer)
     t_max = saved.get("t_max", t_max) if saved else t_max
     lr = rates[0].clone()  # a tensor, so that a graph can set it
     optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
@@ -1354,6 +1354,10 @@ def run_prior(cfg, run):
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
         raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
+    learned = run.state.get("truncated", {}).get("t_max", cfg.timesteps)
+    if "truncated" in cfg.train and learned < max(steps_of_prior(cfg)):
+        raise ValueError(f"--resume {cfg.resume}: its truncated network was trained for t < "
+                         f"{learned}: it cannot serve --t-start {max(steps_of_prior(cfg))}")
     run.about = {"data": about, "shape": [C, H, W]}
     run.begin()
     say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
@@ -2515,13 +2519,10 @@ def load_weights(module, state, where):
                          f"{str(error).splitlines()[-1].strip()}") from error
 
 
-def continue_from(saved, net, ema, optimizer, t_max):
+def continue_from(saved, net, ema, optimizer):
     """A training state from a checkpoint, or a beginning: -> step, seconds, rows, tally."""
     if saved is None:
         return 0, 0.0, [], torch.zeros(2)
-    if saved.get("t_max", t_max) < t_max:
-        raise ValueError(f"the checkpoint's network was trained for t < {saved['t_max']}: it "
-                         f"cannot serve --t-start {t_max}")
     load_weights(net, saved["net"], "checkpoint")
     load_weights(ema, saved["ema"], "checkpoint")
     optimizer.load_state_dict(saved["optimizer"])
