@@ -2576,10 +2576,9 @@ def test_guide_fills_what_is_missing_where_there_is_no_noise(tmp_path, capsys):
 
 
 def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
-    command = [sys.executable, "dipddpm.py", "--mode", "ddpm", *FAST.split(), "--epochs", "100000",
-               "--out", str(tmp_path / "r")]
-    process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    flags, here = little_training(tmp_path)
+    command = [sys.executable, "dipddpm.py", *flags, "--epochs", "100000", "--out", tmp_path / "r"]
+    process = subprocess.Popen(command, **here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(600):
         if (tmp_path / "r" / "config.json").exists():
             break
@@ -2664,16 +2663,15 @@ def losses_in(folder):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    few = ("--mode prior --data digits --limit 64 --epochs 30 --width 8 --batch 31 --timesteps 40 "
-           "--samples 9 --dip-iters 3 --dip-width 4 --dip-group 4 --nfe 2 --dip-source images "
-           "--task generate,inpaint").split()
-    here = dict(cwd=EVAL.parent, env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME":
-                                                   str(tmp_path)}, capture_output=True, text=True)
+    few, here = little_training(tmp_path)
+    few += ("--mode prior --limit 62 --epochs 30 --batch 31 --samples 7 --dip-iters 3 --dip-width "
+            "4 --dip-group 4 --dip-source images --task generate,inpaint").split()
+    here["capture_output"] = True
     done = subprocess.run(two_processes(*few, "--out", tmp_path / "two"), **here)
     assert done.returncode == 0, done.stderr
     one = subprocess.run([sys.executable, "dipddpm.py", *few, "--out", tmp_path / "one"], **here)
     assert one.returncode == 0, one.stderr
-    assert done.stdout.count("data: digits") == 1  # one process speaks
+    assert done.stdout.count("data: ") == 1  # one process speaks
     results, losses, pictures, memories = [], [], [], []
     for name in ("one", "two"):
         adam = dipddpm.load_checkpoint(tmp_path / name)["networks"]["full"]["optimizer"]["state"]
@@ -2717,19 +2715,18 @@ def test_a_process_that_dies_ends_the_other_and_says_so(tmp_path):
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     flags, here = little_training(tmp_path)
-    flags += ["--epochs", "300"]  # 1,200 steps: more than both can take before they are stopped
     process = two_that_have_begun([*flags, "--out", tmp_path / "r"], here)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
     state = dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]
-    assert 0 < state["step"] < 1200 and state["step"] % 50 == 0 and not state["tally"].any()
+    assert 0 < state["step"] < 600 and state["step"] % 50 == 0 and not state["tally"].any()
     for last in ["--resume", tmp_path / "r"], [*flags, "--out", tmp_path / "whole"]:
         done = subprocess.run([sys.executable, "dipddpm.py", *map(str, last)], **here,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
     losses = [losses_in(tmp_path / name) for name in ("r", "whole")]
-    assert len(losses[0]) == 24 and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_modes_that_no_process_can_help_say_so(monkeypatch, capsys):
