@@ -2352,6 +2352,30 @@ def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
         (tmp_path / "s").exists() and shutil.rmtree(tmp_path / "s")
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    torch.save({"format": 1, "networks": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pt")
+    error_line(ValueError, lambda: dipddpm.load_checkpoint(tmp_path), tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+def test_a_checkpoint_of_another_format_or_architecture_says_so(tmp_path):
+    torch.save({"format": 2, "networks": {}}, tmp_path / "checkpoint.pt")
+    error_line(ValueError, lambda: dipddpm.load_checkpoint(tmp_path), "checkpoint of format 1")
+    wide, narrow = (dipddpm.make_unet(config(width=width), 1, "cpu") for width in (16, 8))
+    error_line(ValueError, lambda: dipddpm.load_weights(narrow, wide.state_dict(), "there"),
+               "there: its network has another architecture")
+
+
 def test_the_checkpoint_before_serves_where_the_newest_is_damaged(tmp_path, capsys):
     run = bare_run(tmp_path)
     run.about = {"data": {}, "shape": []}
