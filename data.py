@@ -62,7 +62,7 @@ def load(name="auto", root=None, split="train", limit=None, size=None, crop=None
         pixels, labels = load_files(path, split, limit, size, crop), None
     else:
         raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
-    if labels is not None and (size or crop):
+    if labels is not None and (size or crop):  # files were, each by itself
         pixels = np.stack([_resize_and_crop(x, size, crop, name) for x in pixels[:limit]])
     pixels = np.array(pixels[:limit], order="C")  # a copy: nothing else is kept alive
     digest = hashlib.sha256(pixels).hexdigest()
