@@ -2,16 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test soak lint clean
+.PHONY: help run test reproduce soak lint clean
 
 help:  ## explain the targets (default)
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if at hand, else drawn digits)
 	$(BIN)/python dipddpm.py --mode prior --limit 10000 --epochs 5 --samples 400
 
 test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
 	$(BIN)/python -m pytest -q --durations=5 test_dipddpm.py
+
+reproduce: .venv/run  ## the five reports' studies and tables, all (one: make reproduce-A)
+	$(BIN)/python reproduce.py A B C D E
+
+reproduce-%: .venv/run
+	$(BIN)/python reproduce.py $*
 
 soak: .venv/dev  ## the hard tests at full size: 200 kills, 110,000 damaged files, every number of the command line at every extreme
 	KILLS=200 FUZZED=10000 FLAGS=1000 $(BIN)/python -m pytest -q -k "killed or mutated or beyond_all" test_dipddpm.py

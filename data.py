@@ -337,7 +337,7 @@ def _labels(path, stored, first):
 
 # ---- folders and photos --------------------------------------------------------------------------
 
-PIXEL_LIMIT = 2**26  # of one picture; a header can declare any size
+PIXEL_LIMIT = 2**25  # of one picture, since a header can declare any size: decoded, 400 MiB
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 

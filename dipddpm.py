@@ -1546,6 +1546,14 @@ def corrupt(cfg, task, truth, numbers):
     return exact._replace(y=y + sigma * exact.A(torch.ones_like(truth)) * eps)
 
 
+def start_from_noisy(cfg, measured):
+    """y with noise, sigma > 0, is x_t up to scale for the t whose noise is y's -> x_t, t_start."""
+    ab = SCHEDULES[cfg.schedule](cfg.timesteps).alpha_bar
+    noise = (1 / ab - 1).sqrt()  # of x_t / sqrt(ab), which is in [-1, 1]: twice sigma
+    t = (noise - 2 * measured.sigma).abs().argmin()
+    return (measured.y * 2 - 1) * ab[t].sqrt().float(), t.item() + 1
+
+
 def restore(cfg, run, nets, task, test, result):
     """Restore n test images: a DIP alone; the DDPM from noise; the DDPM from the DIP's output and,
     as a control, from A+ y, which costs nothing; to denoise also from y itself, which is x_t (up to
@@ -1582,10 +1590,7 @@ def restore(cfg, run, nets, task, test, result):
             for arm, x, seconds in ("dip-images", x_dip, dip_seconds), ("pinv", corrupted, 0.0):
                 yield arm, start_from_prior(cfg, x * 2 - 1, t_start, numbers), t_start, seconds
         if task == "denoise" and measured.sigma:
-            ab = SCHEDULES[cfg.schedule](cfg.timesteps).alpha_bar
-            noise = (1 / ab - 1).sqrt()  # of x_t / sqrt(ab), which is in [-1, 1]: twice sigma
-            t = (noise - 2 * measured.sigma).abs().argmin()
-            yield "ddpm-y", (measured.y * 2 - 1) * ab[t].sqrt().float(), t.item() + 1, 0.0
+            yield "ddpm-y", *start_from_noisy(cfg, measured), 0.0
 
     for arm, x_init, t_start, seconds in starts():
         trained = "full" if arm in ("ddpm", "ddpm-y") else list(nets)[-1]
@@ -2195,7 +2200,7 @@ def describe(row):
     """One row of results as one line of text."""
     keys = ("task", "train", "nfe", "t_start", "eta", "order", "grid", "fid_lenet", "precision",
             "recall", "nearest", "psnr", "ssim", "psnr_oracle", "seconds")
-    return f"{row['name']:<12}" + "  ".join(f"{k} {show(row[k])}" for k in keys if k in row)
+    return f"{row['name']:<13}" + "  ".join(f"{k} {show(row[k])}" for k in keys if k in row)
 
 
 def loss_curves(rows):

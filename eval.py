@@ -1005,6 +1005,16 @@ def told(arms, name, setting):
                      if v is not None and len({str(arm.get(k)) for arm in mine}) > 1)
 
 
+def markdown(cells):
+    """Rows of texts, the head first, as a Markdown table: the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    drawn = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
+                               enumerate(zip(row, widths))) + " |" for row in cells]
+    ruler = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":")
+                           for i, w in enumerate(widths)) + "|"
+    return "\n".join([drawn[0], ruler, *drawn[1:]])
+
+
 def text_tables(folders, keys=("fid_lenet", "psnr")):
     """Arms × evaluations of finished runs as Markdown, a table for each task and each of `keys`
     that it has: mean ± standard deviation over seeds, and seconds."""
@@ -1027,12 +1037,7 @@ def text_tables(folders, keys=("fid_lenet", "psnr")):
                               f"(floor {show(floor)})" if key == "fid_lenet" and floor else ""])
             cells = [["evaluations", *("none" if nfe is None else show(nfe) for nfe in heads)]]
             cells += [[label, *(row.get(nfe, "") for nfe in heads)] for label, row in rows.items()]
-            widths = [max(map(len, column)) for column in zip(*cells)]
-            drawn = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                                       enumerate(zip(row, widths))) + " |" for row in cells]
-            ruler = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":")
-                                   for i, w in enumerate(widths)) + "|"
-            lines += ["", title.strip(), "", drawn[0], ruler, *drawn[1:]]
+            lines += ["", title.strip(), "", markdown(cells)]
     return "\n".join(lines)
 
 

@@ -1100,7 +1100,7 @@ def test_every_field_of_config_is_a_flag():
     ("--mode dip --data digits --noise own --sigma 0.1", "--noise own is for --mode dip without"),
     ("--mode dip --data digits --noise estimated --task sr", "no noise level can be told from sr"),
     ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
-    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 67108864 pixels"),
+    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 33554432 pixels"),
     ("--mode guide --data digits --arms split,es-wmv", "es-wmv is none of plain, mean, split"),
     ("--mode guide --data digits --sigma 0 --arms ladder", "--arms ladder: there is no noise"),
     ("--mode prior --dip-source code", "code is none of images, network"),
