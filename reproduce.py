@@ -76,8 +76,8 @@ def spread(values):
     mean = statistics.fmean(values)
     exponent = math.floor(math.log10(abs(mean) or 1))
     digits = max(0, min(2, 3 - exponent)) if exponent >= 0 else 2 - exponent
-    text = f"{mean:,.{digits}f}"
-    return text + f" ± {statistics.stdev(values):,.{digits}f}" * (len(values) > 1)
+    deviation = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:,.{digits}f}{deviation}"
 
 
 def both(values, unit=""):
