@@ -34,12 +34,12 @@ import kernels
 
 # Sizes: what the commands and experiments of a study take. Small is for two cores.
 SMALL = {
-    "A": dict(pictures="mnist", epochs=(1, 2), width=16, dip_width=16, dip_iters=100, n=256),
+    "A": dict(pictures="mnist", epochs=(1, 2), width=8, dip_width=16, dip_iters=100, n=256),
     "B": dict(pictures="fashion-sample", epochs=40, width=16, dip_iters=(3, 10, 50, 100),
-              dip_width=None, skip_width=128, steps=400, nfe=(10, 50, 200), n=100, fits=4),
-    "C": dict(pictures="cifar10", epochs=8, width=32, dip_widths=(16, 64), dip_iters=300, n=64),
-    "D": dict(pictures="photos/F16_GT.png", pixels=64, rates=(0.008, 0.01, 0.1), steps=400, rungs=6,
-              sigma=0.1),
+              dip_width=16, skip_width=128, steps=400, nfe=(10, 50, 200), n=100, fits=4),
+    "C": dict(pictures="cifar10", epochs=8, width=16, dip_widths=(16, 64), dip_iters=200, n=32),
+    "D": dict(pictures="photos/F16_GT.png", pixels=64, rates=(0.008, 0.01, 0.1), rungs=6, steps=400,
+              guide_steps=600, sigma=0.1),
     "E": dict(pictures="cifar10", epochs=6, width=16, archs=("conv2", "resnet18"), dip_width=16,
               dip_iters=100, snapshots=6, n=500),
 }
@@ -47,7 +47,7 @@ FULL = {
     "A": SMALL["A"] | dict(epochs=(30, 50), width=64, dip_width=64, dip_iters=300, n=1000),
     "B": SMALL["B"] | dict(pictures="fashion", epochs=20, width=64, dip_width=128, n=1000, fits=64),
     "C": SMALL["C"] | dict(pictures="stl10", epochs=200, width=64, dip_iters=1000, n=1000),
-    "D": SMALL["D"] | dict(pixels=512),
+    "D": SMALL["D"] | dict(pixels=512, guide_steps=2400),
     "E": SMALL["E"] | dict(epochs=77, width=64, dip_width=64, dip_iters=300, snapshots=10, n=1000),
 }
 
@@ -101,13 +101,14 @@ def log_of(folder, network):
     return mine[0][1], mine[-1][1], mine[-1][0]
 
 
-def networks(folder):
-    """A finished run -> its Config, and its networks (averaged weights) by name."""
+def networks(folder, weights="ema"):
+    """A finished run -> its Config, and its networks by name: their averaged weights, "ema", or
+    those of the last step, "net"."""
     cfg = dipddpm.Config(**dipddpm.read_saved_flags(folder / "config.json"))
     saved, nets = dipddpm.load_checkpoint(folder), {}
     for name, state in saved["networks"].items():
         nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], DEVICE).eval()
-        dipddpm.load_weights(nets[name], state["ema"], folder)
+        dipddpm.load_weights(nets[name], state[weights], folder)
     return cfg, nets
 
 
@@ -331,39 +332,36 @@ def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, n, sigm
 # ------------------------------------------------------------------ D: one photo
 
 
-def study_d(home, seeds, pictures, pixels, rates, steps, rungs, sigma):
+def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_steps, sigma):
     """Six noise levels of the forward process, noisiest first, the clean photo noised afresh at
     each, against plain DIP on the clean photo, as the report had it; and the guide's arms, where
     plain DIP has noise to fight with as well."""
     photo = data.load(found(pictures), size=pixels, crop=pixels).pixels.to(DEVICE).float() / 255
-    ab = dipddpm.linear_schedule(1000).alpha_bar
-    member = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    fits = photo.expand(len(seeds), -1, -1, -1).contiguous()
+    members, targets = torch.tensor(seeds, device=DEVICE), []
+    for k in range(rungs, 0, -1):  # t = 600 ... 100 of 1,000
+        ab = dipddpm.linear_schedule(1000).at(k * 600 // rungs)
+        eps = kernels.normal(fits.shape, 0, members, k, kernels.CORRUPTION, DEVICE)
+        targets.append((ab**0.5 * (2 * fits - 1) + (1 - ab)**0.5 * eps + 1) / 2)
     rows = []
     for rate in rates:
-        curves = {"plain": [], "ladder": []}  # of each seed: [PSNR every 10 iterations]
-        for seed in seeds:
-            noised = []
-            for k in range(rungs, 0, -1):
-                a = ab[k * 600 // rungs - 1]
-                eps = kernels.normal(photo.shape, seed, member, k, kernels.CORRUPTION, DEVICE)
-                noised.append((a.sqrt() * (2 * photo - 1) + (1 - a).sqrt() * eps + 1) / 2)
-            for name, targets in ("plain", [photo]), ("ladder", noised):
-                cfg = dipddpm.Config(mode="guide", seed=seed, dip_lr=rate)
-                curves[name].append(looks(cfg, [y.float() for y in targets], member, rungs * steps,
-                                          10, lambda x, _: quality(x, photo)))
-        best = [max(range(len(c)), key=lambda i: c[i][0]) for c in curves["ladder"]]
+        cfg = dipddpm.Config(mode="guide", dip_lr=rate)
+        plain, ladder = (looks(cfg, y, members, rungs * steps, 10, lambda x, _: torch.stack(
+            [measure.psnr(x, fits), measure.ssim(x, fits)])) for y in ([fits], targets))
+        plain, ladder = (torch.stack(curve).permute(2, 0, 1) for curve in (plain, ladder))
+        best = ladder[:, :, 0].max(1)  # of each fit over its looks
         guide = [results for _, results in run(
             home / f"lr={rate}", seeds, "--mode", "guide", "--data", found(pictures), "--size",
             pixels, "--crop", pixels, "--sigma", sigma, "--rungs", rungs, "--dip-lr", rate,
-            "--dip-iters", rungs * steps, "--arms", "plain,split,ladder,literal")]
+            "--dip-iters", guide_steps, "--arms", "plain,split,ladder,literal")]
         psnr = {name: [row_of(r, name)["psnr"] for r in guide]
                 for name in ("plain", "oracle", "split", "ladder", "literal")}
         rows += [
             (f"learning rate {rate:g}: plain DIP on the clean photo, end: PSNR / SSIM",
-             "above the ladder", both([c[-1] for c in curves["plain"]])),
-            ("— the report's ladder, end", "below", both([c[-1] for c in curves["ladder"]])),
+             "above the ladder", both(plain[:, -1].tolist())),
+            ("— the report's ladder, end", "below", both(ladder[:, -1].tolist())),
             ("— its best moment, and when (iteration)", "an early peak",
-             both([(c[i][0], 10 * (i + 1)) for c, i in zip(curves["ladder"], best)])),
+             both(list(zip(best.values.tolist(), (10 * best.indices + 10).tolist())))),
             (f"— noise {sigma:g} on the photo: plain DIP, end / best moment", "–",
              both(list(zip(psnr["plain"], psnr["oracle"])))),
             ("— the leaking ladder, `literal`, down to that noise", "–", spread(psnr["literal"])),
@@ -376,8 +374,9 @@ def study_d(home, seeds, pictures, pixels, rates, steps, rungs, sigma):
 
 
 def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, snapshots, n):
-    """fid_lenet during training on images and on the outputs of two image-to-image DIPs; of 30
-    samples as of many; and the least that is left of a DIP fed [-1, 1] that answers in [0, 1]."""
+    """fid_lenet during training on images and on the outputs of two image-to-image DIPs; of the
+    last weights and of their average; of 30 samples and of many; and of what is left of pictures in
+    [-1, 1] by the best DIP that answers in [0, 1]."""
     rows = []
     for arch in archs:
         runs = run(home / arch, seeds, "--mode", "prior", "--data", found(pictures), "--epochs",
@@ -395,7 +394,7 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
                          both(curves["ddpm, 10"])))
         rows += [
             (f"`{arch}`: squared error of the DIP's outputs", "–", spread(error)),
-            ("— DDPM on its outputs, from them", "lowest at the first, then rising",
+            ("— DDPM on its outputs, from them", "< 140 (resnet18), lowest first, then rising",
              both(curves["dip-network smoothed, 10"])),
             ("— DDPM on images, from them", "–", both(curves["dip-network full, 10"]))]
     train, test = (data.load(found(pictures), split=split) for split in ("train", "test"))
@@ -407,13 +406,23 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
     def distance(x):
         return measure.frechet_distance(measure.features(lenet, x), real)
 
-    few, many, dark = [], [], []
-    for seed in seeds:
+    few, many, dark, weights = [], [], [], []
+    for seed, (folder, _) in zip(seeds, runs):
+        weights.append([])
+        for kind in "net", "ema":
+            cfg, nets = networks(folder, kind)
+            numbers = torch.arange(n, device=DEVICE)
+            eps = kernels.normal((n, *train.pixels.shape[1:]), seed, numbers, 0,
+                                 kernels.INIT_NOISE, DEVICE)
+            x = dipddpm.sample(cfg, nets["full"], eps, cfg.timesteps, 10, 0.0, numbers,
+                               contextlib.nullcontext, 2)
+            weights[-1].append(distance((x + 1) / 2))
         x = train.pixels[measure.subset(len(train.pixels), n, seed)].to(DEVICE)
         few.append(distance(x[:30]))
         many.append(distance(x))
         dark.append(distance((x / 127.5 - 1).clamp(0, 1)))
     return rows + [
+        ("noise start, the last weights / their average", "the last", both(weights)),
         ("30 real training pictures instead of samples", "its count", spread(few)),
         (f"{n} real ones", "–", spread(many)),
         ("the same, fed in [-1, 1] to a perfect DIP that answers in [0, 1]", "its ranges",
