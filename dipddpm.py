@@ -380,7 +380,7 @@ def forward_table(schedule, predict):
 def time_grid(schedule, t_start, nfe, grid="uniform"):
     """nfe + 1 step counts from t_start to 0, both ends exact and none repeated: uniform or
     quadratic in t (Song et al. 2021, D.2), or uniform in the log signal-to-noise ratio down to one
-    step (Lu et al. 2022) with the step to 0 last."""
+    step (Lu et al. 2022, DPM-Solver) with the step to 0 last."""
     if grid == "uniform":
         return [round(t_start * (nfe - i) / nfe) for i in range(nfe + 1)]
     if grid == "quadratic":
@@ -898,8 +898,8 @@ class Measurement(NamedTuple):
 
     def noisy_step(self, x_t, x0_hat, ab_t, ab_s, sigma, z):
         """A reverse step with a noisy y: x_s gets as much of y as brings no more than x_s's own
-        noise, 1 - ab_s, and that much less of eps_hat and z (Wang et al. 2023, DDNM+, eq. 17-19;
-        there only of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s and sigma are scalars."""
+        noise, 1 - ab_s, and that much less of eps_hat and z (after Wang et al. 2023, DDNM+, eq.
+        17-19: as much as brings no more than z, and less of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s and sigma are scalars."""
         y_noise = 2 * self.sigma * ab_s.sqrt()  # of sqrt(ab_s) y, in [-1, 1]
         weight = ((1 - ab_s).sqrt() / y_noise).clamp(max=1)
         there = self.back(self.A(torch.ones_like(x_t)))  # 1 where y says something
@@ -1071,8 +1071,8 @@ class DIPGroup:
 
 def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watch=None):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
-    theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and
-    supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a Measurement of K
+    theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and 4-6,
+    section 3; the jitter: supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a Measurement of K
     images; or a list of targets, fitted one after the other for equally many iterations. Returns
     the averages [K, C, H, W]. `watch` is called with each iteration, the outputs and the averages.
 
@@ -1201,7 +1201,7 @@ def principal_components(x_0, D):
 
 def fit_codes(cfg, x_0, run):
     """Minimise sum_i |g_theta(c_i) - x_i|^2 over theta and a code c_i for each image, together
-    (Bojanowski et al. 2018, eq. 2), from whitened principal components; Adam, half a cosine.
+    (Bojanowski et al. 2018), from whitened principal components; Adam, half a cosine.
     Returns the decoder, to be evaluated with its running statistics, and codes [N, CODE]."""
     N, C, H, W = x_0.shape
     B = min(cfg.batch, N)
@@ -2131,7 +2131,7 @@ def run_guide(cfg, run):
 def run_dip(cfg, run):
     """--mode dip: fit DIPs to test images with noise and stop each where the risk says so, as the
     guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
-    fall back as the network learns the noise (Ulyanov et al. 2018, figure 2)."""
+    fall back as the network learns the noise (Ulyanov et al. 2018, section 3)."""
     seen = test, truth, measured, about, members, _ = observe(cfg, run)
     began = time.time()
     x, iterations, best, curve = fit_guided_in_groups(cfg, seen, 1, run, tell=True)

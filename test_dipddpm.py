@@ -39,6 +39,7 @@ import data
 import dipddpm
 import eval as measures
 import kernels
+import reproduce
 from kernels import noising, posterior, rng
 
 
@@ -3378,3 +3379,79 @@ def test_command_fails_in_one_line(tmp_path, capsys):
     run = subprocess.run([sys.executable, EVAL, "none"], capture_output=True, text=True,
                          check=False)
     assert run.returncode == 2 and run.stderr == "eval: none does not exist\n"
+
+
+# ================================================================== reproduce
+
+
+@pytest.fixture
+def small_studies(tmp_path, monkeypatch):
+    """Every data set of the studies with a few pictures, and sizes that take seconds."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("mnist", "fashion-sample", "cifar-10-batches-bin", "photos"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for name in ("mnist", "fashion-sample"):
+        for split, n in ("train", 40), ("t10k", 20):
+            images = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
+            for kind, array in ("images-idx3", images), ("labels-idx1", np.arange(n) % 10):
+                path = tmp_path / "data" / name / f"{split}-{kind}-ubyte"
+                path.write_bytes(idx_bytes(array.astype(np.uint8)))
+    for name, n in ("data_batch_1", 40), ("test_batch", 20):
+        records = rng.integers(0, 256, (n, 3073)).astype(np.uint8)
+        records[:, 0] = np.arange(n) % 10
+        (tmp_path / "data/cifar-10-batches-bin" / f"{name}.bin").write_bytes(records.tobytes())
+    photo = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "data/photos/F16_GT.png")
+    few = dict(width=8, n=12)
+    monkeypatch.setattr(reproduce, "SMALL", {
+        "A": reproduce.SMALL["A"] | few | dict(dip_width=2, dip_iters=2),
+        "B": reproduce.SMALL["B"] | few | dict(epochs=1, dip_iters=(1, 2), dip_width=2, nfe=(2, 3),
+                                               skip_width=2, steps=8, fits=2),
+        "C": reproduce.SMALL["C"] | few | dict(epochs=1, dip_widths=(2, 3), dip_iters=2),
+        "D": reproduce.SMALL["D"] | dict(pixels=16, rates=(0.01,), rungs=2, steps=10,
+                                         guide_steps=10),
+        "E": reproduce.SMALL["E"] | few | dict(epochs=2, archs=("conv2",), dip_width=2, n=35,
+                                               dip_iters=2, snapshots=2)})
+    return tmp_path / "out"
+
+
+def test_every_study_ends_in_its_table_and_what_is_finished_is_not_done_again(small_studies,
+                                                                               capsys):
+    command = [*"ABCDE", "--seeds", "0,1", "--out", str(small_studies)]
+    reproduce.main(command)
+    said, tables = capsys.readouterr().out, {}
+    for name in "ABCDE":
+        tables[name] = (small_studies / name / "table.md").read_text()
+        head, _, *rows = tables[name].splitlines()
+        assert [cell.strip() for cell in head.split("|")] == ["", "", "reported", "here", ""]
+        assert rows and all("±" in row and "nan" not in row for row in rows)
+        assert tables[name] in said
+    assert "14.82, 0.360" in tables["A"] and "5.12" in tables["C"]
+    weights = {path: path.stat().st_mtime for path in small_studies.rglob("checkpoint.pt")}
+    assert len(weights) == 2 * (4 + 2 + 3 + 1)
+    reproduce.main([*command[:-4], "--seeds", "0,1", "--out", str(small_studies)])
+    assert capsys.readouterr().out.count("finished before") == 2 * (4 + 2 + 3 + 1 + 1)
+    assert weights == {path: path.stat().st_mtime for path in small_studies.rglob("checkpoint.pt")}
+
+
+def test_a_study_without_its_data_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as left:
+        reproduce.main(["D", "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
+    torch.manual_seed(0)
+    cfg = dipddpm.Config(mode="ddpm", timesteps=100, predict="x0")
+    truth = torch.rand(3, 1, 8, 8)
+    y, x = reproduce.denoised(cfg, lambda x_t, t: (2 * truth - 1), truth, 0.2, 1)
+    torch.testing.assert_close(x, truth)  # a perfect network gives the truth, whatever y
+    assert 0.1 < (y - truth).std() < 0.2  # clipped
+    assert reproduce.spread([21.0, 21.03, 21.1]) == "21.04 ± 0.05"
+    assert reproduce.spread([0.0079]) == "0.00790" and reproduce.spread([0.0]) == "0.00"
+    assert reproduce.spread([132.0, 133.0]) == "132.5 ± 0.7"
+    assert reproduce.both([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
