@@ -899,7 +899,8 @@ class Measurement(NamedTuple):
     def noisy_step(self, x_t, x0_hat, ab_t, ab_s, sigma, z):
         """A reverse step with a noisy y: x_s gets as much of y as brings no more than x_s's own
         noise, 1 - ab_s, and that much less of eps_hat and z (after Wang et al. 2023, DDNM+, eq.
-        17-19: as much as brings no more than z, and less of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s and sigma are scalars."""
+        17-19: there no more than z's, and less of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s and
+        sigma are scalars."""
         y_noise = 2 * self.sigma * ab_s.sqrt()  # of sqrt(ab_s) y, in [-1, 1]
         weight = ((1 - ab_s).sqrt() / y_noise).clamp(max=1)
         there = self.back(self.A(torch.ones_like(x_t)))  # 1 where y says something
@@ -1072,9 +1073,10 @@ class DIPGroup:
 def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watch=None):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
     theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and 4-6,
-    section 3; the jitter: supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or that of a Measurement of K
-    images; or a list of targets, fitted one after the other for equally many iterations. Returns
-    the averages [K, C, H, W]. `watch` is called with each iteration, the outputs and the averages.
+    section 3; the jitter: supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or
+    that of a Measurement of K images; or a list of targets, fitted one after the other for equally
+    many iterations. Returns the averages [K, C, H, W]. `watch` is called with each iteration, the
+    outputs and the averages.
 
     From a Measurement a share of `hold_out` of its values is held out of the fit, and each image's
     result is the one of its averages, every 10 iterations, that is nearest to those: a stop that
@@ -2712,12 +2714,14 @@ def main(argv=None):
                 if stopped:
                     raise KeyboardInterrupt
 
-            signal.signal(signal.SIGINT, stop_soon)
-            signal.signal(signal.SIGTERM, stop_soon)
+            before = {number: signal.signal(number, stop_soon)
+                      for number in (signal.SIGINT, signal.SIGTERM)}
             try:
                 MODES[cfg.mode](cfg, run)
             finally:
                 run.close()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
             run.begun = False  # it has ended well
         if len(folders) > 1 and processes()[0] == 0:
             page = Path(folders[0]).parent / "comparison.html"

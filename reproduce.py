@@ -1,16 +1,16 @@
-"""The five student reports, done again: their numbers beside ours, and experiments that show why
-they differ.
+"""The five student reports, done again: their numbers beside ours, and the experiments that show
+why they differ.
 
     python reproduce.py A          MNIST: an image-to-image DIP, and denoising
     python reproduce.py B          Fashion-MNIST: a DIP's iterations, its cost and its loss
     python reproduce.py C          small colour pictures: five measures, and what they are taken of
     python reproduce.py D          one photo: a ladder of noised clean images against plain DIP
     python reproduce.py E          CIFAR-10: FID during training on a DIP's outputs
-    python reproduce.py A B C D E  all, under 90 minutes on two cores; --full: as in the reports
+    python reproduce.py A B C D E  all, in about 90 minutes on two cores; --full: the reports' sizes
 
-Every study trains and fits by the command line of dipddpm.py, in runs/reproduce/STUDY (given again,
-only what is missing is done), measures what that does not, and writes its table, `table.md`: what
-was measured, what the report says, what is found here (mean ± standard deviation over seeds).
+A study trains by the command line of dipddpm.py, in runs/reproduce/STUDY (given again, only the
+runs that are missing are done), measures what that does not, and writes table.md there: what was
+measured, what the report says, what is found here (mean ± standard deviation over seeds).
 """
 
 import argparse
@@ -20,6 +20,7 @@ import math
 import shlex
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +33,16 @@ import dipddpm
 import eval as measure
 import kernels
 
-# Sizes: what the commands and experiments of a study take. Small is for two cores.
+# What each study takes. Small is for two cores; noise levels are ours, no report tells its own.
 SMALL = {
-    "A": dict(pictures="mnist", epochs=(1, 2), width=8, dip_width=16, dip_iters=100, n=256),
+    "A": dict(pictures="mnist", epochs=(1, 2), width=8, dip_width=16, dip_iters=100, sigma=0.5,
+              n=256),
     "B": dict(pictures="fashion-sample", epochs=40, width=16, dip_iters=(3, 10, 50, 100),
               dip_width=16, skip_width=128, steps=400, nfe=(10, 50, 200), n=100, fits=4),
-    "C": dict(pictures="cifar10", epochs=8, width=16, dip_widths=(16, 64), dip_iters=200, n=32),
+    "C": dict(pictures="cifar10", epochs=8, width=16, dip_widths=(16, 64), dip_iters=200, sigma=0.1,
+              n=32),
     "D": dict(pictures="photos/F16_GT.png", pixels=64, rates=(0.008, 0.01, 0.1), rungs=6, steps=400,
-              guide_steps=600, sigma=0.1),
+              guide_iters=600, sigma=0.1),
     "E": dict(pictures="cifar10", epochs=6, width=16, archs=("conv2", "resnet18"), dip_width=16,
               dip_iters=100, snapshots=6, n=500),
 }
@@ -47,41 +50,38 @@ FULL = {
     "A": SMALL["A"] | dict(epochs=(30, 50), width=64, dip_width=64, dip_iters=300, n=1000),
     "B": SMALL["B"] | dict(pictures="fashion", epochs=20, width=64, dip_width=128, n=1000, fits=64),
     "C": SMALL["C"] | dict(pictures="stl10", epochs=200, width=64, dip_iters=1000, n=1000),
-    "D": SMALL["D"] | dict(pixels=512, guide_steps=2400),
+    "D": SMALL["D"] | dict(pixels=512, guide_iters=2400),
     "E": SMALL["E"] | dict(epochs=77, width=64, dip_width=64, dip_iters=300, snapshots=10, n=1000),
 }
+SHARE = "t = 0.3 T"  # where losses on test images are compared
 
 
 # ------------------------------------------------------------------ commands, numbers, networks
 
 
 def run(out, seeds, *flags):
-    """`python dipddpm.py FLAGS --out OUT --sweep seed=...` -> [(folder, results.json)], a seed
-    each; flags are written as on the command line, None is left out."""
-    pairs = [pair for pair in zip(flags[::2], flags[1::2]) if pair[1] is not None]
-    flags = [str(v) for pair in (*pairs, ("--out", out), ("--sweep", f"seed={csv(seeds)}"))
-             for v in pair]
+    """`python dipddpm.py FLAGS --out OUT --sweep seed=...`: [(folder, results.json)], one a seed;
+    flags are a name and a value in turn, as on the command line."""
+    flags = [*map(str, flags), "--out", str(out), "--sweep", f"seed={','.join(map(str, seeds))}"]
     print(f"\npython dipddpm.py {shlex.join(flags)}", flush=True)
     dipddpm.main(flags)
     folders = [out / f"seed={seed}" for seed in seeds]
     return [(folder, json.loads((folder / "results.json").read_text())) for folder in folders]
 
 
-def csv(values):
-    return ",".join(map(str, values))
-
-
 def spread(values):
-    """A number of each seed -> 'mean ± standard deviation', to three or four digits of the mean."""
+    """A number of each seed -> 'mean ± standard deviation', the mean to three digits or four."""
     mean = statistics.fmean(values)
+    if not math.isfinite(mean):
+        return "–"
     exponent = math.floor(math.log10(abs(mean) or 1))
     digits = max(0, min(2, 3 - exponent)) if exponent >= 0 else 2 - exponent
     deviation = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
     return f"{mean:,.{digits}f}{deviation}"
 
 
-def both(values, unit=""):
-    """Two numbers, or more, of each seed -> 'a ± s / b ± s'."""
+def each(values, unit=""):
+    """Several numbers of each seed -> 'a ± s / b ± s'."""
     return " / ".join(map(spread, zip(*values))) + unit
 
 
@@ -94,11 +94,25 @@ def row_of(results, name, **keys):
 
 
 def log_of(folder, network):
-    """A network's rows of log.csv -> loss of the first and the last 50 steps, seconds."""
+    """A network's log.csv -> losses of its first 50 steps and of its last whole 50, seconds."""
     lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
-    mine = [(float(seconds), float(loss)) for name, _, _, seconds, loss, _ in lines
+    rows = [(int(step), float(seconds), float(loss)) for name, step, _, seconds, loss, _ in lines
             if name == network]
-    return mine[0][1], mine[-1][1], mine[-1][0]
+    whole = [row for row in rows if row[0] % 50 == 0] or rows
+    return whole[0][2], whole[-1][2], rows[-1][1]
+
+
+def held_out(results, networks=("full", "smoothed")):
+    """Each network's loss on test images, not weighted, at the end of training."""
+    return [results["curves"][f"held-out/{name} {SHARE}"][-1][1] for name in networks]
+
+
+def dip_cost(results, arm, pixels):
+    """Seconds of the DIPs whose outputs a network was trained on, and their mean squared error in
+    [0, 1], from its sum over an image's pixels in [-1, 1]."""
+    row = next(row for row in results["arms"] if row["name"] == arm)
+    return (results["seconds"]["dip"] - row["prior_seconds"],
+            row["prior_square_error"] / pixels / 4)
 
 
 def networks(folder, weights="ema"):
@@ -107,32 +121,37 @@ def networks(folder, weights="ema"):
     cfg = dipddpm.Config(**dipddpm.read_saved_flags(folder / "config.json"))
     saved, nets = dipddpm.load_checkpoint(folder), {}
     for name, state in saved["networks"].items():
-        nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], DEVICE).eval()
+        nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], dipddpm.pick_device(None)).eval()
         dipddpm.load_weights(nets[name], state[weights], folder)
     return cfg, nets
 
 
-def found(pictures):
-    """--data: a set's name, or a path below the folder of data."""
+def where(pictures):
+    """--data: a set's name, or a path, also below the folder of data."""
     below = data.default_root() / pictures
     return str(below) if below.exists() and pictures not in data.SETS else pictures
 
 
 def some(pictures, split, n, size=None):
     """n images of a data set's split, float32 [n, C, H, W] in [0, 1]: the same for each seed."""
-    pixels = data.load(found(pictures), None, split, size=size).pixels
-    return pixels[measure.subset(len(pixels), min(n, len(pixels)))].to(DEVICE).float() / 255
+    pixels = data.load(where(pictures), None, split, size=size).pixels
+    chosen = pixels[measure.subset(len(pixels), min(n, len(pixels)))]
+    return chosen.to(dipddpm.pick_device(None)).float() / 255
 
 
-def denoised(cfg, net, truth, sigma, nfe):
-    """truth [n, C, H, W] in [0, 1] -> y with noise sigma, clipped, and what nfe evaluations from y
-    make of it (DDIM, Song et al. 2021, eq. 12): with nfe = 1 the one forward pass that some reports
-    took for the reverse process."""
-    numbers = torch.arange(len(truth), device=DEVICE)
-    measured = dipddpm.corrupt(replace(cfg, sigma=sigma), "denoise", truth, numbers)
+def noised(cfg, truth, sigma):
+    """The Measurement y = truth + sigma eps, of images [n, C, H, W] in [0, 1]."""
+    numbers = torch.arange(len(truth), device=truth.device)
+    return dipddpm.corrupt(replace(cfg, sigma=sigma), "denoise", truth, numbers)
+
+
+def denoised(cfg, net, measured, nfe=1):
+    """What nfe evaluations make of y (DDIM, Song et al. 2021, eq. 12), [n, C, H, W] in [0, 1]: with
+    one, the single forward pass that some reports took for the reverse process."""
     x_t, t_start = dipddpm.start_from_noisy(cfg, measured)
+    numbers = torch.arange(len(x_t), device=x_t.device)
     x = dipddpm.sample(cfg, net, x_t, t_start, nfe, 0.0, numbers, contextlib.nullcontext)
-    return measured.y.clamp(0, 1), ((x + 1) / 2).clamp(0, 1)
+    return ((x + 1) / 2).clamp(0, 1)
 
 
 def quality(x, truth):
@@ -141,13 +160,13 @@ def quality(x, truth):
 
 
 def looks(cfg, targets, members, iters, every, look):
-    """Fit plain DIPs to targets (see `fit_dips`) -> [look(outputs, averages)] every so many
+    """Fit plain DIPs to targets (see `fit_dips`): [look(averaged outputs)] every so many
     iterations."""
     seen = []
 
-    def watch(i, x, average):
+    def watch(i, _, average):
         if (i + 1) % every == 0:
-            seen.append(look(x.clamp(0, 1), average.clamp(0, 1)))
+            seen.append(look(average.clamp(0, 1)))
 
     dipddpm.fit_dips(cfg, targets, members, iters, lambda done: None, watch=watch)
     return seen
@@ -156,66 +175,65 @@ def looks(cfg, targets, members, iters, every, look):
 # ------------------------------------------------------------------ A: MNIST
 
 
-def study_a(home, seeds, pictures, epochs, width, dip_width, dip_iters, n, sigma=0.5):
-    """An image-to-image DIP (four convolutions) over the data set; a DDPM trained on the images
-    and one on the DIP's outputs, which the report computed and never used."""
+def study_a(home, seeds, pictures, epochs, width, dip_width, dip_iters, sigma, n):
+    """An image-to-image DIP (four convolutions) over the data set; a DDPM on the images, which is
+    what the report trained with and without its DIP, and one on the DIP's outputs, which it meant
+    to. The report measured all pictures on one sheet, shrunk to the size of one."""
     few, many = epochs
-    flags = ["--mode", "prior", "--data", found(pictures), "--width", width, "--train",
+    flags = ["--mode", "prior", "--data", where(pictures), "--width", width, "--train",
              "full,smoothed", "--dip-source", "network", "--dip-arch", "autoencoder", "--dip-width",
              dip_width, "--dip-iters", dip_iters, "--samples", n, "--nfe", 10, "--snapshots", 1]
-    variants = {"base": ("--epochs", few, "--lr", 1e-3, "--timesteps", 1000),
-                "long": ("--epochs", many, "--lr", 1e-3, "--timesteps", 1000),
-                "T": ("--epochs", few, "--lr", 1e-3, "--timesteps", 500),
-                "lr": ("--epochs", few, "--lr", 1e-4, "--timesteps", 1000)}
-    runs = {name: run(home / name, seeds, *flags, *more) for name, more in variants.items()}
+    runs = {name: run(home / name, seeds, *flags, "--epochs", e, "--lr", lr, "--timesteps", T)
+            for name, e, lr, T in (("base", few, 1e-3, 1000), ("long", many, 1e-3, 1000),
+                                   ("T", few, 1e-3, 500), ("lr", few, 1e-4, 1000))}
     truth = some(pictures, "test", n)
 
     def sheet(x):
-        """All pictures on one sheet, shrunk to 28 x 28: what the report measured."""
-        small = measure.grid(x).resize((28, 28), Image.Resampling.BILINEAR)
+        """The first 64 pictures on one sheet, shrunk to 28 x 28."""
+        small = measure.grid(x[:64]).convert("L").resize((28, 28), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(small))[None, None].float() / 255
 
-    made = {}  # (variant, network, nfe) -> (PSNR, SSIM) of each seed
-    noisy, sheets = [], {"noisy": [], "one": []}
+    def all_four(x):
+        return *quality(x, truth), *quality(sheet(x), sheet(truth))
+
+    found = {}
     for name, folders in runs.items():
         for folder, _ in folders:
             cfg, nets = networks(folder)
-            for network, nfe in ("full", 1), ("smoothed", 1), ("full", 10):
-                y, x = denoised(cfg, nets[network], truth, sigma, nfe)
-                made.setdefault((name, network, nfe), []).append(quality(x, truth))
-                if name == "base" and (network, nfe) == ("smoothed", 1):
-                    noisy.append(quality(y, truth))
-                    sheets["noisy"].append(quality(sheet(y), sheet(truth)))
-                    sheets["one"].append(quality(sheet(x), sheet(truth)))
-    logs = {name: [log_of(folder, name) for folder, _ in runs["base"]]
-            for name in ("full", "smoothed")}
-    held_out = [[results["curves"][f"held-out/{name} t = 0.3 T"][-1][1]
-                 for name in ("full", "smoothed")] for _, results in runs["base"]]
-    copied = [row_of(r, "dip-network", train="full")["prior_square_error"] / truth[0].numel() / 4
-              for _, r in runs["base"]]
-    fit = [results["seconds"]["dip"] for _, results in runs["base"]]
+            y = noised(cfg, truth, sigma)
+
+            def one_time(x_t, t, net=nets["full"]):
+                return net(x_t, torch.full_like(t, cfg.timesteps // 2))
+
+            for key, x in (("noisy", y.y.clamp(0, 1)), ("full", denoised(cfg, nets["full"], y)),
+                           ("smoothed", denoised(cfg, nets["smoothed"], y)),
+                           ("one t", denoised(cfg, one_time, y)),
+                           ("ten", denoised(cfg, nets["full"], y, 10))):
+                found.setdefault((name, key), []).append(all_four(x))
+    logs = [[log_of(folder, name) for name in ("full", "smoothed")] for folder, _ in runs["base"]]
+    results = [results for _, results in runs["base"]]
+    costs = [dip_cost(r, "dip-network", truth[0].numel()) for r in results]
+    first, last, seconds = ([[log[i] for log in pair] for pair in logs] for i in range(3))
     return [
-        ("training, without the DIP / with it", "20:52 / 11:20 min",
-         both([(a[2], b[2]) for a, b in zip(*logs.values())], " s")),
-        ("the DIP itself: fits, and all pictures through it, twice", "–", spread(fit) + " s"),
-        ("loss on its own targets, first → last 50 steps, without", "0.35 → 0.07",
-         " → ".join(spread(v) for v in list(zip(*logs["full"]))[:2])),
-        ("— with the DIP's outputs as targets", "0.1 → 0.05",
-         " → ".join(spread(v) for v in list(zip(*logs["smoothed"]))[:2])),
-        ("loss on test images, t = 0.3 T, without / with", "–", both(held_out)),
-        ("mean square of DIP's output minus its input", "–", spread(copied)),
-        (f"noisy picture, sigma = {sigma:g}: PSNR, SSIM", "–", both(noisy)),
-        (f"one pass, without, {few} epochs", "14.82, 0.360", both(made["base", "full", 1])),
-        (f"— with, {few} epochs", "18.06, 0.416 (30)", both(made["base", "smoothed", 1])),
-        (f"— without, {many} epochs", "–", both(made["long", "full", 1])),
-        (f"— with, {many} epochs", "18.40, 0.417 (50)", both(made["long", "smoothed", 1])),
-        ("— with, T = 500", "16.68, 0.358", both(made["T", "smoothed", 1])),
-        ("— with, learning rate 1e-4", "–", both(made["lr", "smoothed", 1])),
-        ("— with, learning rate 1e-3", "18.59, 0.435", both(made["base", "smoothed", 1])),
-        ("ten evaluations, without", "–", both(made["base", "full", 10])),
-        ("the same one pass, with, on one sheet shrunk to 28×28", "its measure",
-         both(sheets["one"])),
-        ("the noisy pictures on such a sheet", "–", both(sheets["noisy"])),
+        ("seconds of training: on images / on DIP outputs / their DIP", "20:52 → 11:20 min",
+         each([(*s, cost) for s, (cost, _) in zip(seconds, costs)])),
+        ("training loss, first 50 steps: on images / on DIP outputs", "0.35 / 0.1", each(first)),
+        ("— last 50 steps", "0.07 / 0.05", each(last)),
+        (f"loss on test images, {SHARE}", "–", each(map(held_out, results))),
+        ("squared error of the DIP's outputs", "–",
+         spread([error for _, error in costs])),
+        (f"noisy, sigma {sigma:g}: PSNR / SSIM / on the sheet, both", "–",
+         each(found["base", "noisy"])),
+        (f"one pass, epochs: {few}, T = 1000, learning rate 1e-3",
+         "14.82 / 0.360; with its DIP 18.06 / 0.416 (30 epochs), 18.59 / 0.435 (1e-3)",
+         each(found["base", "full"])),
+        (f"— epochs: {many}", "with its DIP 18.40 / 0.417 (50 epochs)",
+         each(found["long", "full"])),
+        ("— T = 500", "with its DIP 16.68 / 0.358", each(found["T", "full"])),
+        ("— learning rate 1e-4", "–", each(found["lr", "full"])),
+        ("— trained on DIP outputs", "–", each(found["base", "smoothed"])),
+        ("— told t = T/2, whatever t is", "–", each(found["base", "one t"])),
+        ("ten evaluations", "–", each(found["base", "ten"])),
     ]
 
 
@@ -224,242 +242,273 @@ def study_a(home, seeds, pictures, epochs, width, dip_width, dip_iters, n, sigma
 
 def study_b(home, seeds, pictures, epochs, width, dip_iters, dip_width, skip_width, steps, nfe, n,
             fits):
-    """A wide `skip` DIP looked at every 50 iterations, and the report's use of it: one fit for all
-    pictures. DDPMs on outputs of DIPs of ever fewer iterations, each picture with its own."""
+    """A wide `skip` DIP of clean pictures looked at every 50 iterations, and the report's use of
+    it: one fit for all pictures. DDPMs on the outputs of DIPs of ever more iterations."""
+    if pictures == "fashion-sample" and not Path(where(pictures)).exists():
+        pictures = "fashion"
     truth = some(pictures, "test", n)
-    curves = []  # of each seed: [(PSNR of each picture's own fit, of the first's fit for the rest)]
-    for k, seed in enumerate(seeds):
-        members = torch.arange(fits, device=DEVICE)
-        cfg = dipddpm.Config(mode="prior", seed=seed, dip_width=skip_width)
-        mine = truth.roll(-k * fits, 0)
-        curves.append(looks(cfg, mine[:fits], members, steps, steps // 8, lambda _, average: (
-            measure.psnr(average, mine[:fits]).mean().item(),
-            measure.psnr(average[:1].expand_as(mine[1:]), mine[1:]).mean().item())))
-    own, others = (zip(*([look[i] for look in curve] for curve in curves)) for i in (0, 1))
-    flags = ["--mode", "prior", "--data", found(pictures), "--epochs", epochs, "--width", width,
+    fits = min(fits, len(truth))
+    others = ~torch.eye(len(truth), dtype=torch.bool, device=truth.device)[:fits]
+
+    def own_and_others(x):
+        return (measure.psnr(x, truth[:fits]).mean().item(), statistics.fmean(
+            measure.psnr(fit.expand_as(truth), truth)[other].mean().item()
+            for fit, other in zip(x, others)))
+
+    curves = [looks(dipddpm.Config(mode="prior", seed=seed, dip_width=skip_width), truth[:fits],
+                    torch.arange(fits, device=truth.device), steps, steps // 8, own_and_others)
+              for seed in seeds]
+    own, strange = ([[look[i] for look in curve] for curve in curves] for i in (0, 1))
+    flags = ["--mode", "prior", "--data", where(pictures), "--epochs", epochs, "--width", width,
              "--train", "full,smoothed", "--dip-source", "images", "--dip-width", dip_width,
-             "--samples", n, "--nfe", csv(nfe), "--t-start", 600, "--snapshots", 1]
-    runs = {i: run(home / f"iterations={i}", seeds, *flags, "--dip-iters", i) for i in dip_iters}
-    rows = [(f"DIP of each picture after {steps // 8} … {steps} iterations: PSNR", "–",
-             " / ".join(map(spread, own))),
-            ("— the first picture's fit, taken for every other picture",
-             "6.71 / 8.33 / 8.79 / 8.64 / 8.25 / 8.24 / 8.32 / 8.43",
-             " / ".join(map(spread, others)))]
-    for i, folders in runs.items():
-        logs = [[log_of(folder, name) for name in ("full", "smoothed")] for folder, _ in folders]
-        test = [[r["curves"][f"held-out/{name} t = 0.3 T"][-1][1] for name in ("full", "smoothed")]
-                for _, r in folders]
-        error = [row_of(r, "dip-images", train="full", nfe=nfe[0])["prior_square_error"]
-                 for _, r in folders]
-        rows += [
-            (f"DIP of {i} iterations: squared error of its outputs", "–", spread(error)),
-            ("— training without / with, seconds of the DIPs", "34:19 / 36:08 min",
-             both([(a[2], b[2], r["seconds"]["dip"])
-                   for (a, b), (_, r) in zip(logs, folders)], " s")),
-            ("— loss on its own targets, without / with", "0.45…0.58 / 0.065…0.032",
-             both([(a[1], b[1]) for a, b in logs])),
-            ("— loss on test images, t = 0.3 T, without / with", "–", both(test))]
+             "--samples", n, "--nfe", ",".join(map(str, nfe)), "--t-start", 600, "--snapshots", 1]
+    runs = [[results | {"folder": folder} for folder, results in run(
+        home / f"iterations={i}", seeds, *flags, "--dip-iters", i)] for i in dip_iters]
+
+    def by_iterations(number):
+        """number(results) for each number of iterations, of each seed."""
+        return [[number(results) for results in same_seed] for same_seed in zip(*runs)]
+
+    images = [log_of(results["folder"], "full") for results in runs[0]]
+    iterations = " / ".join(map(str, dip_iters))
+    rows = [
+        (f"PSNR of DIPs after {steps // 8}, {steps // 4} … {steps} iterations", "–", each(own)),
+        ("— each taken for every other picture",
+         "6.71 / 8.33 / 8.79 / 8.64 / 8.25 / 8.24 / 8.32 / 8.43", each(strange)),
+        (f"squared error of DIPs after {iterations} iterations", "–",
+         each(by_iterations(lambda r: dip_cost(r, "dip-images", truth[0].numel())[1]))),
+        ("— seconds of those DIPs", "–",
+         each(by_iterations(lambda r: dip_cost(r, "dip-images", truth[0].numel())[0]))),
+        ("— seconds of training on their outputs", "36:08 min",
+         each(by_iterations(lambda r: log_of(r["folder"], "smoothed")[2]))),
+        ("on images", "34:19 min", spread([log[2] for log in images])),
+        ("training loss at the end, on DIP outputs", "0.065 … 0.032",
+         each(by_iterations(lambda r: log_of(r["folder"], "smoothed")[1]))),
+        ("on images", "0.45 … 0.58", spread([log[1] for log in images])),
+        (f"loss on test images, {SHARE}, trained on DIP outputs", "–",
+         each(by_iterations(lambda r: held_out(r)[1]))),
+        ("on images", "–", spread([held_out(r)[0] for r in runs[0]]))]
     for k in nfe:
         times = []
-        for _, r in runs[dip_iters[-1]]:
-            dip = row_of(r, "dip-images", train="full", nfe=k)
-            times.append([1000 * s / n for s in (row_of(r, "ddpm", nfe=k)["seconds"],
-                                                 dip["seconds"] - dip["prior_seconds"],
-                                                 dip["prior_seconds"])])
+        for results in runs[-1]:
+            dip = row_of(results, "dip-images", train="full", nfe=k)
+            seconds = (row_of(results, "ddpm", nfe=k)["seconds"],
+                       dip["seconds"] - dip["prior_seconds"], dip["prior_seconds"])
+            times.append([1000 * s / min(n, results["data"]["train"]) for s in seconds])
         rows.append((f"ms a picture, {k} evaluations: from noise / from a DIP / its fit",
-                     "1.25…6.26 s / 1.38…6.35 s (200…1000)", both(times, " ms")))
+                     "1.25 … 6.26 s / 1.38 … 6.35 s (200 … 1000)", each(times)))
     return rows
 
 
 # ------------------------------------------------------------------ C: small colour pictures
 
 
-def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, n, sigma=0.1):
-    """One forward pass on noised pictures by the five measures: on training and on test pictures,
-    as they are and each rescaled to its own minimum and maximum; DIPs of two widths."""
-    runs = run(home / "ddpm", seeds, "--mode", "ddpm", "--data", found(pictures), "--size",
-               32, "--epochs", epochs, "--width", width, "--samples", n, "--nfe", 10)
-    names = ("psnr", "ssim", "mse", "mae", "delta_e")
-
-    def five(x, truth):
-        return [measure.measures(x, truth)[name] for name in names]
+def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, sigma, n):
+    """One forward pass on noised pictures by the five measures: of training pictures, each first
+    stretched to its own range, as the report did it; as they are; of test pictures; and from DIP
+    outputs instead of pictures, for two widths of the DIP."""
+    runs = run(home / "ddpm", seeds, "--mode", "ddpm", "--data", where(pictures), "--size", 32,
+               "--epochs", epochs, "--width", width, "--samples", n, "--nfe", 10)
+    test, train = (some(pictures, split, n, 32) for split in ("test", "train"))
 
     def stretched(x):
         """Each picture to its own minimum and maximum."""
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
         return (x - low) / (high - low).clamp(min=1e-6)
 
-    test, train = (some(pictures, split, n, 32) for split in ("test", "train"))
-    made = {}
-    for folder, _ in runs:
+    def five(x, truth):
+        row = measure.measures(x, truth)
+        return [row[name] for name in ("psnr", "ssim", "mse", "mae", "delta_e")]
+
+    found = {}
+    for seed, (folder, _) in zip(seeds, runs):
         cfg, nets = networks(folder)
-        y, x = denoised(cfg, nets["full"], test, sigma, 1)
-        table = {"noisy": (y, test), "one": (x, test), "one stretched": (stretched(x),
-                                                                         stretched(test)),
-                 "train": (denoised(cfg, nets["full"], train, sigma, 1)[1], train),
-                 "ten": (denoised(cfg, nets["full"], test, sigma, 10)[1], test),
-                 "hardly": (denoised(cfg, nets["full"], test, 0.034, 1)[0], test)}
-        for name, pair in table.items():
-            made.setdefault(name, []).append(five(*pair))
-    for dip in dip_widths:
-        for seed, (folder, _) in zip(seeds, runs):
-            [(_, results)] = run(
-                home / f"dip-width={dip}", [seed], "--mode", "prior", "--resume", folder,
-                "--train", "full", "--dip-source", "images", "--task", "denoise", "--sigma", sigma,
-                "--dip-width", dip, "--dip-iters", dip_iters, "--samples", n, "--nfe", 10)
-            for name in "dip", "dip-images":
-                row = row_of(results, name)
-                made.setdefault((name, dip), []).append([row[key] for key in names])
+        y, seen = noised(cfg, test, sigma), noised(cfg, train, sigma)
+        x = denoised(cfg, nets["full"], seen)
+        made = {"train stretched": (stretched(x), stretched(train)), "train": (x, train),
+                "test": (denoised(cfg, nets["full"], y), test),
+                "ten": (denoised(cfg, nets["full"], y, 10), test), "noisy": (y.y, test),
+                "little": (noised(cfg, test, 0.034).y, test)}
+        for wide in dip_widths:
+            members = torch.arange(n, device=train.device)
+            x_dip = dipddpm.fit_dips(dipddpm.Config(mode="prior", seed=seed, dip_width=wide), train,
+                                     members, dip_iters, lambda done: None).clamp(0, 1)
+            made["dip", wide] = x_dip, train
+            x = denoised(cfg, nets["full"], noised(cfg, x_dip, sigma))
+            made["from dip", wide] = stretched(x), stretched(train)
+        for key, (x, truth) in made.items():
+            found.setdefault(key, []).append(five(x.clamp(0, 1), truth))
     narrow, wide = dip_widths
     return [
-        ("PSNR / SSIM / MSE / MAE / ΔE of one pass, test pictures",
-         "29.34 / 0.958 / 0.0014 / 0.0304 / 5.12", both(made["one"])),
-        ("— training pictures", "the same: it had no test set", both(made["train"])),
-        ("— test pictures, each stretched to its own range", "its measure",
-         both(made["one stretched"])),
-        (f"the noisy test pictures, sigma = {sigma:g}", "–", both(made["noisy"])),
-        ("— with sigma = 0.034", "–", both(made["hardly"])),
-        ("ten evaluations, test pictures", "–", both(made["ten"])),
-        (f"ten from a DIP of width {wide}", "29.36 / 0.968 / 0.0013 / 0.0290 / 3.83",
-         both(made["dip-images", wide])),
+        ("PSNR / SSIM / MSE / MAE / ΔE of one pass: training pictures, stretched",
+         "29.34 / 0.958 / 0.0014 / 0.0304 / 5.12", each(found["train stretched"])),
+        ("— training pictures", "–", each(found["train"])),
+        ("— test pictures", "–", each(found["test"])),
+        ("ten evaluations, test pictures", "–", each(found["ten"])),
+        (f"the noisy test pictures, sigma = {sigma:g}", "–", each(found["noisy"])),
+        ("— with sigma = 0.034, chosen for its PSNR", "–", each(found["little"])),
+        (f"one pass from a noised DIP of width {wide}, training pictures, stretched",
+         "29.36 / 0.968 / 0.0013 / 0.0290 / 3.83", each(found["from dip", wide])),
         (f"— of width {narrow}", "20.91 / 0.763 / 0.0117 / 0.0819 / 13.65",
-         both(made["dip-images", narrow])),
-        (f"the DIP alone, width {wide}", "–", both(made["dip", wide])),
-        (f"— width {narrow}", "–", both(made["dip", narrow])),
+         each(found["from dip", narrow])),
+        (f"that DIP alone, width {wide}, {dip_iters} iterations, clean pictures", "–",
+         each(found["dip", wide])),
+        (f"— width {narrow}", "–", each(found["dip", narrow])),
     ]
 
 
 # ------------------------------------------------------------------ D: one photo
 
+LADDER_T, LADDER_TOP = 1000, 600  # of the linear schedule: the first rung is noised to t = 600
 
-def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_steps, sigma):
-    """Six noise levels of the forward process, noisiest first, the clean photo noised afresh at
-    each, against plain DIP on the clean photo, as the report had it; and the guide's arms, where
-    plain DIP has noise to fight with as well."""
-    photo = data.load(found(pictures), size=pixels, crop=pixels).pixels.to(DEVICE).float() / 255
-    fits = photo.expand(len(seeds), -1, -1, -1).contiguous()
-    members, targets = torch.tensor(seeds, device=DEVICE), []
-    for k in range(rungs, 0, -1):  # t = 600 ... 100 of 1,000
-        ab = dipddpm.linear_schedule(1000).at(k * 600 // rungs)
-        eps = kernels.normal(fits.shape, 0, members, k, kernels.CORRUPTION, DEVICE)
-        targets.append((ab**0.5 * (2 * fits - 1) + (1 - ab)**0.5 * eps + 1) / 2)
+
+def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sigma):
+    """Noise levels of the forward process, noisiest first, the clean photo noised afresh at each,
+    against plain DIP on the clean photo, as the report had it; the same ladder with one noise for
+    all rungs, and plain DIP on its last rung alone. Then the guide, on a photo that has noise."""
+    photo = data.load(where(pictures), split="test", limit=1, size=pixels, crop=pixels).pixels
+    photo = photo.to(dipddpm.pick_device(None)).float() / 255
+    truth = photo.expand(len(seeds), -1, -1, -1).contiguous()  # a seed is a member of one group
+    members = torch.tensor(seeds, device=truth.device)
+
+    def rung(k, draw):
+        """The photo after k/rungs of the ladder's noise: x_t, unclipped, as a picture."""
+        ab = dipddpm.linear_schedule(LADDER_T).at(k * LADDER_TOP // rungs)
+        eps = kernels.normal(truth.shape, 0, members, draw, kernels.CORRUPTION, truth.device)
+        return (ab**0.5 * (2 * truth - 1) + (1 - ab)**0.5 * eps + 1) / 2
+
+    fresh = [rung(k, draw=k) for k in range(rungs, 0, -1)]
+    fits = (("plain DIP on the clean photo", "ends above the ladder", [truth]),
+            ("the report's ladder", "an early peak; ends below", fresh),
+            ("with one noise for all rungs", "–", [rung(k, 1) for k in range(rungs, 0, -1)]),
+            ("plain DIP on the last rung", "–", fresh[-1:]))
     rows = []
     for rate in rates:
         cfg = dipddpm.Config(mode="guide", dip_lr=rate)
-        plain, ladder = (looks(cfg, y, members, rungs * steps, 10, lambda x, _: torch.stack(
-            [measure.psnr(x, fits), measure.ssim(x, fits)])) for y in ([fits], targets))
-        plain, ladder = (torch.stack(curve).permute(2, 0, 1) for curve in (plain, ladder))
-        best = ladder[:, :, 0].max(1)  # of each fit over its looks
-        guide = [results for _, results in run(
-            home / f"lr={rate}", seeds, "--mode", "guide", "--data", found(pictures), "--size",
-            pixels, "--crop", pixels, "--sigma", sigma, "--rungs", rungs, "--dip-lr", rate,
-            "--dip-iters", guide_steps, "--arms", "plain,split,ladder,literal")]
-        psnr = {name: [row_of(r, name)["psnr"] for r in guide]
-                for name in ("plain", "oracle", "split", "ladder", "literal")}
-        rows += [
-            (f"learning rate {rate:g}: plain DIP on the clean photo, end: PSNR / SSIM",
-             "above the ladder", both(plain[:, -1].tolist())),
-            ("— the report's ladder, end", "below", both(ladder[:, -1].tolist())),
-            ("— its best moment, and when (iteration)", "an early peak",
-             both(list(zip(best.values.tolist(), (10 * best.indices + 10).tolist())))),
-            (f"— noise {sigma:g} on the photo: plain DIP, end / best moment", "–",
-             both(list(zip(psnr["plain"], psnr["oracle"])))),
-            ("— the leaking ladder, `literal`, down to that noise", "–", spread(psnr["literal"])),
-            ("— `split` / `ladder`, which see no clean photo", "–",
-             both(list(zip(psnr["split"], psnr["ladder"]))))]
-    return rows
+        for name, reported, y in fits:
+            curve = looks(cfg, y, members, rungs * steps, 10, lambda x: torch.stack(
+                [measure.psnr(x, truth), measure.ssim(x, truth)], 1))
+            curve = torch.stack(curve, 1)  # [seed, look, PSNR and SSIM]
+            best = curve[:, :, 0].max(1)
+            rows.append((f"learning rate {rate:g}: {name}", reported, each(zip(
+                *curve[:, -1].T.tolist(), best.values.tolist(),
+                (10 * best.indices + 10).tolist()))))
+    guide = [results for _, results in run(
+        home / "guide", seeds, "--mode", "guide", "--data", where(pictures), "--size", pixels,
+        "--crop", pixels, "--samples", 1, "--sigma", sigma, "--rungs", rungs, "--dip-iters",
+        guide_iters)]
+    for name in ("plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "split", "ladder",
+                 "literal", "literal-mean"):
+        found = [row_of(results, name) for results in guide]
+        rows.append((f"noise {sigma:g}, `{name}`: PSNR, SSIM", "–",
+                     each([(row["psnr"], row["ssim"]) for row in found])))
+    return [("", "", "PSNR / SSIM at the end / best PSNR / its iteration"), *rows]
 
 
 # ------------------------------------------------------------------ E: CIFAR-10
 
 
 def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, snapshots, n):
-    """fid_lenet during training on images and on the outputs of two image-to-image DIPs; of the
-    last weights and of their average; of 30 samples and of many; and of what is left of pictures in
-    [-1, 1] by the best DIP that answers in [0, 1]."""
+    """fid_lenet (no Inception FID: only shapes compare) during training on images and on the
+    outputs of two image-to-image DIPs; of 30 samples and of many; of the last weights and of their
+    average; and of what the best DIP that answers in [0, 1] leaves of pictures in [-1, 1]."""
+    train, test = (data.load(where(pictures), split=split) for split in ("train", "test"))
+    if train.labels is None:
+        raise ValueError(f"study E needs labels for its LeNet: {pictures} has none")
     rows = []
     for arch in archs:
-        runs = run(home / arch, seeds, "--mode", "prior", "--data", found(pictures), "--epochs",
+        runs = run(home / arch, seeds, "--mode", "prior", "--data", where(pictures), "--epochs",
                    epochs, "--width", width, "--train", "full,smoothed", "--dip-source", "network",
                    "--dip-arch", arch, "--dip-width", dip_width, "--dip-iters", dip_iters,
                    "--snapshots", snapshots, "--samples", n, "--nfe", 10)
-        curves = {}
-        for _, r in runs:
-            for key in ("ddpm, 10", "dip-network full, 10", "dip-network smoothed, 10"):
-                curves.setdefault(key, []).append(
-                    [y for _, y in r["curves"][f"training/{key} evaluations"]])
-        error = [row_of(r, "dip-network", train="full")["prior_square_error"] for _, r in runs]
+        noise, full, smoothed = ([[y for _, y in r["curves"][f"training/{key}, 10 evaluations"]]
+                                  for _, r in runs]
+                                 for key in ("ddpm", "dip-network full", "dip-network smoothed"))
         if arch == archs[0]:
-            rows.append((f"fid_lenet of the noise start at {snapshots} moments of training", "–",
-                         both(curves["ddpm, 10"])))
+            rows.append((f"fid_lenet at {snapshots} moments of training, from noise", "–",
+                         each(noise)))
         rows += [
-            (f"`{arch}`: squared error of the DIP's outputs", "–", spread(error)),
-            ("— DDPM on its outputs, from them", "< 140 (resnet18), lowest first, then rising",
-             both(curves["dip-network smoothed, 10"])),
-            ("— DDPM on images, from them", "–", both(curves["dip-network full, 10"]))]
-    train, test = (data.load(found(pictures), split=split) for split in ("train", "test"))
+            (f"`{arch}`: squared error of the DIP's outputs", "–",
+             spread([dip_cost(r, "dip-network", train.pixels[0].numel())[1] for _, r in runs])),
+            ("— fid_lenet, trained on DIP outputs, from DIP outputs at 0.6 T",
+             "lowest first, then rising; ResNet-18 below 140, the two within 5", each(smoothed)),
+            ("— trained on images, from DIP outputs at 0.6 T", "–", each(full))]
     lenet = measure.feature_network(train.pixels, train.labels, train.name, [
-        data.default_root(), data.cache_root(), home], device=DEVICE,
+        data.default_root(), data.cache_root(), home], device=dipddpm.pick_device(None),
         test=(test.pixels, test.labels))
     real = measure.features(lenet, test.pixels)
 
     def distance(x):
         return measure.frechet_distance(measure.features(lenet, x), real)
 
-    few, many, dark, weights = [], [], [], []
+    samples, images = [], []
     for seed, (folder, _) in zip(seeds, runs):
-        weights.append([])
-        for kind in "net", "ema":
-            cfg, nets = networks(folder, kind)
-            numbers = torch.arange(n, device=DEVICE)
-            eps = kernels.normal((n, *train.pixels.shape[1:]), seed, numbers, 0,
-                                 kernels.INIT_NOISE, DEVICE)
-            x = dipddpm.sample(cfg, nets["full"], eps, cfg.timesteps, 10, 0.0, numbers,
-                               contextlib.nullcontext, 2)
-            weights[-1].append(distance((x + 1) / 2))
-        x = train.pixels[measure.subset(len(train.pixels), n, seed)].to(DEVICE)
-        few.append(distance(x[:30]))
-        many.append(distance(x))
-        dark.append(distance((x / 127.5 - 1).clamp(0, 1)))
-    return rows + [
-        ("noise start, the last weights / their average", "the last", both(weights)),
-        ("30 real training pictures instead of samples", "its count", spread(few)),
-        (f"{n} real ones", "–", spread(many)),
-        ("the same, fed in [-1, 1] to a perfect DIP that answers in [0, 1]", "its ranges",
-         spread(dark))]
+        x = train.pixels[measure.subset(len(train.pixels), n, seed)]
+        images.append((distance(x[:30]), distance(x), distance((x / 127.5 - 1).clamp(0, 1))))
+        found = []
+        for weights in "net", "ema":
+            cfg, nets = networks(folder, weights)
+            numbers = torch.arange(n, device=dipddpm.pick_device(None))
+            eps = kernels.normal((n, *x.shape[1:]), seed, numbers, 0, kernels.INIT_NOISE,
+                                 numbers.device)
+            x_0 = dipddpm.sample(cfg, nets["full"], eps, cfg.timesteps, 10, 0.0, numbers,
+                                 contextlib.nullcontext, order=2)
+            found.append(distance((x_0 + 1) / 2))
+        samples.append((*found, distance((x_0[:30] + 1) / 2)))
+    return [*rows,
+            (f"at the end, from noise: last weights / their average / 30 of these {n} samples", "–",
+             each(samples)),
+            (f"training images: 30 / {n} / what a sigmoid can answer to these in [-1, 1]", "–",
+             each(images))]
 
 
 STUDIES = {"A": study_a, "B": study_b, "C": study_c, "D": study_d, "E": study_e}
-DEVICE = None  # of all studies, chosen by main
 
 
 def study(name, home, seeds, size):
-    """Run one study; print its table and write it to home/table.md."""
+    """Run one study; print its table, under what it was made of, and write both to table.md."""
+    began = time.time()
     rows = STUDIES[name](home, seeds, **size)
-    text = measure.markdown([("", "reported", "here"), *rows])
-    measure.write_text(text + "\n", home / "table.md")
-    print(f"\n{name}: {STUDIES[name].__doc__}\n\n{text}\n", flush=True)
+    told = ", ".join(f"{key} {dipddpm.show(value)}" for key, value in size.items())
+    device = dipddpm.device_name(dipddpm.pick_device(None))
+    text = (f"{name}: {told}; seeds {dipddpm.show(tuple(seeds))}; {device}, torch "
+            f"{torch.__version__}, commit {dipddpm.commit()}; {(time.time() - began) / 60:.1f} "
+            "minutes, without runs that were there\n\n"
+            f"{measure.markdown([('', 'reported', 'here'), *rows])}\n")
+    measure.write_text(text, home / "table.md")
+    print(f"\n{text}", flush=True)
 
 
 def main(argv=None):
-    global DEVICE
+    """The command line -> exit status: 0 done, else dipddpm.py's of the last study that failed."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("studies", nargs="+", choices=STUDIES)
     p.add_argument("--full", action="store_true", help="the reports' sizes, for a GPU")
-    p.add_argument("--data", help="other pictures than a study's own: as dipddpm.py's --data")
-    p.add_argument("--seeds", default="0,1,2", help="of which mean and deviation are told")
+    p.add_argument("--data", help="other pictures than a study's own, as dipddpm.py's --data")
+    p.add_argument("--seeds", default="0,1,2", help="mean and deviation are over these")
     p.add_argument("--out", default="runs/reproduce", help="folder of all runs")
     args = p.parse_args(argv)
-    DEVICE = dipddpm.pick_device(None)
-    other = {"pictures": args.data} if args.data else {}
-    try:
-        for name in args.studies:
-            study(name, Path(args.out) / (name + "-full" * args.full),
-                  [int(seed) for seed in args.seeds.split(",")],
-                  (FULL if args.full else SMALL)[name] | other)
-    except (ValueError, OSError) as error:
-        sys.exit(dipddpm.fail(error, 2))
+    status = 0
+    for name in args.studies:
+        size = (FULL if args.full else SMALL)[name]
+        home = name + "-full" * args.full
+        if args.data:
+            size, home = size | {"pictures": args.data}, f"{home}-{Path(args.data).stem}"
+        try:
+            study(name, Path(args.out) / home, [int(s) for s in args.seeds.split(",")], size)
+        except (ValueError, OSError) as error:
+            status = dipddpm.fail(error, 2)
+        except RuntimeError as error:
+            status = dipddpm.fail(error, 1)
+        except SystemExit as failed:  # of dipddpm.py, which has said why
+            if failed.code not in (1, 2):
+                raise
+            status = failed.code
+        except KeyboardInterrupt:
+            print("reproduce: interrupted; the same command goes on", file=sys.stderr)
+            return 130
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
