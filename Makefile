@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test reproduce soak lint clean
+.PHONY: help run test reproduce figures soak lint clean
 
 help:  ## explain the targets (default)
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -15,9 +15,11 @@ test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
 
 reproduce: .venv/run  ## the five reports' studies and tables, all (one: make reproduce-A)
 	$(BIN)/python reproduce.py A B C D E
-
 reproduce-%: .venv/run
 	$(BIN)/python reproduce.py $*
+
+figures: .venv/run  ## draw the README's figures again from figures/*.json
+	$(BIN)/python eval.py figures/*.json
 
 soak: .venv/dev  ## the hard tests at full size: 200 kills, 110,000 damaged files, every number of the command line at every extreme
 	KILLS=200 FUZZED=10000 FLAGS=1000 $(BIN)/python -m pytest -q -k "killed or mutated or beyond_all" test_dipddpm.py

@@ -8,7 +8,8 @@
 
 `python eval.py A.png B.png` prints the image measures of two pictures;
 `python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json, and for several runs also
-makes one page of them all, comparison.html beside them.
+makes one page of them all, comparison.html beside them;
+`python eval.py FIGURE.json...` draws FIGURE.svg from the curves in each (see `figure`).
 
 Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
 
@@ -833,14 +834,11 @@ def over_seeds(lines, axes):
                   statistics.stdev(y for _, y in p) if len(p) > 1 else 0.0) for p in points])
 
 
-def chart(name, series, style, bound=None, marks=None):
-    """One SVG figure of {label: [line, ...]}, a line [[x, y], ...] for each seed, or "" where
-    nothing can be drawn: the mean over seeds in a band of a standard deviation, or every line where
-    they do not match. `bound` is a dashed line; `marks` {text: x} are points in time.
-    """
-    kind, _, rest = name.partition(" ")
-    axes = CHARTS.get(kind, Axes(name))
-    axes = axes._replace(title=f"{axes.title}: {rest}" if rest and kind in CHARTS else axes.title)
+def plot(axes, series, style, bound=None, marks=None):
+    """The inside of an SVG of 480 x 312 that shows {label: [line, ...]}, a line [[x, y], ...] for
+    each seed: the mean over seeds in a band of a standard deviation, or every line where they do
+    not match. `bound` is a dashed line; `marks` {text: x} are points in time. -> (text, the labels
+    that are drawn, whether there are bands); the text is "" where nothing can be drawn."""
     bound = bound if axes.floor and _number(bound) and bound > 0 else None
     lines, bands = {}, {}
     for label, each in series.items():
@@ -852,7 +850,7 @@ def chart(name, series, style, bound=None, marks=None):
                       if (seen := [point for point in line if visible(point, axes)])]:
             lines[label] = each
     if not lines:
-        return ""
+        return "", [], False
     left, right, top, bottom = 62, 466, 12, 262
     points = [point for each in lines.values() for line in each for point in line]
     marks = {text: x for text, x in (marks or {}).items() if x > 0 or not axes.log_x}
@@ -901,14 +899,68 @@ def chart(name, series, style, bound=None, marks=None):
         svg.append(f'<g style="color:var(--s{i})"><path d="{path}" fill="none" stroke-width="2" '
                    'stroke="currentColor" stroke-linejoin="round" stroke-dasharray='
                    f'"{DASHES[dash]}"/>{"".join(drawn)}</g>')
-    key = "".join(f"<li>{swatch(style[label])}{esc(label)}</li>" for label in lines
+    return "".join(svg), list(lines), bool(bands)
+
+
+BANDS = " Bands: a standard deviation over seeds."
+
+
+def chart(name, series, style, bound=None, marks=None):
+    """`plot` as a part of the report, with title and key; "" where nothing can be drawn. Curves
+    named KIND or KIND REST are drawn as CHARTS says."""
+    kind, _, rest = name.partition(" ")
+    axes = CHARTS.get(kind, Axes(name))
+    axes = axes._replace(title=f"{axes.title}: {rest}" if rest and kind in CHARTS else axes.title)
+    svg, labels, banded = plot(axes, series, style, bound, marks)
+    if not svg:
+        return ""
+    key = "".join(f"<li>{swatch(style[label])}{esc(label)}</li>" for label in labels
                   if label != name)
-    band = " Bands: a standard deviation over seeds." if bands else ""
+    band = BANDS * banded
     about = (f"{axes.title}: {axes.y or 'value'} by {axes.x or 'position'}; "
-             f"{', '.join(lines)}.{band}")
+             f"{', '.join(labels)}.{band}")
     return (f'<figure><b>{esc(axes.title)}</b><svg viewBox="0 0 480 312" role="img" aria-label='
-            f'"{esc(about)}">{"".join(svg)}</svg><ul>{key}</ul>'
+            f'"{esc(about)}">{svg}</svg><ul>{key}</ul>'
             f'{f"<small>{band}</small>" if band else ""}</figure>')
+
+
+def figure(path):
+    """PATH.json -> PATH.svg, a picture for a README: panels from left to right, each of {"axes":
+    fields of Axes, "series": as in `plot`, "floor"}. ValueError where the file is no such thing."""
+    try:
+        panels = json.loads(path.read_text(encoding="utf-8"))["panels"]
+        drawn, below = [], 0
+        style = styles(dict.fromkeys(label for panel in panels for label in panel["series"]))
+        for i, panel in enumerate(panels):
+            axes = Axes(**panel["axes"])
+            svg, labels, banded = plot(axes, panel["series"], style, panel.get("floor"))
+            x, y, key = 0, 358, []
+            for label in labels:
+                wide = 58 + 7.4 * len(label)  # of 13-pixel letters
+                if x + wide > 480:
+                    x, y = 0, y + 22
+                colour, dash = style[label]
+                key.append(f'<g transform="translate({x} {y})"><g style="color:var(--s{colour})">'
+                           '<path d="M0-5h32" stroke="currentColor" stroke-width="2" '
+                           f'stroke-dasharray="{DASHES[dash]}"/><path d="{MARKS[colour]}" transform'
+                           '="translate(16 -5)" fill="currentColor"/></g><text class="ink" x="40">'
+                           f'{esc(label)}</text></g>')
+                x += wide
+            if banded:
+                y += 22
+                key.append(f'<text y="{y}">{BANDS.strip()}</text>')
+            drawn.append(f'<g transform="translate({12 + 510 * i} 0)"><text class="ink" y="22" '
+                         f'font-weight="600">{esc(axes.title)}</text>'
+                         f'<g transform="translate(0 30)">{svg}</g>{"".join(key)}</g>')
+            below = max(below, y)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no figure: {error!r}") from error
+    colours = CSS[CSS.index(":root"):CSS.index("*{box-sizing")].replace("screen and ", "")
+    write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {510 * len(panels)} '
+               f'{below + 14}" font-family="system-ui,sans-serif" font-size="13"><style>{colours}'
+               "text{fill:var(--soft)}.ink{fill:var(--ink)}</style>"
+               f'<rect width="100%" height="100%" fill="var(--bg)"/>{"".join(drawn)}</svg>\n',
+               path.with_suffix(".svg"))
 
 
 # With its name and evaluations these make an arm's row.
@@ -1270,6 +1322,10 @@ def main(arguments=None):
             print(__doc__)
         elif missing := [p for p in paths if not p.exists()]:
             raise ValueError(f"{missing[0]} does not exist")
+        elif paths and all(path.suffix == ".json" for path in paths):
+            for path in paths:
+                figure(path)
+                print(path.with_suffix(".svg"))
         elif len(paths) == 2 and all(path.is_file() for path in paths):
             a, b = map(_open, paths)
             if a.shape[2:] != b.shape[2:]:
@@ -1289,7 +1345,7 @@ def main(arguments=None):
                 compare(paths, together / "comparison.html")
                 print(together / "comparison.html")
         else:
-            raise ValueError("two pictures or some run folders expected")
+            raise ValueError("two pictures, some run folders or some figures' data expected")
     except (OSError, ValueError) as error:
         print("eval:", " ".join(str(error).split()), file=sys.stderr)
         return 2

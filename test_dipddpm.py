@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -3366,6 +3367,32 @@ def test_command_reads_16_bits_grey_and_turned_pictures(tmp_path, capsys):
     Image.fromarray(grey[:11].astype(np.uint8)).save(tmp_path / "low.png")
     assert measures.main([tmp_path / "grey.png", tmp_path / "low.png"]) == 2
     assert "grey.png is 12×12" in capsys.readouterr().err
+
+
+def test_a_figure_is_drawn_from_its_curves(tmp_path, capsys):
+    panel = {"axes": {"title": "a < b", "x": "step", "y": "dB", "floor": True}, "floor": 2.0,
+             "series": {"plain": [[[1, 2], [2, 3]], [[1, 3], [2, 5]]], "split": [[[1, 1], [2, 2]]]}}
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps({"panels": [panel, panel | {"series": {"ladder": [[[1, 2]]]}}]}))
+    assert measures.main([path]) == 0
+    svg = xml.etree.ElementTree.fromstring((tmp_path / "two.svg").read_text())
+    texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"plain", "split", "ladder", "floor 2", "step"} <= set(texts)
+    assert texts.count("a < b") == 2 and texts.count(measures.BANDS.strip()) == 1
+    assert svg.get("viewBox").startswith("0 0 1020 ")
+    capsys.readouterr()
+    for bad in ("[]", '{"panels": [{}]}', '{"panels": [{"axes": {"z": 1}, "series": {}}]}', "no"):
+        path.write_text(bad)
+        assert measures.main([path]) == 2
+        assert "two.json is no figure" in capsys.readouterr().err
+
+
+def test_figures_are_drawn_from_what_is_committed(tmp_path):
+    for file in (EVAL.parent / "figures").glob("*.json"):
+        shutil.copy(file, tmp_path)
+        assert measures.main([tmp_path / file.name]) == 0
+        drawn = (tmp_path / file.name).with_suffix(".svg").read_text()
+        assert drawn == file.with_suffix(".svg").read_text()
 
 
 def test_command_fails_in_one_line(tmp_path, capsys):
