@@ -377,21 +377,31 @@ def forward_table(schedule, predict):
     return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight], dim=1).float()  # [T, 5]
 
 
+def uniform_times(schedule, t_start, nfe):
+    return [t_start * (nfe - i) / nfe for i in range(nfe)]
+
+
+def quadratic_times(schedule, t_start, nfe):
+    """Uniform in sqrt(t) (Song et al. 2021, D.2)."""
+    return [t_start * ((nfe - i) / nfe) ** 2 for i in range(nfe)]
+
+
+def logsnr_times(schedule, t_start, nfe):
+    """Uniform in the log signal-to-noise ratio, down to one step (Lu et al. 2022, DPM-Solver)."""
+    snr = schedule.alpha_bar[:t_start].logit()
+    even = torch.linspace(snr[-1], snr[0], nfe, dtype=snr.dtype) if nfe > 1 else snr[-1:]
+    return [1 + (snr - v).abs().argmin().item() for v in even]
+
+
+GRIDS = {"uniform": uniform_times, "quadratic": quadratic_times, "logsnr": logsnr_times}
+
+
 def time_grid(schedule, t_start, nfe, grid="uniform"):
-    """nfe + 1 step counts from t_start to 0, both ends exact and none repeated: uniform or
-    quadratic in t (Song et al. 2021, D.2), or uniform in the log signal-to-noise ratio down to one
-    step (Lu et al. 2022, DPM-Solver) with the step to 0 last."""
-    if grid == "uniform":
-        return [round(t_start * (nfe - i) / nfe) for i in range(nfe + 1)]
-    if grid == "quadratic":
-        wanted = [t_start * ((nfe - i) / nfe) ** 2 for i in range(nfe)]
-    else:
-        snr = schedule.alpha_bar[:t_start].logit()
-        even = torch.linspace(snr[-1], snr[0], nfe, dtype=snr.dtype) if nfe > 1 else snr[-1:]
-        wanted = [1 + (snr - v).abs().argmin().item() for v in even]
+    """nfe + 1 step counts from t_start to 0, both ends exact and none repeated, as near to what the
+    grid asks for as that allows."""
     taus = [t_start]
-    for i, tau in enumerate(wanted[1:], 1):  # at least nfe - i steps must be left below
-        taus.append(max(nfe - i, min(taus[-1] - 1, round(tau))))
+    for i, tau in enumerate(GRIDS[grid](schedule, t_start, nfe)[1:], 1):
+        taus.append(max(nfe - i, min(taus[-1] - 1, round(tau))))  # nfe - i steps are left below
     return [*taus, 0]
 
 
