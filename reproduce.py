@@ -180,12 +180,14 @@ def study_a(home, seeds, pictures, epochs, width, dip_width, dip_iters, sigma, n
     what the report trained with and without its DIP, and one on the DIP's outputs, which it meant
     to. The report measured all pictures on one sheet, shrunk to the size of one."""
     few, many = epochs
-    flags = ["--mode", "prior", "--data", where(pictures), "--width", width, "--train",
-             "full,smoothed", "--dip-source", "network", "--dip-arch", "autoencoder", "--dip-width",
-             dip_width, "--dip-iters", dip_iters, "--samples", n, "--nfe", 10, "--snapshots", 1]
-    runs = {name: run(home / name, seeds, *flags, "--epochs", e, "--lr", lr, "--timesteps", T)
-            for name, e, lr, T in (("base", few, 1e-3, 1000), ("long", many, 1e-3, 1000),
-                                   ("T", few, 1e-3, 500), ("lr", few, 1e-4, 1000))}
+    alone = ["--mode", "ddpm"]
+    both = ["--mode", "prior", "--train", "full,smoothed", "--dip-source", "network", "--dip-arch",
+            "autoencoder", "--dip-width", dip_width, "--dip-iters", dip_iters, "--snapshots", 1]
+    runs = {name: run(home / name, seeds, *how, "--data", where(pictures), "--width", width,
+                      "--samples", n, "--nfe", 10, "--epochs", e, "--lr", lr, "--timesteps", T)
+            for name, how, e, lr, T in (
+                ("base", both, few, 1e-3, 1000), ("long", alone, many, 1e-3, 1000),
+                ("T", alone, few, 1e-3, 500), ("lr", alone, few, 1e-4, 1000))}
     truth = some(pictures, "test", n)
 
     def sheet(x):
@@ -205,10 +207,9 @@ def study_a(home, seeds, pictures, epochs, width, dip_width, dip_iters, sigma, n
             def one_time(x_t, t, net=nets["full"]):
                 return net(x_t, torch.full_like(t, cfg.timesteps // 2))
 
-            for key, x in (("noisy", y.y.clamp(0, 1)), ("full", denoised(cfg, nets["full"], y)),
-                           ("smoothed", denoised(cfg, nets["smoothed"], y)),
-                           ("one t", denoised(cfg, one_time, y)),
-                           ("ten", denoised(cfg, nets["full"], y, 10))):
+            made = {key: denoised(cfg, net, y) for key, net in (nets | {"one t": one_time}).items()}
+            made |= {"noisy": y.y.clamp(0, 1), "ten": denoised(cfg, nets["full"], y, 10)}
+            for key, x in made.items():
                 found.setdefault((name, key), []).append(all_four(x))
     logs = [[log_of(folder, name) for name in ("full", "smoothed")] for folder, _ in runs["base"]]
     results = [results for _, results in runs["base"]]
