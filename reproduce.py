@@ -37,20 +37,21 @@ import kernels
 SMALL = {
     "A": dict(pictures="mnist", epochs=(1, 2), width=8, dip_width=16, dip_iters=100, sigma=0.5,
               n=256),
-    "B": dict(pictures="fashion-sample", epochs=40, width=16, dip_iters=(3, 10, 50, 100),
-              dip_width=16, skip_width=128, steps=400, nfe=(10, 50, 200), n=100, fits=4),
+    "B": dict(pictures="fashion-sample", epochs=20, width=16, dip_iters=(3, 10, 50, 100),
+              dip_width=16, skip_width=128, steps=400, nfe=(10, 50), n=100, fits=4),
     "C": dict(pictures="cifar10", epochs=8, width=16, dip_widths=(16, 64), dip_iters=200, sigma=0.1,
               n=32),
-    "D": dict(pictures="photos/F16_GT.png", pixels=64, rates=(0.008, 0.01, 0.1), rungs=6, steps=400,
+    "D": dict(pictures="photos/F16_GT.png", pixels=64, rates=(0.008, 0.01, 0.1), rungs=6, steps=200,
               guide_iters=600, sigma=0.1),
     "E": dict(pictures="cifar10", epochs=6, width=16, archs=("conv2", "resnet18"), dip_width=16,
               dip_iters=100, snapshots=6, n=500),
 }
 FULL = {
     "A": SMALL["A"] | dict(epochs=(30, 50), width=64, dip_width=64, dip_iters=300, n=1000),
-    "B": SMALL["B"] | dict(pictures="fashion", epochs=20, width=64, dip_width=128, n=1000, fits=64),
+    "B": SMALL["B"] | dict(pictures="fashion", width=64, dip_width=128, nfe=(200, 600), n=1000,
+                           fits=64),
     "C": SMALL["C"] | dict(pictures="stl10", epochs=200, width=64, dip_iters=1000, n=1000),
-    "D": SMALL["D"] | dict(pixels=512, guide_iters=2400),
+    "D": SMALL["D"] | dict(pixels=512, steps=400, guide_iters=2400),
     "E": SMALL["E"] | dict(epochs=77, width=64, dip_width=64, dip_iters=300, snapshots=10, n=1000),
 }
 SHARE = "t = 0.3 T"  # where losses on test images are compared
