@@ -11,7 +11,7 @@ run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if 
 	$(BIN)/python dipddpm.py --mode prior --limit 10000 --epochs 5 --samples 400
 
 test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
-	$(BIN)/python -m pytest -q --durations=5 test_dipddpm.py
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --durations=5 test_dipddpm.py
 
 reproduce: .venv/run  ## the five reports' studies and tables, all (one: make reproduce-A)
 	$(BIN)/python reproduce.py A B C D E

@@ -2624,7 +2624,7 @@ def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
     assert dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
 
 
-KILLS = int(os.environ.get("KILLS", 10))
+KILLS = int(os.environ.get("KILLS", 20))
 KILLED = """
 import os, random, signal, sys, time
 import dipddpm
