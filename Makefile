@@ -14,7 +14,7 @@ test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --durations=5 test_dipddpm.py
 
 reproduce: .venv/run  ## the five reports' studies and tables, all (one: make reproduce-A)
-	$(BIN)/python reproduce.py A B C D E
+	$(BIN)/python reproduce.py A B C && OMP_NUM_THREADS=1 $(MAKE) -j2 reproduce-D reproduce-E
 reproduce-%: .venv/run
 	$(BIN)/python reproduce.py $*
 

@@ -6,7 +6,7 @@ why they differ.
     python reproduce.py C          small colour pictures: five measures, and what they are taken of
     python reproduce.py D          one photo: a ladder of noised clean images against plain DIP
     python reproduce.py E          CIFAR-10: FID during training on a DIP's outputs
-    python reproduce.py A B C D E  all, in about 90 minutes on two cores; --full: the reports' sizes
+    python reproduce.py A B C D E  all; --full: the reports' sizes, for a GPU
 
 A study trains by the command line of dipddpm.py, in runs/reproduce/STUDY (given again, only the
 runs that are missing are done), measures what that does not, and writes table.md there: what was
