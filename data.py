@@ -337,7 +337,7 @@ def _labels(path, stored, first):
 
 # ---- folders and photos --------------------------------------------------------------------------
 
-PIXEL_LIMIT = 2**25  # of one picture, since a header can declare any size: decoded, 400 MiB
+PIXEL_LIMIT = 2**25  # of one picture, since a header can declare any size
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 

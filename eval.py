@@ -780,12 +780,16 @@ def styles(names):
 
 
 def swatch(style):
-    """Line, dash and marker of a series, for keys and tables: colour alone never tells."""
+    """Line, dash and marker of a series, 34 x 12: colour alone never tells."""
     i, dash = style
-    return (f'<svg class="key" viewBox="0 0 34 12" style="color:var(--s{i})" aria-hidden="true">'
-            '<path d="M1 6h32" stroke="currentColor" stroke-width="2" '
-            f'stroke-dasharray="{DASHES[dash]}"/>'
-            f'<path d="{MARKS[i]}" transform="translate(17 6)" fill="currentColor"/></svg>')
+    return (f'<g style="color:var(--s{i})"><path d="M1 6h32" stroke="currentColor" '
+            f'stroke-width="2" stroke-dasharray="{DASHES[dash]}"/><path d="{MARKS[i]}" '
+            'transform="translate(17 6)" fill="currentColor"/></g>')
+
+
+def inline_swatch(style):
+    """A `swatch` in a line of text, for keys and tables."""
+    return f'<svg class="key" viewBox="0 0 34 12" aria-hidden="true">{swatch(style)}</svg>'
 
 
 def place(values, log, a, b):
@@ -914,13 +918,13 @@ def chart(name, series, style, bound=None, marks=None):
     svg, labels, banded = plot(axes, series, style, bound, marks)
     if not svg:
         return ""
-    key = "".join(f"<li>{swatch(style[label])}{esc(label)}</li>" for label in labels
-                  if label != name)
+    listed = "".join(f"<li>{inline_swatch(style[label])}{esc(label)}</li>" for label in labels
+                     if label != name)
     band = BANDS * banded
     about = (f"{axes.title}: {axes.y or 'value'} by {axes.x or 'position'}; "
              f"{', '.join(labels)}.{band}")
     return (f'<figure><b>{esc(axes.title)}</b><svg viewBox="0 0 480 312" role="img" aria-label='
-            f'"{esc(about)}">{svg}</svg><ul>{key}</ul>'
+            f'"{esc(about)}">{svg}</svg><ul>{listed}</ul>'
             f'{f"<small>{band}</small>" if band else ""}</figure>')
 
 
@@ -934,24 +938,20 @@ def figure(path):
         for i, panel in enumerate(panels):
             axes = Axes(**panel["axes"])
             svg, labels, banded = plot(axes, panel["series"], style, panel.get("floor"))
-            x, y, key = 0, 358, []
+            x, y, below_it = 0, 358, []
             for label in labels:
                 wide = 58 + 7.4 * len(label)  # of 13-pixel letters
                 if x + wide > 480:
                     x, y = 0, y + 22
-                colour, dash = style[label]
-                key.append(f'<g transform="translate({x} {y})"><g style="color:var(--s{colour})">'
-                           '<path d="M0-5h32" stroke="currentColor" stroke-width="2" '
-                           f'stroke-dasharray="{DASHES[dash]}"/><path d="{MARKS[colour]}" transform'
-                           '="translate(16 -5)" fill="currentColor"/></g><text class="ink" x="40">'
-                           f'{esc(label)}</text></g>')
+                below_it.append(f'<g transform="translate({x} {y - 11})">{swatch(style[label])}'
+                                f'<text class="ink" x="40" y="11">{esc(label)}</text></g>')
                 x += wide
             if banded:
                 y += 22
-                key.append(f'<text y="{y}">{BANDS.strip()}</text>')
+                below_it.append(f'<text y="{y}">{BANDS.strip()}</text>')
             drawn.append(f'<g transform="translate({12 + 510 * i} 0)"><text class="ink" y="22" '
                          f'font-weight="600">{esc(axes.title)}</text>'
-                         f'<g transform="translate(0 30)">{svg}</g>{"".join(key)}</g>')
+                         f'<g transform="translate(0 30)">{svg}</g>{"".join(below_it)}</g>')
             below = max(below, y)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no figure: {error!r}") from error
@@ -992,7 +992,7 @@ def _cards(results, arms, style):
         detail = ["" if arm else name, f"{show(nfe)} evaluations" if nfe else "",
                   duration(statistics.fmean(seconds)) if seconds else ""]
         unit = " <small>dB</small>" if key == "psnr" else ""
-        cards.append(((swatch(style[arm]) if arm else "") + esc(title),
+        cards.append(((inline_swatch(style[arm]) if arm else "") + esc(title),
                       spread(_values(rows, key)) + unit, esc(" · ".join(filter(None, detail)))))
     bound, seconds = results.get("floor") or {}, results.get("seconds") or {}
     if _number(bound.get("fid_lenet")):
@@ -1120,7 +1120,8 @@ def _table_of_arms(arms, style, task, sigma):
     heads = sorted(heads, key=lambda k: (k is not None, k)) if key else list(heads)
     body = []
     for (name, *setting), cells in rows.items():
-        body.append([f"{swatch(style[name])}{esc(name)} <small>{told(arms, name, setting)}</small>",
+        body.append([f"{inline_swatch(style[name])}{esc(name)} "
+                     f"<small>{told(arms, name, setting)}</small>",
                      *(cells.get(k, "–") for k in heads)])
     caption = f"{NAMES.get(key, key)} by network evaluations, with the time. " if key else ""
     caption += (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1

@@ -13,7 +13,6 @@ runs that are missing are done), measures what that does not, and writes table.m
 measured, what the report says, what is found here (mean ± standard deviation over seeds).
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -103,9 +102,9 @@ def log_of(folder, network):
     return whole[0][2], whole[-1][2], rows[-1][1]
 
 
-def held_out(results, networks=("full", "smoothed")):
-    """Each network's loss on test images, not weighted, at the end of training."""
-    return [results["curves"][f"held-out/{name} {SHARE}"][-1][1] for name in networks]
+def held_out(results):
+    """Loss on test images, not weighted, of the networks trained on images and on DIP outputs."""
+    return [results["curves"][f"held-out/{name} {SHARE}"][-1][1] for name in ("full", "smoothed")]
 
 
 def dip_cost(results, arm, pixels):
@@ -300,6 +299,12 @@ def study_b(home, seeds, pictures, epochs, width, dip_iters, dip_width, skip_wid
 # ------------------------------------------------------------------ C: small colour pictures
 
 
+def stretched(x):
+    """Images [n, C, H, W], each to its own minimum and maximum."""
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    return (x - low) / (high - low).clamp(min=1e-6)
+
+
 def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, sigma, n):
     """One forward pass on noised pictures by the five measures: of training pictures, each first
     stretched to its own range, as the report did it; as they are; of test pictures; and from DIP
@@ -307,11 +312,6 @@ def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, sigma, 
     runs = run(home / "ddpm", seeds, "--mode", "ddpm", "--data", where(pictures), "--size", 32,
                "--epochs", epochs, "--width", width, "--samples", n, "--nfe", 10)
     test, train = (some(pictures, split, n, 32) for split in ("test", "train"))
-
-    def stretched(x):
-        """Each picture to its own minimum and maximum."""
-        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-        return (x - low) / (high - low).clamp(min=1e-6)
 
     def five(x, truth):
         row = measure.measures(x, truth)
@@ -356,7 +356,15 @@ def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, sigma, 
 
 # ------------------------------------------------------------------ D: one photo
 
-LADDER_T, LADDER_TOP = 1000, 600  # of the linear schedule: the first rung is noised to t = 600
+TOP = 600  # steps of noise on the first rung, of the linear schedule's 1,000
+
+
+def after_steps(truth, steps, members, draw):
+    """x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps after so many of the linear schedule's 1,000 steps (Ho
+    et al. 2020, eq. 4), of images [n, C, H, W] in [0, 1], as pictures, not clipped."""
+    ab = dipddpm.linear_schedule(1000).at(steps)
+    eps = kernels.normal(truth.shape, 0, members, draw, kernels.CORRUPTION, truth.device)
+    return (ab**0.5 * (2 * truth - 1) + (1 - ab)**0.5 * eps + 1) / 2
 
 
 def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sigma):
@@ -368,16 +376,11 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
     truth = photo.expand(len(seeds), -1, -1, -1).contiguous()  # a seed is a member of one group
     members = torch.tensor(seeds, device=truth.device)
 
-    def rung(k, draw):
-        """The photo after k/rungs of the ladder's noise: x_t, unclipped, as a picture."""
-        ab = dipddpm.linear_schedule(LADDER_T).at(k * LADDER_TOP // rungs)
-        eps = kernels.normal(truth.shape, 0, members, draw, kernels.CORRUPTION, truth.device)
-        return (ab**0.5 * (2 * truth - 1) + (1 - ab)**0.5 * eps + 1) / 2
-
-    fresh = [rung(k, draw=k) for k in range(rungs, 0, -1)]
+    fresh, same = ([after_steps(truth, k * TOP // rungs, members, draw(k))
+                    for k in range(rungs, 0, -1)] for draw in (lambda k: k, lambda k: 1))
     fits = (("plain DIP on the clean photo", "ends above the ladder", [truth]),
             ("the report's ladder", "an early peak; ends below", fresh),
-            ("with one noise for all rungs", "–", [rung(k, 1) for k in range(rungs, 0, -1)]),
+            ("with one noise for all rungs", "–", same),
             ("plain DIP on the last rung", "–", fresh[-1:]))
     rows = []
     for rate in rates:
@@ -468,7 +471,7 @@ def study(name, home, seeds, size):
     rows = STUDIES[name](home, seeds, **size)
     told = ", ".join(f"{key} {dipddpm.show(value)}" for key, value in size.items())
     device = dipddpm.device_name(dipddpm.pick_device(None))
-    text = (f"{name}: {told}; seeds {dipddpm.show(tuple(seeds))}; {device}, torch "
+    text = (f"{name}: {told}; seeds {dipddpm.show(seeds)}; {device}, torch "
             f"{torch.__version__}, commit {dipddpm.commit()}; {(time.time() - began) / 60:.1f} "
             "minutes, without runs that were there\n\n"
             f"{measure.markdown([('', 'reported', 'here'), *rows])}\n")
@@ -478,11 +481,13 @@ def study(name, home, seeds, size):
 
 def main(argv=None):
     """The command line -> exit status: 0 done, else dipddpm.py's of the last study that failed."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = dipddpm.OneLineParser(prog="reproduce.py", allow_abbrev=False,
+                              description=__doc__.split("\n\n")[0])
     p.add_argument("studies", nargs="+", choices=STUDIES)
     p.add_argument("--full", action="store_true", help="the reports' sizes, for a GPU")
     p.add_argument("--data", help="other pictures than a study's own, as dipddpm.py's --data")
-    p.add_argument("--seeds", default="0,1,2", help="mean and deviation are over these")
+    p.add_argument("--seeds", type=dipddpm.listed(int), default=(0, 1, 2),
+                   help="mean and deviation are over these")
     p.add_argument("--out", default="runs/reproduce", help="folder of all runs")
     args = p.parse_args(argv)
     status = 0
@@ -492,7 +497,7 @@ def main(argv=None):
         if args.data:
             size, home = size | {"pictures": args.data}, f"{home}-{Path(args.data).stem}"
         try:
-            study(name, Path(args.out) / home, [int(s) for s in args.seeds.split(",")], size)
+            study(name, Path(args.out) / home, args.seeds, size)
         except (ValueError, OSError) as error:
             status = dipddpm.fail(error, 2)
         except RuntimeError as error:

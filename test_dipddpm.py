@@ -3396,7 +3396,9 @@ def test_a_figure_is_drawn_from_its_curves(tmp_path, capsys):
 
 
 def test_figures_are_drawn_from_what_is_committed(tmp_path):
-    for file in (EVAL.parent / "figures").glob("*.json"):
+    files = list((EVAL.parent / "figures").glob("*.json"))
+    assert len(files) == 4
+    for file in files:
         shutil.copy(file, tmp_path)
         assert measures.main([tmp_path / file.name]) == 0
         drawn = (tmp_path / file.name).with_suffix(".svg").read_text()
@@ -3482,9 +3484,44 @@ def test_every_study_ends_in_its_table_and_what_is_finished_is_not_done_again(sm
 
 def test_a_study_that_fails_says_why_and_the_next_is_done(small_studies, capsys):
     (small_studies.parent / "data/photos/F16_GT.png").unlink()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert reproduce.main(["D", "C", "--seeds", "0", "--out", str(small_studies)]) == 2
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert capsys.readouterr().err.count("\n") == 1
     assert not (small_studies / "D/table.md").exists() and (small_studies / "C/table.md").exists()
+
+
+@pytest.mark.parametrize("flags", ["F", "A --seeds 0,x", "A --seed 1", "--full"])
+def test_misuse_of_reproduce_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as left:
+        reproduce.main(flags.split())
+    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_the_studies_measure_is_what_they_say():
+    truth = torch.rand(4, 3, 40, 40)
+    ab, members = dipddpm.linear_schedule(1000).at(300), torch.arange(4)
+    eps = (2 * reproduce.after_steps(truth, 300, members, 2) - 1 - ab**0.5 * (2 * truth - 1)) / (
+        1 - ab)**0.5
+    assert abs(eps.mean()) < 0.03 and eps.std() == pytest.approx(1, abs=0.03)
+    x = reproduce.stretched(0.2 + 0.5 * truth)
+    assert (x.amin((1, 2, 3)) == 0).all() and (x.amax((1, 2, 3)) == 1).all()
+    torch.testing.assert_close(x, reproduce.stretched(truth))
+    # a DIP that is off by 0.1 in [0, 1], that is by 0.2 in [-1, 1], everywhere
+    results = {"seconds": {"dip": 5.0}, "arms": [
+        {"name": "dip", "prior_seconds": 2.0, "prior_square_error": 0.2**2 * truth[0].numel()}]}
+    assert reproduce.dip_cost(results, "dip", truth[0].numel()) == pytest.approx((3.0, 0.01))
+
+
+def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
+    cfg = config(mode="ddpm", timesteps=1000)
+    truth = torch.full((2, 1, 40, 40), 0.75)
+    for sigma in (0.05, 0.2, 1.0):
+        measured = reproduce.noised(cfg, truth, sigma)
+        x_t, t_start = dipddpm.start_from_noisy(cfg, measured)
+        ab = dipddpm.SCHEDULES[cfg.schedule](1000).at(t_start)  # x_t = sqrt(ab) 0.5 + ...
+        assert x_t.mean() == pytest.approx(0.5 * ab**0.5, abs=0.05)
+        assert x_t.std() == pytest.approx((1 - ab)**0.5, rel=0.06)
 
 
 def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
