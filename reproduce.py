@@ -29,6 +29,7 @@ from PIL import Image
 
 import data
 import dipddpm
+import edge
 import eval as measure
 import kernels
 
@@ -118,11 +119,11 @@ def dip_cost(results, arm, pixels):
 def networks(folder, weights="ema"):
     """A finished run -> its Config, and its networks by name: their averaged weights, "ema", or
     those of the last step, "net"."""
-    cfg = dipddpm.Config(**dipddpm.read_saved_flags(folder / "config.json"))
-    saved, nets = dipddpm.load_checkpoint(folder), {}
+    cfg = dipddpm.Config(**dipddpm.read_saved_flags(folder))
+    saved, nets = edge.load_checkpoint(folder), {}
     for name, state in saved["networks"].items():
-        nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], dipddpm.pick_device(None)).eval()
-        dipddpm.load_weights(nets[name], state[weights], folder)
+        nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], edge.pick_device(None)).eval()
+        edge.load_weights(nets[name], state[weights], folder)
     return cfg, nets
 
 
@@ -136,7 +137,7 @@ def some(pictures, split, n, size=None):
     """n images of a data set's split, float32 [n, C, H, W] in [0, 1]: the same for each seed."""
     pixels = data.load(where(pictures), None, split, size=size).pixels
     chosen = pixels[measure.subset(len(pixels), min(n, len(pixels)))]
-    return chosen.to(dipddpm.pick_device(None)).float() / 255
+    return chosen.to(edge.pick_device(None)).float() / 255
 
 
 def noised(cfg, truth, sigma):
@@ -372,7 +373,7 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
     against plain DIP on the clean photo, as the report had it; the same ladder with one noise for
     all rungs, and plain DIP on its last rung alone. Then the guide, on a photo that has noise."""
     photo = data.load(where(pictures), split="test", limit=1, size=pixels, crop=pixels).pixels
-    photo = photo.to(dipddpm.pick_device(None)).float() / 255
+    photo = photo.to(edge.pick_device(None)).float() / 255
     truth = photo.expand(len(seeds), -1, -1, -1).contiguous()  # a seed is a member of one group
     members = torch.tensor(seeds, device=truth.device)
 
@@ -434,7 +435,7 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
              "lowest first, then rising; ResNet-18 below 140, the two within 5", each(smoothed)),
             ("— trained on images, from DIP outputs at 0.6 T", "–", each(full))]
     lenet = measure.feature_network(train.pixels, train.labels, train.name, [
-        data.default_root(), data.cache_root(), home], device=dipddpm.pick_device(None),
+        data.default_root(), data.cache_root(), home], device=edge.pick_device(None),
         test=(test.pixels, test.labels))
     real = measure.features(lenet, test.pixels)
 
@@ -448,7 +449,7 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
         found = []
         for weights in "net", "ema":
             cfg, nets = networks(folder, weights)
-            numbers = torch.arange(n, device=dipddpm.pick_device(None))
+            numbers = torch.arange(n, device=edge.pick_device(None))
             eps = kernels.normal((n, *x.shape[1:]), seed, numbers, 0, kernels.INIT_NOISE,
                                  numbers.device)
             x_0 = dipddpm.sample(cfg, nets["full"], eps, cfg.timesteps, 10, 0.0, numbers,
@@ -470,9 +471,9 @@ def study(name, home, seeds, size):
     began = time.time()
     rows = STUDIES[name](home, seeds, **size)
     told = ", ".join(f"{key} {dipddpm.show(value)}" for key, value in size.items())
-    device = dipddpm.device_name(dipddpm.pick_device(None))
+    device = edge.device_name(edge.pick_device(None))
     text = (f"{name}: {told}; seeds {dipddpm.show(seeds)}; {device}, torch "
-            f"{torch.__version__}, commit {dipddpm.commit()}; {(time.time() - began) / 60:.1f} "
+            f"{torch.__version__}, commit {edge.commit()}; {(time.time() - began) / 60:.1f} "
             "minutes, without runs that were there\n\n"
             f"{measure.markdown([('', 'reported', 'here'), *rows])}\n")
     measure.write_text(text, home / "table.md")

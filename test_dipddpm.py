@@ -38,6 +38,7 @@ if not torch.cuda.is_available():
 
 import data
 import dipddpm
+import edge
 import eval as measures
 import kernels
 import reproduce
@@ -1425,7 +1426,7 @@ def test_a_stopped_and_continued_training_ends_in_the_same_bits(tmp_path):
     finally:
         dipddpm.kernels.q_sample = real
     again = bare_run(run.folder)
-    again.state = dipddpm.load_checkpoint(run.folder)["networks"]
+    again.state = edge.load_checkpoint(run.folder)["networks"]
     assert again.state["full"]["step"] == 38
     continued, log, _ = dipddpm.train_ddpm(cfg, x, 50, again, "full")
     for p, q in zip(whole.parameters(), continued.parameters()):
@@ -1597,7 +1598,7 @@ def test_recorded_sampling_equals_the_eager_one_and_neither_waits(monkeypatch):
     x = kernels.normal((16, 1, 8, 8), 0, numbers, 0, kernels.INIT_NOISE, DEVICE)
     arguments = cfg, net, x, 50, 20, 1.0, numbers, contextlib.nullcontext
     recorded = dipddpm.sample(*arguments)
-    monkeypatch.setattr(dipddpm.Graphed, "__call__", call_without_waiting)
+    monkeypatch.setattr(edge.Graphed, "__call__", call_without_waiting)
     assert (recorded - dipddpm.sample(*arguments)).abs().max() < 1e-4
 
 
@@ -1610,7 +1611,7 @@ def test_recorded_training_equals_the_eager_one_and_neither_waits(tmp_path, monk
         return [row[4] for row in rows]
 
     recorded = losses()
-    monkeypatch.setattr(dipddpm.Graphed, "__call__", call_without_waiting)
+    monkeypatch.setattr(edge.Graphed, "__call__", call_without_waiting)
     np.testing.assert_allclose(recorded, losses(), rtol=1e-2)
 
 
@@ -2281,7 +2282,7 @@ def test_restoring_with_a_runs_networks_leaves_the_run_as_it_is(whole_run, tmp_p
         assert result["curves"][f"restored {task}/dip"][0][0] == 0
     page = (out / "report.html").read_text()
     assert all(f"<h2>{task}, sigma" in page for task in dipddpm.TASKS)
-    saved = [dipddpm.load_checkpoint(folder)["networks"]["full"] for folder in (whole_run, out)]
+    saved = [edge.load_checkpoint(folder)["networks"]["full"] for folder in (whole_run, out)]
     assert all(torch.equal(saved[0]["ema"][k], saved[1]["ema"][k]) for k in saved[0]["ema"])
 
 
@@ -2372,7 +2373,7 @@ class Malicious:
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"format": 1, "networks": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pt")
-    error_line(ValueError, lambda: dipddpm.load_checkpoint(tmp_path), tmp_path / "checkpoint.pt")
+    error_line(ValueError, lambda: edge.load_checkpoint(tmp_path), tmp_path / "checkpoint.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
@@ -2380,9 +2381,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_format_or_architecture_says_so(tmp_path):
     torch.save({"format": 2, "networks": {}}, tmp_path / "checkpoint.pt")
-    error_line(ValueError, lambda: dipddpm.load_checkpoint(tmp_path), "checkpoint of format 1")
+    error_line(ValueError, lambda: edge.load_checkpoint(tmp_path), "checkpoint of format 1")
     wide, narrow = (dipddpm.make_unet(config(width=width), 1, "cpu") for width in (16, 8))
-    error_line(ValueError, lambda: dipddpm.load_weights(narrow, wide.state_dict(), "there"),
+    error_line(ValueError, lambda: edge.load_weights(narrow, wide.state_dict(), "there"),
                "there: its network has another architecture")
 
 
@@ -2392,13 +2393,13 @@ def test_the_checkpoint_before_serves_where_the_newest_is_damaged(tmp_path, caps
     for step in (1, 2):
         run.state = {"full": {"step": step}}
         dipddpm.save_checkpoint(run)
-    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 2
+    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 2
     newest = tmp_path / "checkpoint.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
+    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
     assert "going on from checkpoint-previous.pt" in capsys.readouterr().out
     newest.unlink()  # killed between the two renames
-    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
+    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
@@ -2417,13 +2418,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    assert dipddpm.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
+    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_folder_is_one_processs(tmp_path):
-    held = dipddpm.lock(tmp_path)
-    code = "import dipddpm, pathlib, sys; dipddpm.lock(pathlib.Path(sys.argv[1]))"
+    held = edge.lock(tmp_path)
+    code = "import edge, pathlib, sys; edge.lock(pathlib.Path(sys.argv[1]))"
     other = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(other, cwd=EVAL.parent, capture_output=True, text=True)
     assert "another run is writing there" in done.stderr
@@ -2478,7 +2479,7 @@ def test_a_stopped_sweep_of_trainings_goes_on(tmp_path, capsys, monkeypatch):
     assert stopped[0][-1][1] == 50  # of 120 steps
     status, out, err = run_main([*argv, tmp_path / "s"], capsys)
     assert status == 0 and "seed=0: finished before" in out, err
-    whole, again = (dipddpm.load_checkpoint(tmp_path / name / "seed=1")["networks"]["full"]
+    whole, again = (edge.load_checkpoint(tmp_path / name / "seed=1")["networks"]["full"]
                     for name in ("whole", "s"))
     assert again["rows"][:1] == stopped[0]  # its seconds as well: it was not done again
     assert all(torch.equal(w, again["ema"][k]) for k, w in whole["ema"].items())
@@ -2621,13 +2622,14 @@ def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in err, err
-    assert dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
+    assert edge.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
 
 
 KILLS = int(os.environ.get("KILLS", 20))
 KILLED = """
 import os, random, signal, sys, time
 import dipddpm
+import edge
 
 folder, kills, *flags = sys.argv[1:]
 dipddpm.CHECKPOINT_SECONDS, chance, moments = 0, random.Random(5), 0
@@ -2682,7 +2684,7 @@ def test_a_training_killed_again_and_again_ends_in_the_same_bits(tmp_path):
         rows = [row.split(",") for row in (tmp_path / name / "log.csv").read_text().splitlines()]
         logs.append([row[:3] + row[4:] for row in rows])  # all but the seconds
         pictures.append((tmp_path / name / "samples-nfe2.png").read_bytes())
-        weights.append(dipddpm.load_checkpoint(tmp_path / name)["networks"]["full"]["ema"])
+        weights.append(edge.load_checkpoint(tmp_path / name)["networks"]["full"]["ema"])
     assert logs[0] == logs[1] and len(logs[0]) == 13 and pictures[0] == pictures[1]
     assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
 
@@ -2708,7 +2710,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert done.stdout.count("data: ") == 1  # one process speaks
     results, losses, pictures, memories = [], [], [], []
     for name in ("one", "two"):
-        adam = dipddpm.load_checkpoint(tmp_path / name)["networks"]["full"]["optimizer"]["state"]
+        adam = edge.load_checkpoint(tmp_path / name)["networks"]["full"]["optimizer"]["state"]
         memories.append(sum(memory["exp_avg_sq"].sum().item() for memory in adam.values()))
         results.append(json.loads((tmp_path / name / "results.json").read_text())["arms"])
         losses.append(losses_in(tmp_path / name))
@@ -2754,7 +2756,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    state = dipddpm.load_checkpoint(tmp_path / "r")["networks"]["full"]
+    state = edge.load_checkpoint(tmp_path / "r")["networks"]["full"]
     assert 0 < state["step"] < 400 and state["step"] % 50 == 0 and not state["tally"].any()
     for last in ["--resume", tmp_path / "r"], [*flags, "--out", tmp_path / "whole"]:
         done = subprocess.run([sys.executable, "dipddpm.py", *map(str, last)], **here,
