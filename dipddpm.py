@@ -1,14 +1,15 @@
-"""Deep Image Prior, DDPM and both ways of combining them, in one readable file.
+"""Deep Image Prior, DDPM and both ways of combining them, to be read from top to bottom.
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
     python dipddpm.py --mode ddpm                 the DDPM alone
     python dipddpm.py --mode dip --sigma 0.2      denoise images by DIPs that know when to stop
-    python dipddpm.py --mode guide --sigma 0.2    that stop beside others, and beside the truth's
+    python dipddpm.py --mode guide --sigma 0.2    that stop beside others and beside the best moment
     python dipddpm.py --mode sample               new images from the newest trained network
 
 Papers      Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine),
             Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Lu et al. 2022 (DPM-Solver++),
-            Ulyanov et al. 2018 (DIP).
+            Wang, Yu & Zhang 2023 (DDNM), Ulyanov et al. 2018 (DIP), Bojanowski et al. 2018 (codes),
+            Wang, Li et al. 2023 (ES-WMV).
 Notation    x_0 image, x_t noised image, eps noise, alpha_bar_t (ab) = prod (1 - beta), T steps,
             z and theta a DIP's input and weights; *_hat is predicted.
 Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs to x after t + 1
@@ -42,33 +43,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import edge
 import eval as measure
 import kernels
-from edge import (
-    CHECKPOINT,
-    Clock,
-    Graphed,
-    Progress,
-    Run,
-    agreed,
-    continue_from,
-    first_alone,
-    join_processes,
-    keep_freed_memory,
-    load_checkpoint,
-    load_weights,
-    newest_run,
-    of_the_first,
-    processes,
-    run_folder,
-    save,
-    save_checkpoint,
-    saved_flags,
-    say,
-    synchronize,
-    the_first_ones,
-    total,
-)
 
 CHECKPOINT_SECONDS = 60.0
 SAMPLE_BATCH = 250  # images that go through the sampler together: larger leaves the CPU's cache
@@ -188,7 +165,7 @@ class Config:
 
 
 SMOOTHERS = {"images", "network"}  # DIP sources that turn a training image into a DIP's output
-# What a network's meaning depends on, and what its training does: resuming may not change these.
+# What a network's meaning, and what its training depends on: resuming may not change these.
 NETWORK_FIELDS = ("timesteps", "schedule", "predict", "width")
 TRAINING_FIELDS = NETWORK_FIELDS + ("data", "size", "crop", "seed", "epochs", "limit", "batch",
                                     "lr")
@@ -234,7 +211,7 @@ def read_config(argv):
     named. ValueError says what is wrong."""
     given = vars(parser().parse_args(argv))
     if "resume" in given or given.get("mode") == "sample":
-        folder = run_folder(given["resume"]) if "resume" in given else newest_run()
+        folder = edge.run_folder(given["resume"]) if "resume" in given else edge.newest_run()
         saved = read_saved_flags(folder)
         sampling = given.get("mode", saved["mode"]) == "sample"
         for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
@@ -252,7 +229,7 @@ def read_config(argv):
 
 def read_saved_flags(folder):
     """config.json -> the flags of the run that wrote it; ValueError if it is damaged."""
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved_flags(folder).items()}
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in edge.saved_flags(folder).items()}
     try:
         for f in fields(Config):  # what is a list now was one value in earlier versions
             if f.metadata["type"] and isinstance(saved.get(f.name), (str, int, float)):
@@ -266,20 +243,18 @@ def read_saved_flags(folder):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        values, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        for value in values if isinstance(values, tuple) else (values,):
-            name = "--" + f.name.replace("_", "-")
+        name, m, values = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
+        for value in values if isinstance(values, tuple) else () if values is None else (values,):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, not {value}")
-            if low is not None and value is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, not {value}")
+            if m["low"] is not None and value < m["low"]:
+                raise ValueError(f"{name} must be at least {m['low']}, not {value}")
             if isinstance(value, int) and value >= 2**63:
                 raise ValueError(f"{name} must be below 2^63, not {value}")
-            if high is not None and value is not None and value > high:
-                raise ValueError(f"{name} must be at most {high}, not {value}")
-            choices = f.metadata["choices"]  # a saved run's may be of another version
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{name} {value} is none of {', '.join(choices)}")
+            if m["high"] is not None and value > m["high"]:
+                raise ValueError(f"{name} must be at most {m['high']}, not {value}")
+            if m["choices"] and value not in m["choices"]:  # a saved run's: of another version
+                raise ValueError(f"{name} {value} is none of {', '.join(m['choices'])}")
     for name in ("lr", "dip_lr"):
         if getattr(cfg, name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
@@ -364,7 +339,7 @@ GAMMA = 5.0
 
 
 def predict_eps(ab):
-    """eps itself (Ho et al. 2020, eq. 12); x_0 = (x_t - sqrt(1-ab) eps) / sqrt(ab)."""
+    """eps itself (Ho et al. 2020, eq. 12); x_0 = (x_t - sqrt(1-ab) eps) / sqrt(ab) (eq. 15)."""
     S = ab / (1 - ab)
     return (0 * ab, 0 * ab + 1), (ab**-0.5, -((1 / ab - 1) ** 0.5)), S.clamp(max=GAMMA) / S
 
@@ -394,6 +369,7 @@ def forward_table(schedule, predict):
 
 
 def uniform_times(schedule, t_start, nfe):
+    """Uniform in t: nfe step counts, not rounded, from t_start down."""
     return [t_start * (nfe - i) / nfe for i in range(nfe)]
 
 
@@ -414,7 +390,8 @@ GRIDS = {"uniform": uniform_times, "quadratic": quadratic_times, "logsnr": logsn
 
 def time_grid(schedule, t_start, nfe, grid="uniform"):
     """nfe + 1 step counts from t_start to 0, both ends exact and none repeated, as near to what the
-    grid asks for as that allows."""
+    grid asks for as that allows. 1 <= nfe <= t_start."""
+    assert nfe <= t_start, f"{nfe} evaluations in {t_start} steps"
     taus = [t_start]
     for i, tau in enumerate(GRIDS[grid](schedule, t_start, nfe)[1:], 1):
         taus.append(max(nfe - i, min(taus[-1] - 1, round(tau))))  # nfe - i steps are left below
@@ -519,8 +496,8 @@ class UNet(nn.Module):
 
     def time_embedding(self, t):
         """Sines and cosines of t at geometric frequencies (Vaswani et al. 2017). -> [B, width]."""
-        frequency = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
-        angle = t[:, None] * torch.exp(-math.log(1e4) * frequency)
+        exponent = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
+        angle = t[:, None] * torch.exp(-math.log(1e4) * exponent)  # [B, width / 2]
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     def forward(self, x_t, t):
@@ -578,8 +555,8 @@ def make_unet(cfg, channels, device):
 class GroupedConv(nn.Module):
     """K independent convolutions as one with groups = K: [1, K Ci, H, W] -> [1, K Co, H', W'].
     Reflection padding keeps the size at stride 1. PyTorch's default initial distribution,
-    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn for each of `members` from its own number, so that a
-    network does not depend on which others share its group."""
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn for each of `members` from its own number, with the
+    draw number `layer`, so that a network does not depend on which others share its group."""
 
     def __init__(self, members, layer, c_in, c_out, size, seed, stride=1, transposed=False):
         super().__init__()
@@ -638,7 +615,8 @@ class Grouped:
 
 
 class Single:
-    """What the same DIPs are made of as one network for a whole data set, trained in batches."""
+    """What the DIPs below are made of as one network for a whole data set, trained in batches: as
+    above, but padded with zeros, and with running statistics to be evaluated by."""
 
     K = 1
 
@@ -657,10 +635,10 @@ class Skip(nn.Module):
     stride-2 and a plain 3x3 convolution on the way down, bilinear upsampling, a 3x3 and a 1x1
     convolution on the way up. [B, K Ci, H, W] -> [B, K Co, H, W] in [0, 1]."""
 
-    def __init__(self, make, c_in, c_out, height, width_px, width):
+    def __init__(self, make, c_in, c_out, H, W, width):
         super().__init__()
         self.K, skip = make.K, 4
-        self.scales = min(5, max(1, int(math.log2(min(height, width_px))) - 2))
+        self.scales = min(5, max(1, int(math.log2(min(H, W))) - 2))
 
         def conv_norm(c_in, c_out, size, stride=1):
             return nn.Sequential(make.conv(c_in, c_out, size, stride), make.norm(c_out),
@@ -690,14 +668,15 @@ class Skip(nn.Module):
         return torch.sigmoid(self.last(h))
 
 
-def conv2(make, c_in, c_out, height, width_px, width):
+def conv2(make, c_in, c_out, H, W, width):
     """Two 3x3 convolutions and a sigmoid."""
     return nn.Sequential(make.conv(c_in, width, 3), nn.ReLU(), make.conv(width, c_out, 3),
                          nn.Sigmoid())
 
 
-def autoencoder(make, c_in, c_out, height, width_px, width):
-    """Four 3x3 convolutions and a tanh, at full resolution: it narrows nothing."""
+def autoencoder(make, c_in, c_out, H, W, width):
+    """Four 3x3 convolutions and a tanh, at full resolution: it narrows nothing.
+    [B, K Ci, H, W] -> [B, K Co, H, W] in [-1, 1]."""
     widths = [c_in, width, width, width, c_out]
     layers = [layer for a, b in zip(widths, widths[1:])
               for layer in (make.conv(a, b, 3), nn.ReLU())]
@@ -705,7 +684,8 @@ def autoencoder(make, c_in, c_out, height, width_px, width):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 5, left)."""
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 5, left).
+    [B, K Ci, H, W] -> [B, K Co, H / stride, W / stride]."""
 
     def __init__(self, make, c_in, c_out, stride):
         super().__init__()
@@ -722,26 +702,26 @@ class BasicBlock(nn.Module):
 
 class ResNet18(nn.Module):
     """A ResNet-18 encoder (He et al. 2016, table 1; random weights, widths w ... 8 w) and six
-    transposed convolutions: an image becomes 8 w numbers at 1/32 of its size."""
+    transposed convolutions: an image becomes 8 w numbers at 1/32 of its size.
+    [B, K Ci, H, W] -> [B, K Co, H, W] in [0, 1]."""
 
-    def __init__(self, make, c_in, c_out, height, width_px, width):
+    def __init__(self, make, c_in, c_out, H, W, width):
         super().__init__()
-        if isinstance(make, Grouped) and max(height, width_px) <= 32:
-            raise ValueError(f"--dip-arch resnet18 makes one pixel of {width_px}x{height}: fitted "
+        if isinstance(make, Grouped) and max(H, W) <= 32:
+            raise ValueError(f"--dip-arch resnet18 makes one pixel of {W}x{H}: fitted "
                              "to one image its norms have nothing to take a mean over")
-        widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width,
-                  8 * width]
+        widths = [width * k for k in (1, 1, 1, 2, 2, 4, 4, 8, 8)]
         self.enter = nn.Sequential(make.conv(c_in, width, 7, 2), make.norm(width), nn.ReLU(),
                                    nn.MaxPool2d(3, 2, padding=1))
         self.blocks = nn.Sequential(*(BasicBlock(make, a, b, 2 if b > a else 1)
                                       for a, b in zip(widths, widths[1:])))
-        ups = [8 * width, 4 * width, 2 * width, width, width, width]
+        ups = [width * k for k in (8, 4, 2, 1, 1, 1)]
         self.ups = nn.ModuleList(nn.Sequential(make.up(a, b, 4, 2), make.norm(b), nn.ReLU())
                                  for a, b in zip(ups, ups[1:]))
         self.last = make.up(width, c_out, 3)
 
     def forward(self, x):
-        h = self.blocks(self.enter(x))
+        h = self.blocks(self.enter(x))  # [B, K 8w, ceil(H / 32), ceil(W / 32)]
         for up in self.ups:
             h = up(h)
         return torch.sigmoid(self.last(h)[..., :x.shape[2], :x.shape[3]])  # 32 ceil(H / 32) is more
@@ -760,7 +740,7 @@ def epoch_order(cfg, N, epoch, device):
     return keys.argsort(stable=True)
 
 
-def timesteps(cfg, position, B, t_max, step):
+def draw_t(cfg, position, B, t_max, step):
     """t uniform in 0 ... t_max-1, one draw in each of B equal strata: int64 [B]. The loss varies
     much with t, and strata take that out of the gradient's variance (after the low-discrepancy
     sampler of Kingma et al. 2021, VDM, which shares one draw among the strata)."""
@@ -770,11 +750,11 @@ def timesteps(cfg, position, B, t_max, step):
 
 
 def denoising_loss(cfg, net, x_0, index, position, B, t_max, coef, step, autocast):
-    """E_t w_t |out(x_t, t) - target|^2 (Ho et al. 2020, eq. 14, with the targets and weights of
-    `forward_table`) on the images `index` of x_0, which stand at `position` (int64) in a batch of
-    B: float32 [len(position)]. t and eps depend on seed, position and step alone, so a batch may
-    be split at will."""
-    t = timesteps(cfg, position, B, t_max, step)
+    """w_t times the mean of (out(x_t, t) - target)^2 over pixels, at one t for each image (Ho et
+    al. 2020, eq. 14, with the targets and weights of `forward_table`), of the images `index` of
+    x_0, which stand at `position` (int64) in a batch of B: float32 [len(position)]. t and eps
+    depend on seed, position and step alone, so a batch may be split at will."""
+    t = draw_t(cfg, position, B, t_max, step)
     x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, position, step)
     with autocast():
         out = net(x_t, t)
@@ -800,9 +780,9 @@ def learning_rate(cfg, step, steps):
 
 
 def train_ddpm(cfg, x_0, t_max, run, name):
-    """Minimise `denoising_loss` over t < t_max (Ho et al. 2020, algorithm 1). x_0: uint8
-    [N, C, H, W]. Returns the network with exponentially averaged weights, log rows (step, epoch,
-    seconds, loss, lr) and the seconds. Continues from run.state where that has a beginning; leaves
+    """Minimise `denoising_loss` over t < t_max (Ho et al. 2020, algorithm 1). x_0: uint8 [N, C, H,
+    W]. Returns the network with exponentially averaged weights, log rows [network, step, epoch,
+    seconds, loss, lr] and the seconds. Continues from run.state where that has a beginning; leaves
     checkpoints in run.folder. A step whose gradient is not finite moves no weight; RuntimeError
     where no step since the last row was finite."""
     N, C = x_0.shape[:2]
@@ -816,16 +796,16 @@ def train_ddpm(cfg, x_0, t_max, run, name):
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     saved = run.state.get(name)
-    done, seconds, rows, tally = continue_from(saved, net, ema, optimizer)
+    done, seconds, rows, tally = edge.continue_from(saved, net, ema, optimizer)
     t_max = saved.get("t_max", t_max) if saved else t_max
     lr = rates[0].clone()  # a tensor, so that a graph can set it
     optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
-    rank, size = processes()
+    rank, size = edge.processes()
     position = torch.arange(rank, B, size, device=run.device)  # of this process's in the batch
     model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
     order = torch.empty(N, dtype=torch.int64, device=run.device)
     step = torch.tensor([done], device=run.device)
-    # since the last row, of this process: sum of losses, steps that were finite
+    # since the last row: this process's part of the sum of losses and of the number of finite steps
     tally = tally.to(run.device) * (rank == 0)
 
     def train_step():
@@ -836,14 +816,14 @@ def train_ddpm(cfg, x_0, t_max, run, name):
         (loss * size).backward()
         finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
         lr.copy_(rates.index_select(0, step)[0])
-        optimizer.found_inf = (~finite).float()  # with it the fused step changes nothing
+        optimizer.found_inf = (~finite).float()  # where it is 1 the fused step changes nothing
         optimizer.step()
         update_average(ema, net, step[0])
         tally.add_(torch.stack([loss.detach(), torch.full_like(loss, 1 / size)]).where(finite, 0))
         step.add_(1)
 
-    advance = Graphed(train_step, run.device)
-    progress, clock = Progress(f"train {name}", steps, B, done), Clock(seconds)
+    advance = edge.Graphed(train_step, run.device)
+    progress, clock = edge.Progress(f"train {name}", steps, B, done), edge.Clock(seconds)
     saved_at, epoch = time.time(), None
     while done < steps:
         if epoch != done // per_epoch:
@@ -852,28 +832,29 @@ def train_ddpm(cfg, x_0, t_max, run, name):
         advance()
         done += 1
         if cfg.snapshots and done * cfg.snapshots // steps > (done - 1) * cfg.snapshots // steps:
-            save({"step": done, "seconds": clock(), "ema": ema.state_dict()},
+            edge.save({"step": done, "seconds": clock(), "ema": ema.state_dict()},
                  run.folder / "snapshots" / f"{name}-{done:06d}.pt")
-        whole = done % 50 == 0 or done == steps
-        if whole:  # the only place where the host waits for the device
-            loss, good = total(tally).tolist()
+        row_due = done % 50 == 0 or done == steps
+        if row_due:  # the only place where the host waits for the device
+            loss, good = edge.total(tally).tolist()
             skipped = done - (rows[-1][1] if rows else 0) - round(good)
             if not good and (done % 50 == 0 or not rows):
                 raise RuntimeError(f"no finite gradient in {skipped} steps up to {done} with --lr "
                                    f"{cfg.lr:g}; the last good checkpoint is kept")
             if skipped:
-                say(f"train {name}: {skipped} steps before {done} skipped: no finite gradient")
+                edge.say(f"train {name}: {skipped} steps before {done} skipped: no finite gradient")
             if good:
                 rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2),
                              loss / good, learning_rate(cfg, done - 1, steps)])
             tally.zero_()
             progress(done, f"loss {rows[-1][4]:.4f}")
-        stop = agreed(run.stop) if size == 1 or whole else 0  # the processes ask each other rarely
-        if stop or done == steps or whole and time.time() - saved_at > CHECKPOINT_SECONDS:
+        # the processes ask each other rarely
+        stop = edge.agreed(run.stop) if size == 1 or row_due else 0
+        if stop or done == steps or row_due and time.time() - saved_at > CHECKPOINT_SECONDS:
             run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
                                "tally": tally, "net": net.state_dict(), "ema": ema.state_dict(),
                                "optimizer": optimizer.state_dict()}
-            save_checkpoint(run)
+            edge.save_checkpoint(run)
             saved_at = time.time()
             if stop:
                 raise KeyboardInterrupt
@@ -881,8 +862,9 @@ def train_ddpm(cfg, x_0, t_max, run, name):
 
 
 def update_average(ema, net, n, decay=0.999):
-    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)) after n steps (an int64 scalar
-    tensor): without the warm-up an early average would be mostly initial weights."""
+    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)), n the steps before this one
+    (an int64 scalar tensor): without the warm-up an early average would be mostly initial
+    weights."""
     d = ((1 + n) / (10 + n)).clamp(max=decay)
     average = list(ema.parameters())
     with torch.no_grad():
@@ -896,7 +878,8 @@ def update_average(ema, net, n, decay=0.999):
 
 class Measurement(NamedTuple):
     """What a restoration knows: y = A x + sigma eps of images x [n, C, H, W] in [0, 1], with
-    `mask` [n, 1, H, W] (ones where A has none) and A's task."""
+    `mask` [n, 1, H, W] (ones where A has none) and A's task; y [n, C, h, w] is of A x's size, sigma
+    in units of [0, 1]."""
 
     task: str
     y: torch.Tensor
@@ -909,24 +892,28 @@ class Measurement(NamedTuple):
     def A(self, x):
         return TASKS[self.task][0](x, self.mask)
 
+    def given(self):
+        """1 where y says something, else 0; of y's shape."""
+        return self.A(torch.ones_like(self.mask).expand(-1, self.y.shape[1], -1, -1))
+
     def back(self, y):
         """A's pseudo-inverse: A(back(y)) = y for every y that A can give."""
         return TASKS[self.task][1](y, self.mask)
 
     def consistent(self, x0_hat, weight=1.0):
-        """x0_hat in [-1, 1], its range part replaced: x + weight A+ (y - A x) (Wang et al. 2023,
-        DDNM, eq. 13; eq. 17 has the weight). A step takes this x0_hat and the network's own
+        """x0_hat in [-1, 1], its range part replaced: x + weight A+ (y - A x) (Wang, Yu & Zhang
+        2023, DDNM, eq. 13; eq. 17 has the weight). A step takes this x0_hat and the network's own
         eps_hat. With the eps that x_t and this x0_hat imply, what is known would keep the noise
-        that it began with: from 50 evaluations 17.2 instead of 23.8 dB for half of the pixels,
-        23.2 instead of 26.1 dB for twice the size (64 test digits, one seed)."""
+        that it began with: from 50 evaluations 17.2 instead of 23.8 dB for half of the pixels, 23.2
+        instead of 26.1 dB for twice the size (64 test digits, one seed)."""
         x = (x0_hat + 1) / 2
         return (x + weight * self.back(self.y - self.A(x))) * 2 - 1
 
     def noisy_step(self, x_t, x0_hat, ab_t, ab_s, sigma, z):
         """A reverse step with a noisy y: x_s gets as much of y as brings no more than x_s's own
-        noise, 1 - ab_s, and that much less of eps_hat and z (after Wang et al. 2023, DDNM+, eq.
-        17-19: there no more than z's, and less of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s and
-        sigma are scalars."""
+        noise, 1 - ab_s, and that much less of eps_hat and z (after Wang, Yu & Zhang 2023, DDNM+,
+        eq. 17-19: there no more than z's, and less of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s
+        and sigma are scalars."""
         y_noise = 2 * self.sigma * ab_s.sqrt()  # of sqrt(ab_s) y, in [-1, 1]
         weight = ((1 - ab_s).sqrt() / y_noise).clamp(max=1)
         there = self.back(self.A(torch.ones_like(x_t)))  # 1 where y says something
@@ -955,7 +942,8 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
     evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start;
     Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
     x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
-    image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1]; a list `film` receives
+    image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1] (from a super-resolution
+    without noise a little beyond); a list `film` receives
     every x_t [1, C, H, W] of the first image. With a Measurement every x0_hat is made consistent
     with it, which restores instead of generating."""
     schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
@@ -964,7 +952,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
     device = x_init.device
     size = SAMPLE_BATCH_CUDA if device.type == "cuda" else SAMPLE_BATCH
     coef, times = coef.to(device), torch.tensor(taus[:-1], device=device) - 1
-    levels = torch.tensor([schedule.at(tau) for tau in taus], device=device)  # alpha_bar
+    alpha_bar = torch.tensor([schedule.at(tau) for tau in taus], device=device)  # [nfe + 1]
     done = []
     for rows in torch.arange(len(x_init)).split(size):
         x_t, numbers = x_init[rows].clone(), sample_numbers[rows]
@@ -982,7 +970,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
             if known and known.sigma:
                 z = kernels.normal(x_t.shape, cfg.seed, numbers, step[0], kernels.STEP_NOISE,
                                    device)
-                ab_t, ab_s = levels.index_select(0, step)[0], levels.index_select(0, step + 1)[0]
+                ab_t, ab_s = (alpha_bar.index_select(0, step + k)[0] for k in (0, 1))
                 x_t.copy_(known.noisy_step(x_t, x0_hat, ab_t, ab_s, sigma, z))
             else:
                 kernels.posterior_step(
@@ -990,7 +978,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
                     value=known.consistent(x0_hat) if known else None)
             step.add_(1)
 
-        advance = Graphed(reverse_step, device)
+        advance = edge.Graphed(reverse_step, device)
         for _ in range(nfe):
             if film is not None and not done:
                 film.append(x_t[:1].clone())
@@ -1002,6 +990,10 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
 
 
 # ------------------------------------------------------------------ DIP fitting
+
+CHECK = 10  # iterations between two looks at a risk
+# draw numbers in the stream CORRUPTION: 0 is a measurement's noise; rung k draws RUNG_DRAW + k
+MASK_DRAW, HELD_DRAW, SPLIT_DRAW, RUNG_DRAW = 1, 2, 3, 4
 
 
 class DIPGroup:
@@ -1027,7 +1019,8 @@ class DIPGroup:
 
     def iterate(self, i, y, share, A):
         """Iteration i: one Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each
-        member gets the gradient that it would get alone. -> outputs [K, C, H, W], losses [K]."""
+        member gets the gradient that it would get alone. y and share are of A's size, share sums to
+        1 over each. -> outputs [K, C, H, W], losses [K]."""
         jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, i, kernels.DIP_JITTER,
                                 self.z.device)
         z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
@@ -1077,7 +1070,7 @@ class DIPGroup:
 
     def keep(self, which):
         """Let all members but `which` leave, as if they had never been here: they cost nothing any
-        more, and the others do not notice."""
+        more, and the others do not notice. Only after a first `save`."""
         def part(x):
             return x.view(self.K, -1, *x.shape[1:])[which].flatten(0, 1)
         stay, memory = int(which.sum()), {}
@@ -1122,7 +1115,7 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
     for i in range(iters):
         y = targets[i * len(targets) // iters]
         x, _ = group.iterate(i, y, share, A)
-        if (i + 1) % 10 == 0 or i + 1 == iters:
+        if (i + 1) % CHECK == 0 or i + 1 == iters:
             risk = ((A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
             best = torch.where(risk < best_risk, group.average, best)
             best_risk = torch.minimum(risk, best_risk)
@@ -1137,9 +1130,9 @@ def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watc
 def fit_in_groups(cfg, y, members, iters, run, measured=None):
     """`fit_dips` for any number of images, --dip-group at a time, the groups dealt out to the
     processes."""
-    K, (rank, size) = cfg.dip_group, processes()
+    K, (rank, size) = cfg.dip_group, edge.processes()
     groups = torch.arange(len(y)).split(K)[rank::size]
-    progress = Progress("fit DIPs", len(groups) * iters, min(len(y), K))
+    progress = edge.Progress("fit DIPs", len(groups) * iters, min(len(y), K))
     outputs = y.new_zeros(*y.shape[:2], *(measured.mask if measured else y).shape[2:])
     for g, rows in enumerate(groups):
         outputs[rows] = fit_dips(cfg, y[rows], members[rows], iters,
@@ -1147,7 +1140,7 @@ def fit_in_groups(cfg, y, members, iters, run, measured=None):
                                  measured and measured.part(rows)).clamp(0, 1)
         if run.stop:
             raise KeyboardInterrupt
-    return total(outputs)
+    return edge.total(outputs)
 
 
 # ------------------------------------------------------------------ network: one DIP for a data set
@@ -1157,7 +1150,8 @@ NETWORK_ITERS, NETWORK_RATE = 300, 1e-3
 
 def fit_network(cfg, x_0, run):
     """Minimise E_i |f_theta(x_i) - x_i|^2 over the images of x_0 uint8 [N, C, H, W], from random
-    theta, Adam, half a cosine: the DIP of a whole data set, f: [B, C, H, W] -> the same, in [0, 1].
+    theta, Adam, half a cosine: the DIP of a whole data set, f: [B, C, H, W] -> the same, in [0, 1]
+    (`autoencoder` ends in a tanh: in [-1, 1], to be clipped).
     What nothing narrows (`conv2`, `autoencoder`) becomes the identity, given time."""
     N, C = x_0.shape[:2]
     with torch.device("meta"):
@@ -1166,7 +1160,7 @@ def fit_network(cfg, x_0, run):
     f = draw_weights(f.to_empty(device=run.device), cfg.seed, 2)
     optimizer = torch.optim.Adam(f.parameters(), fused=True)
     steps = cfg.dip_iters or NETWORK_ITERS
-    progress = Progress("fit network", steps, min(cfg.batch, N))
+    progress = edge.Progress("fit network", steps, min(cfg.batch, N))
     for step, index in zip(range(steps), batches(cfg, N, run.device)):
         x = x_0[index].float() / 255
         loss = (f(x) - x).square().mean()
@@ -1191,10 +1185,10 @@ class CodeDecoder(nn.Module):
     """One DIP for all images: code [B, CODE] -> x [B, C, H, W] in [0, 1]. A linear map to a quarter
     of the size, then twice upsampling and a 3x3 convolution."""
 
-    def __init__(self, channels, height, width_px, width):
+    def __init__(self, channels, H, W, width):
         super().__init__()
-        self.size = height, width_px
-        self.shape = (2 * width, -(-height // 4), -(-width_px // 4))
+        self.size = H, W
+        self.shape = (2 * width, -(-H // 4), -(-W // 4))
         half = max(1, width // 2)
         self.enter = nn.Linear(CODE, math.prod(self.shape))
         self.norm0 = nn.BatchNorm2d(2 * width)
@@ -1205,7 +1199,8 @@ class CodeDecoder(nn.Module):
         self.last = nn.Conv2d(half, channels, 3, padding=1)
 
     def forward(self, code):
-        h = F.leaky_relu(self.norm0(self.enter(code).view(-1, *self.shape)), 0.2)  # [B, 2w, H/4, .]
+        h = self.norm0(self.enter(code).view(-1, *self.shape))  # [B, 2w, H/4, W/4]
+        h = F.leaky_relu(h, 0.2)
         for conv, norm in (self.conv1, self.norm1), (self.conv2, self.norm2):
             h = F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
             h = F.leaky_relu(norm(conv(h)), 0.2)
@@ -1213,8 +1208,9 @@ class CodeDecoder(nn.Module):
 
 
 def principal_components(x_0, D):
-    """The D first of x_0 uint8 [N, C, H, W] in [0, 1]: whitened scores [N, D], and (mean [P], axes
-    [D, P]) so that mean + scores @ axes is the best linear reconstruction."""
+    """The first D principal components of x_0 uint8 [N, C, H, W] scaled to [0, 1], P = C H W:
+    whitened scores [N, D], mean [P] and axes [D, P], so that mean + scores @ axes is the best
+    linear reconstruction; fewer than D where min(N, P) is less."""
     X = x_0.flatten(1).float() / 255  # [N, P]
     N, P = X.shape
     mean = X.mean(0)
@@ -1242,7 +1238,7 @@ def fit_codes(cfg, x_0, run):
     codes = nn.Embedding.from_pretrained(scores, freeze=False, sparse=True)
     optimizers = [torch.optim.Adam(decoder.parameters(), fused=True),
                   torch.optim.SparseAdam(codes.parameters())]  # moves the batch's codes only
-    progress = Progress("fit codes", steps, B)
+    progress = edge.Progress("fit codes", steps, B)
     for step, index in zip(range(steps), batches(cfg, N, run.device)):
         x = decoder(codes(index))
         loss = (x - x_0[index].float() / 255).square().mean(dim=(1, 2, 3)).sum()
@@ -1272,8 +1268,8 @@ def fit_mixture(codes, seed):
     for _ in range(30):
         cell = torch.cat([torch.cdist(part, means).argmin(1) for part in codes.split(8192)])
         count = torch.bincount(cell, minlength=K)
-        total = torch.zeros_like(means).index_add_(0, cell, codes)
-        means = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], means)
+        sums = torch.zeros_like(means).index_add_(0, cell, codes)
+        means = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], means)
     factors = []
     for k in range(K):
         around = codes[cell == k] - means[k]
@@ -1356,7 +1352,8 @@ HAS_SOURCE = ("dip-images", "dip-network", "blur")  # number i starts from sourc
 
 
 def start_from_prior(cfg, prior, t_start, numbers):
-    """x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps (Ho et al. 2020, eq. 4)."""
+    """x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps (Ho et al. 2020, eq. 4). prior [n, C, H, W]
+    in [-1, 1], numbers int64 [n] -> x_init [n, C, H, W]."""
     table = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict).to(prior.device)
     t = torch.full((len(prior),), t_start - 1, device=prior.device)
     return kernels.q_sample(prior, None, t, table, cfg.seed, numbers, 0, kernels.INIT_NOISE)
@@ -1369,7 +1366,7 @@ def load_images(cfg, split, name=None, limit=None):
 
 def run_prior(cfg, run):
     """--mode prior and --mode ddpm: train, then generate or restore."""
-    with first_alone():  # where data are downloaded, one process does it
+    with edge.first_alone():  # where data are downloaded, one process does it
         train = load_images(cfg, "train")
         test = load_images(cfg, "test", train.name if cfg.data == "auto" else cfg.data)
     x_0 = train.pixels[:cfg.limit].to(run.device)
@@ -1378,7 +1375,7 @@ def run_prior(cfg, run):
         check_size(task, H, W)
     if {*cfg.task} - {"generate"} or cfg.mode == "prior" and "images" in cfg.dip_source:
         DIPGroup(cfg, torch.zeros(1, dtype=torch.int64), C, H, W)  # who cannot take it, says so
-    if min(cfg.batch, N) < processes()[1]:
+    if min(cfg.batch, N) < edge.processes()[1]:
         raise ValueError(f"--batch {cfg.batch}, of {N} images, is too small for as many processes")
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
@@ -1389,7 +1386,7 @@ def run_prior(cfg, run):
                          f"{learned}: it cannot serve --t-start {max(steps_of_prior(cfg))}")
     run.about = {"data": about, "shape": [C, H, W]}
     run.begin()
-    say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
+    edge.say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
         f"{run.device}, {run.precision}")
     nets, rows = train_networks(cfg, x_0, run)
     write_log(run, rows)
@@ -1400,9 +1397,9 @@ def run_prior(cfg, run):
     for task in cfg.task:
         if task != "generate":
             restore(cfg, run, nets, task, test, result)
-    if processes()[0] == 0:
+    if edge.processes()[0] == 0:
         finish(run, result)
-        say(measure.text_tables([run.folder]))
+        edge.say(measure.text_tables([run.folder]))
 
 
 def train_networks(cfg, x_0, run):
@@ -1415,9 +1412,9 @@ def train_networks(cfg, x_0, run):
         if name == "smoothed":
             began = time.time()
             source = next(source for source in cfg.dip_source if source in SMOOTHERS)
-            x = of_the_first(PRIORS[f"dip-{source}"](cfg, x_0, x_0, run))
+            x = edge.of_the_first(PRIORS[f"dip-{source}"](cfg, x_0, x_0, run))
             images = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            synchronize(run.device)
+            edge.synchronize(run.device)
             run.seconds["dip"] += time.time() - began
         nets[name], more, seconds = train_ddpm(cfg, images, t_max, run, name)
         rows += more
@@ -1431,35 +1428,37 @@ def generate(cfg, run, nets, train, x_0, test, result):
     N, C, H, W = x_0.shape
     n = min(cfg.samples or 1000, N)
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    with first_alone():  # where the LeNet is not there yet, one process trains it
+    with edge.first_alone():  # where the LeNet is not there yet, one process trains it
         judge = measure.Judge(train, x_0, test, n, [root, data.cache_root(), run.folder])
     result |= judge.summary()
     numbers = torch.arange(n, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = x_0[measure.subset(N, n).to(run.device)]
-    arms, pictures, priors, films, begun = result["arms"], {}, {}, {}, {}
+    arms, pictures, priors, films, first_start = result["arms"], {}, {}, {}, {}
     for network in nets.values():  # the first call of all would pay for what is set up once
         x_init = torch.zeros(min(n, SAMPLE_BATCH), C, H, W, device=run.device)
         sample(cfg, network, x_init, 2, 2, 0.0, numbers[:len(x_init)], run.autocast)
 
     def starts():
-        """(arm, t_start, x_init, seconds that its prior took)"""
+        """(arm, x_init, t_start, seconds that its prior took)"""
         eps = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
-        yield "ddpm", cfg.timesteps, eps, 0.0
-        for arm in arms_of(cfg):
+        yield "ddpm", eps, cfg.timesteps, 0.0
+        for arm, prior in PRIORS.items() if cfg.mode == "prior" else ():
+            if arm.startswith("dip-") and arm.removeprefix("dip-") not in cfg.dip_source:
+                continue
             began = time.time()
-            priors[arm] = of_the_first(PRIORS[arm](cfg, x_0, sources, run))
-            synchronize(run.device)
+            priors[arm] = edge.of_the_first(prior(cfg, x_0, sources, run))
+            edge.synchronize(run.device)
             seconds = time.time() - began
             run.seconds["dip"] += seconds if arm.startswith("dip") else 0.0
             for t_start in steps_of_prior(cfg):
-                yield arm, t_start, start_from_prior(cfg, priors[arm], t_start, numbers), seconds
+                yield arm, start_from_prior(cfg, priors[arm], t_start, numbers), t_start, seconds
 
-    for arm, t_start, x_init, prior_seconds in starts():
-        begun.setdefault(arm, (x_init, t_start, prior_seconds))
+    for arm, x_init, t_start, prior_seconds in starts():
+        first_start.setdefault(arm, (x_init, t_start, prior_seconds))
         for trained, nfe, setting in itertools.product(
                 ("full",) if arm == "ddpm" else cfg.train, cfg.nfe, samplers(cfg)):
-            shown = (arm, nfe) not in pictures  # the first of each is
+            shown = (arm, nfe) not in pictures  # only the first sampler's are
             film = [] if shown and nfe == film_nfe(cfg) else None
             x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe, setting,
                                   numbers, film=film)
@@ -1474,7 +1473,7 @@ def generate(cfg, run, nets, train, x_0, test, result):
                 pictures[arm, nfe] = x[:16].cpu()
             if film:
                 films[arm] = film
-            say(describe(row))
+            edge.say(describe(row))
     curves = result["curves"]
     for row in arms:
         if "fid_lenet" in row:
@@ -1484,7 +1483,7 @@ def generate(cfg, run, nets, train, x_0, test, result):
                 [row["seconds"] * 1000 / n, row["fid_lenet"]])
     result["notes"] += headlines(cfg, arms, n)
     for name, network in nets.items():
-        curves |= convergence(cfg, run, name, network, begun, numbers, judge, test)
+        curves |= convergence(cfg, run, name, network, first_start, numbers, judge, test)
     result["pictures"] += draw_arms(cfg, run, pictures, priors, sources)
     if films:  # which a process without images has none of
         result["pictures"].append(draw_film(run, films))
@@ -1493,7 +1492,7 @@ def generate(cfg, run, nets, train, x_0, test, result):
 
 def headlines(cfg, arms, n):
     """For each arm with a prior: with how few evaluations it is as good as the noise start at its
-    most, plus 5 %, and from how many images on the seconds of its DIP are paid back. A list of
+    most, plus 5 %, and from how many images on the seconds of its prior are paid back. A list of
     sentences; of a single run, so no more than a hint."""
     notes, most = [], max(cfg.nfe)
     if not all("fid_lenet" in row for row in arms):
@@ -1529,13 +1528,13 @@ def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, fil
     was done and how long it took."""
     eta, order, grid = setting
     began = time.time()
-    rank, size = processes()
+    rank, size = edge.processes()
     x, mine = torch.zeros_like(x_init), torch.arange(len(x_init)).tensor_split(size)[rank]
     if len(mine):
         x[mine] = sample(cfg, net, x_init[mine], t_start, nfe, eta, numbers[mine], run.autocast,
                          order, grid, film, measured and measured.part(mine))
-    x = total(x)
-    synchronize(run.device)
+    x = edge.total(x)
+    edge.synchronize(run.device)
     took = time.time() - began
     run.seconds["sample"] += took
     if run.stop:
@@ -1545,9 +1544,6 @@ def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, fil
 
 
 # ------------------------------------------------------------------ method 1: restoration
-
-MASK_DRAW, HELD_DRAW = 1, 2  # draw numbers in the stream CORRUPTION; 0 is the noise's
-
 
 def check_size(task, H, W):
     """ValueError if images of this size cannot be halved, or quartered, as the task does."""
@@ -1588,8 +1584,8 @@ def restore(cfg, run, nets, task, test, result):
     scale) for the t whose noise is y's. The DDPM's steps are kept consistent with y. Rows and
     pictures go to `result`."""
     n = min(cfg.samples or 256, len(test.pixels))
-    held_out = measure.subset(len(test.pixels), n)
-    truth = test.pixels[held_out].to(run.device).float() / 255
+    chosen = measure.subset(len(test.pixels), n)
+    truth = test.pixels[chosen].to(run.device).float() / 255
     numbers = torch.arange(n, device=run.device)
     measured = corrupt(cfg, task, truth, numbers)
     corrupted = measured.back(measured.y).clamp(0, 1)
@@ -1597,14 +1593,14 @@ def restore(cfg, run, nets, task, test, result):
 
     def add(row, x):
         rows.append({"task": task, "sigma": measured.sigma} | row | measure.measures(x, truth))
-        say(describe(rows[-1]))
+        edge.say(describe(rows[-1]))
 
     add({"name": "corrupted", "seed": cfg.seed}, corrupted)
     began = time.time()
     x_dip = fit_in_groups(cfg, measured.y, numbers, cfg.dip_iters or 300, run, measured)
     if not measured.sigma:  # what is known exactly is kept, as the arms that sample keep it
         x_dip = ((measured.consistent(x_dip * 2 - 1) + 1) / 2).clamp(0, 1)
-    synchronize(run.device)
+    edge.synchronize(run.device)
     dip_seconds = round(time.time() - began, 3)
     run.seconds["dip"] += dip_seconds
     shown["dip"] = x_dip[:16]
@@ -1621,7 +1617,7 @@ def restore(cfg, run, nets, task, test, result):
             yield "ddpm-y", *start_from_noisy(cfg, measured), 0.0
 
     for arm, x_init, t_start, seconds in starts():
-        trained = "full" if arm in ("ddpm", "ddpm-y") else list(nets)[-1]
+        trained = "full" if arm in ("ddpm", "ddpm-y") else list(nets)[-1]  # --train's last
         noisy = measured.sigma > 0 and arm != "ddpm-y"  # the steps then have noise of their own
         for nfe, setting in itertools.product(cfg.nfe, samplers(cfg, noisy)):
             if nfe > t_start:
@@ -1645,7 +1641,7 @@ def restore(cfg, run, nets, task, test, result):
 # ------------------------------------------------------------------ method 1: curves
 
 
-def convergence(cfg, run, name, net, begun, numbers, judge, test):
+def convergence(cfg, run, name, net, first_start, numbers, judge, test):
     """Curves over a training's snapshots: fid_lenet of the noise start and of each DIP arm that
     sample with this network, against training seconds plus the DIP's; and the loss on held-out
     images against steps, each at a fixed t. The arms begin where they began, {arm: (x_init,
@@ -1655,23 +1651,23 @@ def convergence(cfg, run, name, net, begun, numbers, judge, test):
     curves, net = {}, copy.deepcopy(net)
     files = sorted((run.folder / "snapshots").glob(f"{name}-*.pt"))
     pace, t_max = median_step(run.state[name]["rows"]), run.state[name].get("t_max", cfg.timesteps)
-    mine = [arm for arm in begun if (name == "full" if arm == "ddpm" else
+    mine = [arm for arm in first_start if (name == "full" if arm == "ddpm" else
                                      arm.startswith("dip") and name in cfg.train)]
     for file in files:
         saved = torch.load(file, map_location=run.device, weights_only=True)
-        load_weights(net, saved["ema"], file)
+        edge.load_weights(net, saved["ema"], file)
         for label, loss in held_out_losses(cfg, net, test.pixels, t_max, run).items():
             curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
         for arm in mine:
-            x_init, t_start, prior_seconds = begun[arm]
+            x_init, t_start, prior_seconds = first_start[arm]
             network = f" {name}" if arm != "ddpm" and len(cfg.train) > 1 else ""
             for nfe in sorted({film_nfe(cfg), max(cfg.nfe)} if arm == "ddpm" else {film_nfe(cfg)}):
                 x, _ = timed_sample(cfg, run, arm, net, x_init, t_start, nfe, samplers(cfg)[0],
                                     numbers)
                 quality = judge(x).get("fid_lenet")
                 curves.setdefault(f"training/{arm}{network}, {nfe} evaluations", []).append(
-                    [saved["step"] * pace + (prior_seconds if arm != "ddpm" else 0.0), quality])
-                say(f"{arm:<12}{name} step {saved['step']}  nfe {nfe}  fid_lenet {quality}")
+                    [saved["step"] * pace + prior_seconds, quality])
+                edge.say(f"{arm:<12}{name} step {saved['step']}  nfe {nfe}  fid_lenet {quality}")
     return curves
 
 
@@ -1691,11 +1687,12 @@ def held_out_losses(cfg, net, pixels, t_max, run, n=1000):
     coef, x_0 = coef.to(run.device), pixels[:n].to(run.device)
     numbers, losses = torch.arange(len(x_0), device=run.device), {}
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        if round(share * cfg.timesteps) > t_max:
+        tau = max(1, round(share * cfg.timesteps))
+        if tau > t_max:
             break
         loss = 0.0
         for index in numbers.split(SAMPLE_BATCH):
-            t = torch.full_like(index, round(share * cfg.timesteps) - 1)
+            t = torch.full_like(index, tau - 1)
             x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, index, 0, kernels.HELD_OUT)
             with run.autocast():
                 out = net(x_t, t)
@@ -1703,13 +1700,6 @@ def held_out_losses(cfg, net, pixels, t_max, run, n=1000):
                                        kernels.HELD_OUT).sum().item()
         losses[f"t = {share:g} T"] = loss / len(x_0)
     return losses
-
-
-def arms_of(cfg):
-    """The arms with a prior: a DIP of each --dip-source, and every control."""
-    chosen = [f"dip-{source}" for source in cfg.dip_source]
-    return [arm for arm in PRIORS if cfg.mode == "prior"
-            and (arm in chosen or not arm.startswith("dip-"))]
 
 
 def setting_of(row, cfg):
@@ -1727,10 +1717,6 @@ def setting_of(row, cfg):
 # what it is fitted to must not be the judge: y = A x + sigma n is split once (see `split`); the
 # rungs of a ladder add more noise to the half that is fitted; the other half judges each output.
 # Nothing below is given the truth but `run_guide` and `run_dip`, which measure with it.
-
-CHECK = 10  # iterations between two looks at the risk
-SPLIT_DRAW, RUNG_DRAW = 3, 4  # draw numbers in the stream CORRUPTION; rung k draws RUNG_DRAW + k
-
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
@@ -1772,8 +1758,8 @@ class Halves(NamedTuple):
         return self._replace(fitted=self.fitted[which], judge=self.judge[which],
                              judged=self.judged[which])
 
-    def risk(self, seen, M):
-        """Estimates without bias the mean error of an image's M replicas A x_m, `seen`
+    def risk(self, A_x, M):
+        """Estimates without bias the mean error of an image's M replicas A x_m, `A_x`
         [n M, ...], from what these were not fitted to: [n],
 
             R = mean_m |A x_m - judge_m|^2 / values - noise.
@@ -1783,7 +1769,7 @@ class Halves(NamedTuple):
         spread grows as they learn their noises, and without that slope chance finds its minimum
         later (on 48, 32 and 48 training digits, one seed, at sigma = 0.1, 0.2, 0.4 it lost 0.15,
         0.21 and 0.47 dB of what could be had, this one 0.11, 0.23 and 0.31)."""
-        error = (seen - self.judge).square() * self.judged
+        error = (A_x - self.judge).square() * self.judged
         return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.noise
 
     def weights(self, risk, least, M):
@@ -1802,9 +1788,11 @@ def rung_levels(rungs):
 
 
 def halves(cfg, measured, numbers, rungs):
-    """y with noise, split: every rung's target is y_plus with noise up to its level."""
+    """y with noise, `split`: rung k's target is y_plus + sqrt(s_k^2 - s^2) eps_k, s^2 = sigma^2
+    (1 + alpha^2) the variance of y_plus's noise and s_k = s times `rung_levels`. y_minus judges,
+    whose noise has the variance sigma^2 (1 + 1/alpha^2). numbers int64 [n M]: `replicas_of`."""
     y, sigma, M, alpha = measured.y, measured.sigma, cfg.replicas, cfg.alpha
-    given = measured.A(torch.ones_like(measured.mask).expand(-1, y.shape[1], -1, -1))
+    given = measured.given()
     y_plus, y_minus = split(y, given, sigma, alpha, numbers, M, cfg.seed)
     given = given.repeat_interleave(M, 0)
     targets = [y_plus + given * sigma * math.sqrt((1 + alpha**2) * (level**2 - 1)) * kernels.normal(
@@ -1816,9 +1804,9 @@ def halves(cfg, measured, numbers, rungs):
 
 def held_out(cfg, measured, numbers, rungs):
     """y without noise cannot be split, and has no rungs: each replica judges by a tenth of the
-    pixels that it alone is not fitted to."""
+    pixels (of M > 10 replicas, one in M) that it alone is not fitted to."""
     y, M = measured.y, cfg.replicas
-    given = measured.A(torch.ones_like(measured.mask).expand(-1, y.shape[1], -1, -1))
+    given = measured.given()
     u = kernels.uniform((len(y), 1, *y.shape[2:]), cfg.seed, numbers[::M] // M, HELD_DRAW,
                         kernels.CORRUPTION, y.device)
     whose = (u.repeat_interleave(M, 0) * max(10, M)).long()
@@ -1865,7 +1853,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `watch` is called at each look with the iteration and the outputs; of images
-    that have left, with their results."""
+    that have left, with their results. RuntimeError where a fit leaves the finite numbers."""
     n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
     device, dtype = measured.y.device, measured.y.dtype
     patience = cfg.patience or (50 if max(H, W) <= 64 else 200)
@@ -1880,9 +1868,9 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
         2, n, dtype=torch.int64, device=device)
     best, last = torch.full((2, n), math.inf, dtype=dtype, device=device)
     low = torch.full((n * M,), math.inf, dtype=dtype, device=device)
-    of = torch.arange(n * M, device=device)  # the replicas that are still in the group
-    target, A = half.targets[0], measured.part(of // M).A
-    progress = Progress(f"guide, {rungs} rung{'s' * (rungs > 1)}", budget, n * M)
+    replica = torch.arange(n * M, device=device)  # those that are still in the group
+    target, A = half.targets[0], measured.part(replica // M).A
+    progress = edge.Progress(f"guide, {rungs} rung{'s' * (rungs > 1)}", budget, n * M)
     for i in range(budget):
         _, losses = group.iterate(i, target, half.fitted, A)
         progress(i + 1)
@@ -1915,7 +1903,7 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
             target = target.clone()
             for k in rung[climbs].unique():
                 there = (climbs & (rung == k)).repeat_interleave(M)
-                target[there] = half.targets[k][of[there]]
+                target[there] = half.targets[k][replica[there]]
         iterations[image[leaves]] = i + 1
         image, x = image[~leaves], x[~leaves]
         if watch is not None:
@@ -1928,17 +1916,18 @@ def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
             rung, since, best, last = (v[stay] for v in (rung, since, best, last))
             stay = stay.repeat_interleave(M)
             group.keep(stay)
-            of, low, target, half = of[stay], low[stay], target[stay], half.part(stay)
-            A = measured.part(of // M).A
+            replica, low, target, half = (replica[stay], low[stay], target[stay],
+                                          half.part(stay))
+            A = measured.part(replica // M).A
     return result.x, iterations
 
 
 class WindowedVariance:
-    """ES-WMV (Wang et al. 2023, algorithm 1): stop where the variance of the last W outputs, summed
-    over pixels, has had its minimum and not fallen below it for `patience` iterations. The window's
-    sums are kept, so an iteration costs a few passes over the pixels whatever W is. Call it with
-    each iteration's outputs and what would be returned [K, C, H, W]; then `x` holds what it would
-    have returned, `stopped` after how many iterations [K]."""
+    """ES-WMV (Wang, Li et al. 2023, algorithm 1): stop where the variance of the last W outputs,
+    summed over pixels, has had its minimum and not fallen below it for `patience` iterations. The
+    window's sums are kept, so an iteration costs a few passes over the pixels whatever W is. Call
+    it with each iteration's outputs and what would be returned [K, C, H, W]; then `x` holds what it
+    would have returned, `stopped` after how many iterations [K], inf where it has not."""
 
     def __init__(self, window, patience):
         self.W, self.patience, self.outputs = window, patience, []
@@ -2003,7 +1992,7 @@ def observe(cfg, run):
     budget = cfg.dip_iters or (1000 if max(H, W) <= 64 else 3000)
     DIPGroup(cfg, members[:1], C, H, W)  # who cannot take this size says so before run.begin
     run.begin()
-    say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
+    edge.say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
         f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most {budget} "
         f"iterations; {run.device}")
     return Observed(test, truth, measured, about, members, budget)
@@ -2019,7 +2008,7 @@ def fit_guided_in_groups(cfg, seen, rungs, run, tell=False):
     best PSNR of each image, of every look and the result, and the mean over the images by
     iteration, [[i, PSNR]]; a group that has ended stays where it was. With `tell` PSNR and SSIM are
     printed now and then."""
-    fits, best, lines, psnr = [], [], [], measure.psnr
+    fits, lines, psnr = [], [], measure.psnr
     for rows in in_groups(cfg, seen.members, cfg.replicas):
         line = []
 
@@ -2027,7 +2016,7 @@ def fit_guided_in_groups(cfg, seen, rungs, run, tell=False):
             line.append((i, psnr(x.clamp(0, 1), truth)))
             if tell and i % 50 == 0:
                 ssim = measure.ssim(x.clamp(0, 1), truth).mean()
-                say(f"iteration {i}: psnr {line[-1][1].mean():.2f}, ssim {ssim:.4f}")
+                edge.say(f"iteration {i}: psnr {line[-1][1].mean():.2f}, ssim {ssim:.4f}")
 
         fits.append(fit_guided(cfg, seen.measured.part(rows), rows, rungs, seen.budget, run,
                                look if seen.truth is not None else None))
@@ -2068,7 +2057,7 @@ def fit_plain(cfg, measured, members, replicas, targets, truth, budget, run):
 
     y = [y.repeat_interleave(M, 0) for y in targets]
     part = measured.part(torch.arange(len(truth), device=truth.device).repeat_interleave(M))
-    progress = Progress("plain", budget, len(y[0]))
+    progress = edge.Progress("plain", budget, len(y[0]))
     x = mean(fit_dips(cfg, y, replicas_of(members, M), budget, progress, part, 0.0, watch))
     return {"plain": (x, torch.full_like(when, budget)), "oracle": (best, when),
             "es-wmv": (stop.x, stop.stopped.clamp(max=budget))}, curve
@@ -2098,7 +2087,7 @@ def run_guide(cfg, run):
             row |= {"gap": round(gap.mean().item(), 3), "gap_worst": round(gap.max().item(), 3)}
         rows.append(row | ({} if seconds is None else {"seconds": round(seconds, 2)}))
         shown[name] = x[:16]
-        say(describe(rows[-1]))
+        edge.say(describe(rows[-1]))
 
     def plain(replicas, targets):
         """`fit_plain` in groups: {arm: (outputs, iterations)}, PSNR's curve, seconds."""
@@ -2150,7 +2139,7 @@ def run_guide(cfg, run):
                  "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256},
                  "arms": rows, "curves": curves, "pictures": [measure.draw(
                      run.folder / "guide.png", f"{measured.task}, sigma = {sigma:g}", shown)]})
-    say(measure.text_tables([run.folder], ("psnr", "ssim")))
+    edge.say(measure.text_tables([run.folder], ("psnr", "ssim")))
 
 
 # ------------------------------------------------------------------ other runs
@@ -2160,7 +2149,7 @@ def run_dip(cfg, run):
     """--mode dip: fit DIPs to test images with noise and stop each where the risk says so, as the
     guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
     fall back as the network learns the noise (Ulyanov et al. 2018, section 3)."""
-    seen = test, truth, measured, about, members, _ = observe(cfg, run)
+    seen = test, truth, measured, about, *_ = observe(cfg, run)
     began = time.time()
     x, iterations, best, curve = fit_guided_in_groups(cfg, seen, 1, run, tell=True)
     x = x.clamp(0, 1)
@@ -2176,7 +2165,7 @@ def run_dip(cfg, run):
         curves["psnr/mean over images"] = curve
         marks["psnr"] = {"best": max(curve, key=lambda point: point[1])[0], "end": curve[-1][0]}
     for row in arms:
-        say(describe(row))
+        edge.say(describe(row))
     for k, image in enumerate(x[:16]):
         measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
     shown = {} if truth is None else {"truth": truth[:16]}
@@ -2189,12 +2178,12 @@ def run_dip(cfg, run):
 
 def run_sample(cfg, run):
     """--mode sample: pictures from a finished run's network, from noise; needs no data."""
-    saved = load_checkpoint(Path(cfg.resume))
+    saved = edge.load_checkpoint(cfg.resume)
     if "full" not in saved["networks"]:
         raise ValueError(f"{cfg.resume} holds no network for all t")
     C, H, W = saved["shape"]
     net = make_unet(cfg, C, run.device)
-    load_weights(net, saved["networks"]["full"]["ema"], cfg.resume)
+    edge.load_weights(net, saved["networks"]["full"]["ema"], cfg.resume)
     run.begin()
     n = cfg.samples or 64
     numbers = torch.arange(n, device=run.device)
@@ -2211,7 +2200,7 @@ def run_sample(cfg, run):
         measure.save_png(picture, run.folder / file)
         pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
                          f"eta = {setting[0]:g}, order {setting[1]}, {setting[2]} grid"})
-        say(describe(row) + f"   {run.folder / file}")
+        edge.say(describe(row) + f"   {run.folder / file}")
     pictures.append(draw_film(run, films))
     finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
                       "parameters": sum(p.numel() for p in net.parameters())})
@@ -2243,20 +2232,20 @@ def draw_arms(cfg, run, pictures, priors, sources):
     """A picture for each number of evaluations, a row for each arm, by the first sampler and from
     the first t_start; and one of the priors."""
     eta, order, grid = samplers(cfg)[0]
-    listed = []
+    drawn = []
     for nfe in cfg.nfe:
         rows = {arm: (x + 1) / 2 for (arm, n), x in pictures.items() if n == nfe}
-        listed.append(measure.draw(
+        drawn.append(measure.draw(
             run.folder / f"samples-nfe{nfe}.png", f"{nfe} network evaluations, eta = {eta:g}, "
             f"order {order}, {grid} grid", rows))
     if priors:
         n = min(16, *map(len, priors.values()))
         rows = {"source": sources[:n].float() / 255}
         rows |= {arm: (x[:n] + 1) / 2 for arm, x in priors.items()}
-        listed.append(measure.draw(
+        drawn.append(measure.draw(
             run.folder / "priors.png", "what the arms start from, before noise; source: the "
             f"training images that {' and '.join(HAS_SOURCE)} are made of", rows))
-    return listed
+    return drawn
 
 
 def film_nfe(cfg):
@@ -2281,7 +2270,7 @@ def finish(run, result):
               } | result
     measure.write_json(result, run.folder / "results.json")
     measure.report(run.folder)
-    say(f"report: {run.folder / 'report.html'}")
+    edge.say(f"report: {run.folder / 'report.html'}")
 
 
 def write_log(run, rows):
@@ -2331,9 +2320,9 @@ def left_of_a_sweep(cfg):
         raise ValueError(f"{folder} is a run with another --{differs[0].replace('_', '-')}: "
                          "--overwrite it, or name another --out")
     if (folder / "results.json").exists():
-        say(f"{folder}: finished before")
+        edge.say(f"{folder}: finished before")
         return None
-    if cfg.mode in ("ddpm", "prior") and (not cfg.resume or (folder / CHECKPOINT).exists()):
+    if cfg.mode in ("ddpm", "prior") and (not cfg.resume or (folder / edge.CHECKPOINT).exists()):
         return replace(cfg, out=None, resume=str(folder))
     return replace(cfg, overwrite=True)
 
@@ -2342,20 +2331,20 @@ def main(argv=None):
     """The command line. Exit status: 0 done, 1 the run failed, 2 misuse or bad input, 130 or 143
     interrupted by SIGINT or SIGTERM (after a checkpoint)."""
     argv = sys.argv[1:] if argv is None else argv
-    keep_freed_memory()
+    edge.keep_freed_memory()
     run = None
     try:
         each = configs(argv)
         folders = [cfg.out for cfg in each]
         if read_config(argv).sweep:
-            join_processes(each[0])
-            each = the_first_ones([left_of_a_sweep(cfg) for cfg in each])
+            edge.join_processes(each[0])
+            each = edge.the_first_ones([left_of_a_sweep(cfg) for cfg in each])
         for cfg in each:
             if run and run.stop:
                 raise KeyboardInterrupt
             if cfg is None:
                 continue
-            run = Run(cfg, argv)
+            run = edge.Run(cfg, argv)
 
             def stop_soon(number, _, run=run):
                 """First signal: at the next safe place. Second: at once."""
@@ -2372,11 +2361,11 @@ def main(argv=None):
                 for number, handler in before.items():
                     signal.signal(number, handler)
             run.begun = False  # it has ended well
-        if len(folders) > 1 and processes()[0] == 0:
+        if len(folders) > 1 and edge.processes()[0] == 0:
             page = Path(folders[0]).parent / "comparison.html"
             measure.compare(folders, page)
-            say(measure.text_tables(folders))
-            say(f"comparison: {page}")
+            edge.say(measure.text_tables(folders))
+            edge.say(f"comparison: {page}")
         if dist.is_initialized():
             dist.destroy_process_group()
     except (MemoryError, RuntimeError) as error:

@@ -29,7 +29,8 @@ CHECKPOINT_FORMAT = 1
 
 
 def processes():
-    """(this process's number, how many run together): torchrun starts many, main joins them. All do
+    """(this process's number, how many run together): torchrun starts many, `join_processes` joins
+    them. All do
     the same and agree on it, but each trains on its part of a batch, samples and fits its part of
     the images; the first alone writes and speaks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -50,7 +51,7 @@ def join_processes(cfg):
 
 def total(x):
     """The sum over the processes of x, a tensor of one shape in all: in each. Where all but one are
-    zero it is exact."""
+    zero it is exact. x itself may be overwritten."""
     if processes()[1] > 1:
         x = x.contiguous()
         dist.all_reduce(x)
@@ -83,7 +84,7 @@ def the_first_ones(value):
 
 
 def agreed(stop):
-    """The largest of the processes' wishes."""
+    """The largest `run.stop` of the processes: a signal's number, 0 for none."""
     if processes()[1] > 1:
         stop = torch.tensor(stop, device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(stop, dist.ReduceOp.MAX)
@@ -110,21 +111,21 @@ class Clock:
 
 class Progress:
     """One line that rewrites itself on a terminal, a new line each half minute elsewhere: done of
-    total, rate in images (or fits x iterations) a second, time left."""
+    all steps, rate in images (or fits x iterations) a second, time left."""
 
-    def __init__(self, label, total, per_step, done=0):
-        self.label, self.total, self.per_step, self.first = label, total, per_step, done
+    def __init__(self, label, steps, per_step, done=0):
+        self.label, self.steps, self.per_step, self.first = label, steps, per_step, done
         self.start, self.live = time.time(), sys.stdout.isatty()
         self.shown = 0.0 if self.live else self.start
 
     def __call__(self, done, note=""):
-        now, last = time.time(), done == self.total
+        now, last = time.time(), done == self.steps
         if processes()[0] or not last and now - self.shown < (0.2 if self.live else 30):
             return
         self.shown = now
         rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
-        left = round((self.total - done) / rate)
-        line = (f"{self.label}: {done}/{self.total}  {rate * self.per_step:.0f}/s  "
+        left = round((self.steps - done) / rate)
+        line = (f"{self.label}: {done}/{self.steps}  {rate * self.per_step:.0f}/s  "
                 f"{left // 60}:{left % 60:02d} left  {note}")
         print(f"\r{line:<78}" if self.live else line, end="\n" if last or not self.live else "",
               flush=True)
@@ -150,7 +151,7 @@ class Run:
         self.config = asdict(cfg)
         self.lock, self.begun = None, False
         continued = cfg.resume and cfg.mode in ("ddpm", "prior")
-        self.fresh = bool(cfg.out or not continued)
+        self.fresh = bool(cfg.out or not continued)  # writes to a folder of its own
         self.folder = the_first_ones(new_folder(cfg) if self.fresh else Path(cfg.resume))
         if not self.fresh and processes()[0] == 0:
             self.lock = lock(self.folder)  # before anything is read
@@ -217,6 +218,7 @@ def new_folder(cfg):
 
 
 def check_empty(folder, overwrite):
+    """ValueError if there is anything in the folder but, with `overwrite`, a run."""
     filled = folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir())
     if filled and overwrite:
         saved_flags(run_folder(folder, "--overwrite"))  # else it is no run
@@ -245,8 +247,8 @@ def run_folder(path, flag="--resume"):
 
 
 def saved_flags(folder):
-    """config.json of a run's folder -> the flags that the run was given, as they were written;
-    ValueError if it is damaged."""
+    """config.json of a run's folder -> its dictionary, as it was written; ValueError if it is
+    damaged."""
     path = folder / "config.json"
     try:
         flags = json.loads(path.read_text())
@@ -259,7 +261,7 @@ def saved_flags(folder):
 
 def newest_run():
     """The run in runs/ with the newest checkpoint."""
-    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path("runs").glob(f"**/{CHECKPOINT}"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError("--mode sample needs a trained network: none in runs/; train one with "
                          "--mode ddpm or name a run with --resume")
@@ -314,6 +316,7 @@ def load_checkpoint(folder, mend=False):
 
 
 def read_checkpoint(path):
+    """What torch.save wrote there; FileNotFoundError, or ValueError in one line."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no checkpoint there")
     try:
@@ -324,6 +327,7 @@ def read_checkpoint(path):
 
 
 def load_weights(module, state, where):
+    """load_state_dict; ValueError, naming `where` they are from, for another architecture."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

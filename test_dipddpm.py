@@ -12,10 +12,12 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 if not torch.cuda.is_available():
@@ -1029,6 +1032,16 @@ def test_step_with_sigma_zero_adds_no_noise():
     assert torch.equal(kernels.posterior_step(x_t, out, coef, 0, SEED, 0), out)
 
 
+@needs_triton
+def test_what_the_bench_times_takes_its_inputs():
+    from kernels import bench
+    for name, (ours, plain) in bench.TIMED.items():
+        done = [operation(bench.inputs(3, "cpu")) for operation in (ours, plain)]
+        a, b = ([x] if torch.is_tensor(x) else list(x) for x in done)
+        assert [x.shape for x in a] == [x.shape for x in b], name
+        assert all(x.isfinite().all() for x in a + b), name
+
+
 COMPILE = """
 import json
 from kernels import bench
@@ -1340,6 +1353,74 @@ def test_unet_weights_have_the_default_distribution_and_zeros_where_wanted():
     assert net.norm.weight.eq(1).all() and net.norm.bias.eq(0).all()
 
 
+def shaken(net):
+    """The network with small random numbers in every weight: none is at its first value."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def group_norm(x, layer):
+    """GroupNorm in 8 groups by its definition."""
+    B, C, H, W = x.shape
+    g = x.reshape(B, 8, -1)
+    g = (g - g.mean(2, keepdim=True)) / (g.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return g.view_as(x) * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+
+
+def same(x, layer, stride=1):
+    """A 3x3 convolution with a border of zeros."""
+    return F.conv2d(F.pad(x, (1, 1, 1, 1)), layer.weight, layer.bias, stride)
+
+
+def residual_block(x, emb, block):
+    h = same(F.silu(group_norm(x, block.norm1)), block.conv1)
+    scale, shift = (emb @ block.time.weight.T + block.time.bias)[:, :, None, None].split(
+        x.shape[1], 1)
+    return x + same(F.silu(group_norm(h, block.norm2) * (1 + scale) + shift), block.conv2)
+
+
+def test_the_time_embedding_has_geometric_frequencies():
+    t, net = torch.tensor([0, 1, 250, 999]), dipddpm.UNet(1, 16)
+    k = torch.arange(8)
+    angle = t[:, None] * 10_000.0 ** (-k / 8)
+    torch.testing.assert_close(net.time_embedding(t),
+                               torch.cat([angle.sin(), angle.cos()], 1).float())
+
+
+def test_attention_is_a_softmax_of_scaled_products():
+    layer, x = shaken(dipddpm.Attention(16, heads=4)), torch.randn(2, 16, 3, 5)
+    qkv = F.conv2d(group_norm(x, layer.norm), layer.qkv.weight, layer.qkv.bias)
+    q, k, v = qkv.reshape(2, 3, 4, 4, 15).unbind(1)  # [B, heads, C / heads, HW] each
+    share = (torch.einsum("bhcq,bhck->bhqk", q, k) / 2).softmax(-1)  # sqrt(C / heads) = 2
+    y = torch.einsum("bhqk,bhck->bhcq", share, v).reshape(2, 16, 3, 5)
+    torch.testing.assert_close(layer(x), x + F.conv2d(y, layer.out.weight, layer.out.bias))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 9)])
+def test_the_unet_is_two_levels_with_added_skips(size):
+    net, (H, W) = shaken(dipddpm.UNet(2, 8)), size
+    x, t = torch.randn(3, 2, H, W), torch.tensor([0, 40, 999])
+    emb = net.embed(net.time_embedding(t))
+    assert emb.shape == (3, 32)
+    padded = F.pad(x, (0, -W % 4, 0, -H % 4), mode="replicate")
+    deep = torch.stack([padded[:, c, i::2, j::2]
+                        for c, i, j in itertools.product((0, 1), repeat=3)], 1)
+    high = residual_block(same(deep, net.enter), emb, net.down1[0])
+    first = residual_block(same(high, net.shrink, 2), emb, net.down2[0])
+    second = residual_block(first, emb, net.down2[1])
+    assert high.shape[1:] == (8, -(-H // 4) * 2, -(-W // 4) * 2)
+    assert second.shape[1:] == (16, -(-H // 4), -(-W // 4))
+    h = residual_block(net.attention(second), emb, net.middle)
+    h = residual_block(residual_block(h + second, emb, net.up2[0]) + first, emb, net.up2[1])
+    h = F.pixel_shuffle(F.conv2d(h, net.grow.weight, net.grow.bias), 2)
+    h = same(F.silu(group_norm(residual_block(h + high, emb, net.up1[0]), net.norm)), net.leave)
+    torch.testing.assert_close(net(x, t), F.pixel_shuffle(h, 2)[..., :H, :W], rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in dipddpm.UNet(1).parameters()) == 573_604  # as README has it
+
+
 # ------------------------------------------------------------------ DDPM training
 
 
@@ -1349,15 +1430,36 @@ def test_epoch_order_is_a_new_permutation_each_epoch():
     assert (orders[0] == orders[1]).float().mean() < 0.02
 
 
+def test_a_logs_rows_are_its_steps_mean_loss_and_rate(tmp_path, monkeypatch):
+    cfg, losses = config(epochs=14, batch=8, width=8, timesteps=20, lr=1e-3), []
+    real = dipddpm.denoising_loss
+
+    def told(*args):
+        loss = real(*args)
+        losses.append(loss.sum().item() / 8)
+        return loss
+
+    monkeypatch.setattr(dipddpm, "denoising_loss", told)
+    x_0 = pixels(70, 1, 8, 8).cpu()  # 8 steps an epoch, 112 in all
+    _, rows, seconds = dipddpm.train_ddpm(cfg, x_0, 20, bare_run(tmp_path), "full")
+    assert [row[1:3] for row in rows] == [[50, 6.25], [100, 12.5], [112, 14.0]]
+    begin = 0
+    for _, step, _, at, loss, lr in rows:
+        assert loss == pytest.approx(np.mean(losses[begin:step]), rel=1e-5)
+        assert lr == dipddpm.learning_rate(cfg, step - 1, 112)
+        assert 0 < at <= seconds + 0.01
+        begin = step
+
+
 def test_timesteps_put_one_draw_in_each_stratum():
     position = torch.arange(100)
     for step in range(20):
-        t = dipddpm.timesteps(config(), position, 100, 500, step)
+        t = dipddpm.draw_t(config(), position, 100, 500, step)
         assert torch.equal(t // 5, position)
 
 
 def test_timesteps_reach_both_ends():
-    t = torch.stack([dipddpm.timesteps(config(), torch.arange(4), 4, 12, s) for s in range(100)])
+    t = torch.stack([dipddpm.draw_t(config(), torch.arange(4), 4, 12, s) for s in range(100)])
     assert t.unique().tolist() == list(range(12))
 
 
@@ -1746,6 +1848,16 @@ def test_a_step_from_a_noisy_y_leaves_no_more_noise_than_its_level(task, tau, et
     assert noise.item() == pytest.approx(1 - ab_s.item(), rel=0.03, abs=1e-6)
 
 
+def test_a_step_takes_all_of_a_y_whose_noise_is_less_than_its_own():
+    x_0, y, z = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.9), torch.ones(1, 1, 2, 2)
+    m = dipddpm.Measurement("denoise", y, torch.ones_like(y), 0.1)
+    ab_t, ab_s, sigma = torch.tensor([0.3, 0.5, 0.2])
+    x_s = m.noisy_step(ab_t.sqrt() * x_0 + (1 - ab_t).sqrt() * 2, x_0, ab_t, ab_s, sigma, z)
+    left = 1 - 0.5 - 0.5 * 0.2**2  # of x_s's noise, when y has brought its own: twice 0.1, scaled
+    torch.testing.assert_close(x_s, torch.full_like(
+        x_s, 0.5**0.5 * 0.8 + (left - 0.2**2) ** 0.5 * 2 + 0.2))
+
+
 def test_corruption_has_its_noise_only_where_something_is_seen():
     x = torch.full((200, 1, 8, 8), 0.5)
     m = dipddpm.corrupt(config(sigma=0.3), "inpaint", x, torch.arange(200))
@@ -1909,6 +2021,79 @@ def test_principal_components_are_white_and_hold_what_lies_in_their_span():
     scores, mean, axes = dipddpm.principal_components(x, 3)
     torch.testing.assert_close(scores.T @ scores / 300, torch.eye(3), atol=1e-4, rtol=0)
     assert (mean + scores @ axes - x.flatten(1) / 255).abs().max() < 3 / 255  # rounding is left
+
+
+def batch_norm(x):
+    """Each channel of one image by its own mean and deviation."""
+    mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), unbiased=False, keepdim=True)
+    return (x - mean) / (var + 1e-5).sqrt()
+
+
+def test_skip_is_the_hourglass_of_the_paper():
+    members = torch.arange(1)
+    net = dipddpm.Skip(dipddpm.Grouped(members, 0), 6, 2, 16, 24, 8)
+    assert net.scales == 2
+
+    def conv(x, layer, size, stride=1):
+        assert layer.weight.shape[2:] == (size, size)
+        pad = (size - 1) // 2
+        x = F.pad(x, (pad,) * 4, mode="reflect") if pad else x
+        return F.conv2d(x, layer.weight, layer.bias, stride)
+
+    def unit(x, parts, size, stride=1):
+        return F.leaky_relu(batch_norm(conv(x, parts[0], size, stride)), 0.2)
+
+    x = torch.randn(1, 6, 16, 24)
+    skips, h = [], x
+    for skip, down in zip(net.skips, net.downs):
+        skips.append(unit(h, skip, 1))
+        h = unit(unit(h, down[0], 3, 2), down[1], 3)
+    assert h.shape == (1, 8, 4, 6) and skips[1].shape == (1, 4, 8, 12)
+    for skip, up in zip(reversed(skips), reversed(net.ups)):
+        h = torch.cat([skip, F.interpolate(h, scale_factor=2, mode="bilinear")], 1)
+        h = unit(unit(batch_norm(h), up[0], 3), up[1], 1)
+    torch.testing.assert_close(net(x), conv(h, net.last, 1).sigmoid(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, scales", [(7, 1), (15, 1), (16, 2), (28, 2), (32, 3), (64, 4),
+                                          (128, 5), (512, 5)])
+def test_skip_has_as_many_scales_as_leave_four_pixels(size, scales):
+    net = dipddpm.Skip(dipddpm.Single(), 1, 1, size, 2 * size, 2)
+    assert net.scales == scales == len(net.downs)
+
+
+def test_the_other_dips_are_their_layers():
+    x = torch.randn(2, 3, 32, 40)
+    two = dipddpm.conv2(dipddpm.Single(), 3, 3, 32, 40, 5)
+    h = F.relu(same(x, two[0]))
+    torch.testing.assert_close(two(x), same(h, two[2]).sigmoid())
+    four = dipddpm.autoencoder(dipddpm.Single(), 3, 3, 32, 40, 5)
+    h = x
+    for k in (0, 2, 4, 6):
+        h = same(h, four[k])
+        h = h.relu() if k < 6 else h.tanh()
+    torch.testing.assert_close(four(x), h)
+    net = dipddpm.ResNet18(dipddpm.Single(), 3, 3, 32, 40, 4)
+    shapes = [net.enter[0](x).shape[1:], net.enter(x).shape[1:], net.blocks(net.enter(x)).shape[1:]]
+    assert shapes == [(4, 16, 20), (4, 8, 10), (32, 1, 2)]
+    h = net.blocks(net.enter(x))
+    for up, width in zip(net.ups, (16, 8, 4, 4, 4)):
+        h = up(h)
+        assert h.shape[1] == width
+    assert h.shape[2:] == (32, 64)
+    torch.testing.assert_close(net(x), net.last(h).sigmoid()[..., :32, :40])
+
+
+def test_the_decoder_of_codes_doubles_twice():
+    net = dipddpm.CodeDecoder(3, 10, 13, 8).eval()
+    code = torch.randn(4, 32)
+    h = (code @ net.enter.weight.T + net.enter.bias).view(4, 16, 3, 4)
+    h = F.leaky_relu(h / (1 + 1e-5) ** 0.5, 0.2)  # norms that have seen nothing only divide
+    for conv, width in (net.conv1, 8), (net.conv2, 4):
+        h = F.interpolate(h, scale_factor=2, mode="bilinear")
+        h = F.leaky_relu(same(h, conv) / (1 + 1e-5) ** 0.5, 0.2)
+        assert h.shape[1] == width
+    torch.testing.assert_close(net(code), same(h, net.last).sigmoid()[..., :10, :13])
 
 
 def test_codes_are_learned_with_their_decoder_and_give_new_images(tmp_path):
@@ -2392,7 +2577,7 @@ def test_the_checkpoint_before_serves_where_the_newest_is_damaged(tmp_path, caps
     run.about = {"data": {}, "shape": []}
     for step in (1, 2):
         run.state = {"full": {"step": step}}
-        dipddpm.save_checkpoint(run)
+        edge.save_checkpoint(run)
     assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 2
     newest = tmp_path / "checkpoint.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -2407,14 +2592,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     run = bare_run(tmp_path)
     run.about = {"data": {}, "shape": []}
     run.state = {"full": {"step": 1}}
-    dipddpm.save_checkpoint(run)
+    edge.save_checkpoint(run)
     run.state = {"full": {"step": 2, "net": torch.zeros(100_000)}}
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         with pytest.raises((OSError, RuntimeError)):
-            dipddpm.save_checkpoint(run)
+            edge.save_checkpoint(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -2466,7 +2651,7 @@ def test_a_stopped_sweep_of_trainings_goes_on(tmp_path, capsys, monkeypatch):
     argv = [*little_training(tmp_path)[0], "--epochs", 30, "--sweep", "seed=0,1", "--out"]
     assert run_main([*argv, tmp_path / "whole"], capsys)[0] == 0
     monkeypatch.setattr(dipddpm, "CHECKPOINT_SECONDS", 0)
-    real, stopped = dipddpm.save_checkpoint, []
+    real, stopped = edge.save_checkpoint, []
 
     def stop_the_second(run):
         real(run)
@@ -2474,7 +2659,7 @@ def test_a_stopped_sweep_of_trainings_goes_on(tmp_path, capsys, monkeypatch):
             stopped.append(copy.deepcopy(run.state["full"]["rows"]))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(dipddpm, "save_checkpoint", stop_the_second)
+    monkeypatch.setattr(edge, "save_checkpoint", stop_the_second)
     assert run_main([*argv, tmp_path / "s"], capsys)[0] == 130
     assert stopped[0][-1][1] == 50  # of 120 steps
     status, out, err = run_main([*argv, tmp_path / "s"], capsys)
@@ -3130,7 +3315,7 @@ def test_fid_rises_with_noise(judged):
 
 def test_fid_rises_with_blur(judged):
     x, _, distance = judged
-    found = [distance(torch.nn.functional.avg_pool2d(x, k, 1, k // 2, count_include_pad=True))
+    found = [distance(F.avg_pool2d(x, k, 1, k // 2, count_include_pad=True))
              for k in (1, 3, 5, 7, 9)]
     assert found == sorted(found)
 
@@ -3515,6 +3700,17 @@ def test_what_the_studies_measure_is_what_they_say():
     assert reproduce.dip_cost(results, "dip", truth[0].numel()) == pytest.approx((3.0, 0.01))
 
 
+@pytest.mark.parametrize("T", [3, 10, 1000])
+def test_losses_on_held_out_images_are_at_times_that_exist(T):
+    asked = []
+    losses = dipddpm.held_out_losses(
+        config(timesteps=T, predict="x0"), lambda x_t, t: (asked.extend(t.tolist()), 0 * x_t)[1],
+        torch.zeros(2, 1, 4, 4, dtype=torch.uint8), T,
+        SimpleNamespace(device="cpu", autocast=contextlib.nullcontext))
+    assert sorted(set(asked)) == sorted({max(1, round(s * T)) - 1 for s in (.1, .3, .5, .7, .9)})
+    assert losses == pytest.approx(dict.fromkeys(losses, 1.0)) and len(losses) == 5  # (0 - -1)^2
+
+
 def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
     cfg = config(mode="ddpm", timesteps=1000)
     truth = torch.full((2, 1, 40, 40), 0.75)
@@ -3538,3 +3734,62 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
     assert reproduce.spread([0.0079]) == "0.00790" and reproduce.spread([0.0]) == "0.00"
     assert reproduce.spread([132.0, 133.0]) == "132.5 ± 0.7"
     assert reproduce.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
+
+
+def test_a_set_is_told_by_its_distances_to_training_images_and_sources():
+    train = data.Images(torch.zeros(2, 1, 5, 4, dtype=torch.uint8), None, "zeros", "")
+    test = data.Images(torch.full((3, 1, 5, 4), 51, dtype=torch.uint8), None, "zeros", "")
+    judge = measures.Judge(train, train.pixels, test, 3, [])
+    assert judge.real == {"nearest": round(0.2 * 20**0.5, 3), "nearest_5": round(0.2 * 20**0.5, 3)}
+    x = torch.linspace(0, 1, 101)[:, None, None, None].expand(-1, 1, 5, 4)  # 0, 0.01 ... from them
+    row = judge(2 * x - 1, torch.full((101, 1, 5, 4), 255, dtype=torch.uint8))
+    assert row["nearest"] == row["own_source"] == round(0.5 * 20**0.5, 3)
+    assert row["nearest_5"] == round(0.05 * 20**0.5, 3)
+
+
+def test_a_group_has_a_whole_image_even_if_it_is_larger_than_asked():
+    members = torch.arange(5)
+    sizes = {K: [len(g) for g in dipddpm.in_groups(config(dip_group=K), members, 4)]
+             for K in (1, 4, 8, 64)}
+    assert sizes == {1: [1] * 5, 4: [1] * 5, 8: [2, 2, 1], 64: [5]}
+
+
+def test_smoothed_images_are_a_dips_outputs_in_256_steps(tmp_path, monkeypatch):
+    seen, x = {}, torch.tensor([-1.2, -1.0, -0.5, 0.0, 0.5, 1.0, 1.2]).view(1, 1, 1, 7)
+    monkeypatch.setitem(dipddpm.PRIORS, "dip-images", lambda *_: x)
+    monkeypatch.setattr(dipddpm, "train_ddpm", lambda cfg, images, t_max, run, name: (
+        seen.update({name: (images.flatten().tolist(), t_max)}), ("net", [], 0.0))[1])
+    cfg = config(train=("full", "truncated", "smoothed"), t_start=(30, 70), timesteps=100)
+    dipddpm.train_networks(cfg, torch.zeros(1, 1, 1, 7, dtype=torch.uint8), bare_run(tmp_path))
+    assert seen == {"full": ([0] * 7, 100), "truncated": ([0] * 7, 70),
+                    "smoothed": ([0, 0, 64, 128, 191, 255, 255], 100)}
+
+
+# ------------------------------------------------------------------ README
+
+
+def test_the_readme_quotes_the_code_and_its_links_lead_somewhere():
+    here = Path(__file__).parent
+    code = "".join((here / name).read_text() for name in ("dipddpm.py", "kernels/posterior.py"))
+    texts = {name: (here / name).read_text() for name in ("README.md", "RESULTS.md")}
+    quotes = re.findall(r"```python\n(.*?)```", texts["README.md"], re.DOTALL)
+    assert len(quotes) >= 3 and all(quote in code for quote in quotes)
+    anchors = {name: {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                      for title in re.findall(r"(?m)^## (.*)$", text)}
+               for name, text in texts.items()}
+    links = [(name, link) for name, text in texts.items()
+             for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 10
+    for name, link in links:
+        file, _, anchor = link.partition("#")
+        assert not file or (here / file).exists(), link
+        assert not anchor or anchor in anchors[file or name], link
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(dipddpm.Config)}
+    known |= {"--help", "--full", "--standalone", "--nproc-per-node"}
+    for name in ("README.md", "RESULTS.md"):
+        text = (Path(__file__).parent / name).read_text()
+        flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+        assert len(flags) > 10 and not flags - known

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import dipddpm
+import edge
 
 for name in ("", ".transforms", ".utils", ".models"):  # the next two import it, but not for this
     sys.modules.setdefault("torchvision" + name, MagicMock())
@@ -227,7 +228,7 @@ def networks(pairs, count):
 
 
 def main():
-    dipddpm.keep_freed_memory()  # here for all
+    edge.keep_freed_memory()  # here for all
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS}\n")
     print("| | parameters | images/s in training | evaluations/s in sampling |\n"
           "|---|---:|---:|---:|")

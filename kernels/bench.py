@@ -152,7 +152,7 @@ def inputs(images, device):
     x, out = torch.randn(2, *shape, device=device)
     return Inputs(x_0, torch.randperm(images, device=device),
                   torch.randint(1000, (images,), device=device), x, out,
-                  torch.rand(1000, 5, device=device), torch.rand(50, 6, device=device),
+                  torch.rand(1000, 5, device=device), torch.rand(50, 7, device=device),
                   torch.zeros((), dtype=torch.int64, device=device))
 
 
