@@ -3765,6 +3765,64 @@ def test_smoothed_images_are_a_dips_outputs_in_256_steps(tmp_path, monkeypatch):
                     "smoothed": ([0, 0, 64, 128, 191, 255, 255], 100)}
 
 
+def test_the_box_is_the_middle_half_and_noise_is_the_streams():
+    x = torch.full((2, 1, 8, 12), 0.5)
+    box = dipddpm.corrupt(config(), "inpaint-box", x, torch.arange(2))
+    expected = torch.ones(2, 1, 8, 12)
+    expected[:, :, 2:6, 3:9] = 0
+    assert torch.equal(box.mask, expected) and torch.equal(box.y, 0.5 * expected)
+    noisy = dipddpm.corrupt(config(sigma=0.2), "denoise", x, torch.arange(2))
+    eps = kernels.normal(x.shape, 0, torch.arange(2), 0, kernels.CORRUPTION)
+    torch.testing.assert_close(noisy.y, x + 0.2 * eps)
+
+
+def test_the_defaults_of_dips_are_those_that_the_help_tells(tmp_path, monkeypatch):
+    seen, run = {}, bare_run(tmp_path)
+    x_0 = pixels(8, 1, 8, 8).cpu()
+    for arch, make in dipddpm.ARCHS.items():
+        monkeypatch.setitem(dipddpm.ARCHS, arch, lambda *a, arch=arch, make=make: (
+            seen.update({arch: a[-1]}), make(*a))[1])
+    monkeypatch.setattr(dipddpm, "NETWORK_ITERS", 2)
+    dipddpm.fit_network(config(), x_0, run)
+    assert seen == {"autoencoder": 64}
+    decoder, codes = dipddpm.fit_codes(config(batch=4), x_0, run)
+    assert decoder.conv1.weight.shape[:2] == (32, 64) and codes.shape == (8, 32)
+    members = torch.arange(1)
+    for size, mode, width, lr in ((64, "prior", 16, 0.01), (65, "prior", 128, 0.01),
+                                  (64, "guide", 16, 0.05), (64, "dip", 16, 0.05),
+                                  (65, "dip", 128, 0.01)):
+        group = dipddpm.DIPGroup(config(mode=mode), members, 1, 7, size)
+        assert (seen["skip"], group.lr, group.Cz) == (width, lr, min(32, width))
+        assert group.optimizer.param_groups[0]["lr"] == lr
+    asked = []
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run: (
+        asked.append(iters), y)[1])
+    x = dipddpm.prior_dip_images(config(), x_0, x_0, run)
+    torch.testing.assert_close(x, x_0.float() / 127.5 - 1)
+    dipddpm.prior_dip_images(config(dip_iters=7), x_0, x_0, run)
+    assert asked == [60, 7]
+    assert dipddpm.steps_of_prior(config()) == (600,)
+    assert dipddpm.steps_of_prior(config(timesteps=2)) == (1,)
+
+
+def test_images_may_leave_their_range_by_a_thousandth_of_it():
+    x = torch.zeros(1, 1, 4, 4)
+    for beyond, ok in ((-0.2, True), (-0.3, False), (255.2, True), (255.3, False)):
+        y = x.clone()
+        y[0, 0, 0, 0] = beyond
+        if ok:
+            measures.mse(x, y, 255.0)
+        else:
+            with pytest.raises(ValueError):
+                measures.mse(x, y, 255.0)
+
+
+def test_precision_needs_as_many_points_as_neighbours_and_itself():
+    f = torch.randn(4, 3)
+    assert measures.precision_recall(f, f, k=3) == (1.0, 1.0)
+    error_line(ValueError, lambda: measures.precision_recall(f[:3], f[:3], k=3))
+
+
 # ------------------------------------------------------------------ README
 
 
