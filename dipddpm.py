@@ -1379,7 +1379,7 @@ def run_prior(cfg, run):
         raise ValueError(f"--batch {cfg.batch}, of {N} images, is too small for as many processes")
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
     if run.about and run.about["data"] != about:
-        raise ValueError(f"--resume {run.folder}: the data was {run.about['data']}, now {about}")
+        raise ValueError(f"--resume {cfg.resume}: the data was {run.about['data']}, now {about}")
     learned = run.state.get("truncated", {}).get("t_max", cfg.timesteps)
     if "truncated" in cfg.train and learned < max(steps_of_prior(cfg)):
         raise ValueError(f"--resume {cfg.resume}: its truncated network was trained for t < "

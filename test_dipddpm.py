@@ -1061,7 +1061,8 @@ def test_machine_code_of_the_kernels_keeps_its_promises(tmp_path):
                           capture_output=True, cwd=os.path.dirname(os.path.dirname(rng.__file__)))
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 22
+    from kernels import bench
+    assert len(rows) == len(bench.CHIPS) * len(bench.CASES)
     for name, row in rows.items():
         assert row["local"] == 0, name
         assert min(map(int, row["loads"])) >= 32 and min(map(int, row["stores"])) >= 32, name
@@ -2535,7 +2536,7 @@ def test_resuming_with_other_training_flags_or_data_is_refused_in_one_line(
     real = data.load
     monkeypatch.setattr(data, "load", lambda *a, **b: real(*a, **b)._replace(sha256="another"))
     status, _, err = run_main(["--resume", whole_run], capsys)
-    assert status == 2 and "the data was" in err and err.count("\n") == 1
+    assert status == 2 and "the data was" in err and err.count("\n") == 1 and str(whole_run) in err
 
 
 def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
@@ -3821,6 +3822,81 @@ def test_precision_needs_as_many_points_as_neighbours_and_itself():
     f = torch.randn(4, 3)
     assert measures.precision_recall(f, f, k=3) == (1.0, 1.0)
     error_line(ValueError, lambda: measures.precision_recall(f[:3], f[:3], k=3))
+
+
+@pytest.mark.parametrize("task, sigma", [("denoise", 0.2), ("inpaint", 0.0), ("sr", 0.1)])
+def test_a_restorations_arms_start_where_they_say(task, sigma, tmp_path, monkeypatch):
+    cfg = config(mode="prior", task=(task,), sigma=sigma, samples=5, timesteps=100, nfe=(4, 90),
+                 t_start=(30, 60), order=(2,), dip_iters=9)
+    test = data.Images(pixels(9, 1, 8, 8).cpu(), None, "noise", "")
+    chosen, numbers = measures.subset(9, 5), torch.arange(5)
+    truth = test.pixels[chosen].float() / 255
+    m = dipddpm.corrupt(cfg, task, truth, numbers)
+    guess, asked, sampled = random_images(5, 1, 8, 8), [], []
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run, known: (
+        asked.append((y, members, iters, known.sigma)), guess)[1])
+
+    def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, measured):
+        sampled.append((arm, net, x_init, t_start, nfe, setting, measured is None))
+        return x_init * 0.5, {"name": arm, "nfe": nfe, "t_start": t_start, "eta": setting[0],
+                              "order": setting[1], "grid": setting[2], "seconds": 2.0}
+
+    monkeypatch.setattr(dipddpm, "timed_sample", timed_sample)
+    result, run = {"arms": [], "curves": {}, "pictures": []}, bare_run(tmp_path)
+    dipddpm.restore(cfg, run, {"full": "f", "truncated": "t"}, task, test, result)
+    (y, members, iters, known), = asked
+    assert torch.equal(y, m.y) and torch.equal(members, numbers) and (iters, known) == (9, sigma)
+    corrupted = m.back(m.y).clamp(0, 1)
+    dip = guess if sigma else ((m.consistent(guess * 2 - 1) + 1) / 2).clamp(0, 1)
+    rows = result["arms"]
+    for row, x in zip(rows, (corrupted, dip)):
+        assert row["psnr"] == pytest.approx(measures.psnr(x, truth).mean().item(), abs=1e-3)
+    starts = {"ddpm": [(kernels.normal(truth.shape, 0, numbers, 0, kernels.INIT_NOISE), 100)],
+              "dip-images": [(dipddpm.start_from_prior(cfg, dip * 2 - 1, t, numbers), t)
+                             for t in (30, 60)],
+              "pinv": [(dipddpm.start_from_prior(cfg, corrupted * 2 - 1, t, numbers), t)
+                       for t in (30, 60)]}
+    if task == "denoise":
+        starts["ddpm-y"] = [dipddpm.start_from_noisy(cfg, m)]
+    wanted = [(arm, t, nfe) for arm in ("ddpm",) for _, t in starts[arm] for nfe in (4, 90)]
+    wanted += [(arm, t, 4) for t in (30, 60) for arm in ("dip-images", "pinv")]  # 90 > 60
+    wanted += [("ddpm-y", t, 4) for _, t in starts.get("ddpm-y", ())]
+    assert [(arm, t, nfe) for arm, _, _, t, nfe, _, _ in sampled] == wanted
+    for (arm, net, x_init, t, _, setting, free), row in zip(sampled, rows[2:]):
+        assert net == ("f" if arm.startswith("ddpm") else "t") and free == (arm == "ddpm-y")
+        torch.testing.assert_close(x_init, dict((b, a) for a, b in starts[arm])[t])
+        assert setting == (0.0, 1 if sigma and arm != "ddpm-y" else 2, "uniform")
+        x = ((x_init * 0.5 + 1) / 2).clamp(0, 1)
+        assert row["psnr"] == pytest.approx(measures.psnr(x, truth).mean().item(), abs=1e-3)
+        prior = rows[1]["seconds"] if arm == "dip-images" else 0.0
+        assert (row["seconds"], row["prior_seconds"]) == (round(2 + prior, 3), prior)
+    assert run.seconds["dip"] == rows[1]["seconds"] and len(result["pictures"]) == 1
+
+
+def test_principal_components_give_back_what_is_skewed():
+    x_0 = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
+    x_0[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
+    made = dipddpm.prior_pca(config(), x_0, x_0[:300], None)
+    level = (made.flatten(1).mean(1) + 1) / 2
+    assert ((level < 0.15) | (level > 0.85)).float().mean() > 0.95
+    assert (level > 0.85).float().mean() == pytest.approx(0.25, abs=0.08)
+    made = dipddpm.prior_gauss(config(), x_0, x_0[:300], None).flatten(1)
+    assert made.mean() == pytest.approx(-0.5, abs=0.12) and made.std() == pytest.approx(
+        0.75**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("size, budget", [(64, 1000), (65, 3000)])
+def test_a_fit_may_take_more_iterations_on_photos(size, budget, tmp_path, monkeypatch):
+    images = data.Images(torch.full((2, 1, 7, size), 99, dtype=torch.uint8), None, "grey", "")
+    monkeypatch.setattr(dipddpm, "load_images", lambda cfg, split, limit: images)
+    run = SimpleNamespace(**vars(bare_run(tmp_path)), begin=lambda: None)
+    cfg = config(mode="dip", dip_width=2)
+    seen = dipddpm.observe(cfg, run)
+    assert seen.budget == budget and seen.measured.sigma == 0.1 and len(seen.members) == 2
+    torch.testing.assert_close(seen.truth, torch.full((2, 1, 7, size), 99 / 255))
+    assert dipddpm.observe(dataclasses.replace(cfg, dip_iters=7), run).budget == 7
+    own = dipddpm.observe(dataclasses.replace(cfg, noise="own"), run)
+    assert own.truth is None and own.measured.sigma == 0.0 and "sigma" not in own.about
 
 
 # ------------------------------------------------------------------ README
