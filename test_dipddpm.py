@@ -1120,7 +1120,7 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
     ("--mode prior --order 3", "--order must be at most 2, not 3"),
-    ("--mode prior --grid cubic", "cubic is none of uniform"),
+    ("--mode prior --grid banana", "banana is none of uniform"),
     ("--mode guide --data digits --noise own", "--noise own is for --mode dip"),
     ("--mode dip --data digits --noise own --sigma 0.1", "--noise own is for --mode dip without"),
     ("--mode dip --data digits --noise estimated --task sr", "no noise level can be told from sr"),
