@@ -3899,6 +3899,60 @@ def test_a_fit_may_take_more_iterations_on_photos(size, budget, tmp_path, monkey
     assert own.truth is None and own.measured.sigma == 0.0 and "sigma" not in own.about
 
 
+@pytest.mark.parametrize("M", [1, 4, 12])
+def test_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitted_to(M):
+    cfg, x = config(replicas=M), torch.rand(3, 1, 40, 40)
+    m = dipddpm.corrupt(config(), "inpaint", x, torch.arange(3))
+    numbers = dipddpm.replicas_of(torch.arange(3), M)
+    half = dipddpm.held_out(cfg, m, numbers, 1)
+    fitted, judged = half.fitted > 0, half.judged > 0
+    given = m.given().bool().repeat_interleave(M, 0)
+    assert torch.equal(fitted | judged, given) and not (fitted & judged).any()
+    for share in half.fitted, half.judged:
+        torch.testing.assert_close(share.sum(dim=(1, 2, 3)), torch.ones(3 * M))
+        assert all(row[row > 0].unique().numel() == 1 for row in share)
+    assert judged.view(3, M, -1).sum(1).max() == 1  # no two replicas of one image judge by the same
+    part = judged.float().sum() / given.float().sum()
+    assert part == pytest.approx(1 / max(10, M), rel=0.1) and half.noise == 0
+    alone = dipddpm.held_out(cfg, m.part(slice(2, 3)), numbers[2 * M:], 1)
+    assert torch.equal(alone.judged, half.judged[2 * M:])  # whatever shares its group
+    assert torch.equal(half.targets[0], m.y.repeat_interleave(M, 0))
+    assert torch.equal(half.judge, half.targets[0])
+
+
+def test_a_dips_input_is_its_code_and_a_thirtieth_of_fresh_noise():
+    group, seen = dipddpm.DIPGroup(config(dip_width=4), torch.arange(3), 1, 8, 8), []
+    assert 0 <= group.z.min() and 0.09 < group.z.max() <= 0.1
+    group.net.register_forward_pre_hook(lambda net, x: seen.append(x[0]))
+    for i in (0, 7):
+        group.iterate(i, torch.zeros(3, 1, 8, 8), torch.ones(()) / 64, lambda x: x)
+        jitter = kernels.normal((1, 4, 8, 8), 0, 0, i, kernels.DIP_JITTER)
+        torch.testing.assert_close(seen[-1], (group.z + jitter / 30).view(1, 12, 8, 8))
+
+
+def test_the_last_iteration_is_looked_at_whatever_its_number():
+    averages, y = {}, torch.full((2, 1, 8, 8), 0.8)
+    x = dipddpm.fit_dips(config(mode="dip", dip_width=4), y, torch.arange(2), 13, lambda i: None,
+                         dipddpm.corrupt(config(sigma=0.0), "denoise", y, torch.arange(2)),
+                         watch=lambda i, x, average: averages.update({i: average.clone()}))
+    assert torch.equal(x, averages[12]) and not torch.equal(x, averages[9])  # it still gets better
+
+
+def test_codes_take_as_many_steps_as_their_passes_have(tmp_path, monkeypatch):
+    steps, real = [], edge.Progress
+    monkeypatch.setattr(edge, "Progress", lambda *a: (steps.append(a[1]), real(*a))[1])
+    x_0 = pixels(10, 1, 8, 8).cpu()
+    dipddpm.fit_codes(config(batch=4), x_0, bare_run(tmp_path))
+    dipddpm.fit_codes(config(batch=4, dip_iters=5), x_0, bare_run(tmp_path))
+    assert steps == [dipddpm.CODE_EPOCHS * 2, 5]
+
+
+def test_kid_needs_four_of_each():
+    f = torch.randn(4, 3)
+    measures.kid(f, f + 1)
+    error_line(ValueError, lambda: measures.kid(f[:3], f))
+
+
 # ------------------------------------------------------------------ README
 
 
