@@ -1193,7 +1193,8 @@ def merge(runs):
             if len({json.dumps(config[k]) for config in configs if k in config}) == 1}
     differ = [k for k in known if k not in same and k not in RUNS_OWN]
     whole = {"arms": [], "curves": {}, "marks": {}, "pictures": [], "notes": [], "runs": []}
-    labels = [", ".join(f"{k} {show(config.get(k))}" for k in differ) for config in configs]
+    labels = [", ".join(f"{k} {show(config[k])}" for k in differ if config.get(k) is not None)
+              for config in configs]
     clocks, shown = {}, set()
     for run, label in zip(runs, labels):
         clocks.setdefault(label, set()).add(str(run.get("device")))
