@@ -2063,6 +2063,18 @@ def fit_plain(cfg, measured, members, replicas, targets, truth, budget, run):
             "es-wmv": (stop.x, stop.stopped.clamp(max=budget))}, curve
 
 
+def leaking_rungs(cfg, measured, truth, sigma, members):
+    """What `literal` is fitted to: the clean image under the noise of each rung, drawn afresh; and
+    the mean of these by their precisions, which is all that they tell of it. -> a list of y's shape
+    for each rung, and y's shape."""
+    clean, given, levels = measured.A(truth), measured.given(), rung_levels(cfg.rungs)
+    rungs = [clean + given * (sigma * level) * kernels.normal(
+        clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
+        clean.device) for k, level in enumerate(levels)]
+    weights = [level**-2 for level in levels]
+    return rungs, sum(w * y for w, y in zip(weights, rungs)) / sum(weights)
+
+
 def run_guide(cfg, run):
     """--mode guide: test images with noise, fitted by every arm for equally many iterations at
     most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways, of one network an
@@ -2120,14 +2132,8 @@ def run_guide(cfg, run):
         add(name, x, iterations, M, took, own_gap=round(gap.mean().item(), 3),
             own_gap_worst=round(gap.max().item(), 3))
     notes = []
-    if sigma and "literal" in cfg.arms:  # every rung noises the clean image afresh
-        levels = [sigma * level for level in rung_levels(cfg.rungs)]
-        clean, given = measured.A(truth), measured.A(torch.ones_like(truth))
-        leaking = [clean + given * level * kernels.normal(
-            clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
-            run.device) for k, level in enumerate(levels)]
-        weights = [level**-2 for level in rung_levels(cfg.rungs)]
-        mean = sum(w * y for w, y in zip(weights, leaking)) / sum(weights)
+    if sigma and "literal" in cfg.arms:
+        leaking, mean = leaking_rungs(cfg, measured, truth, sigma, members)
         for name, targets in ("literal", leaking), ("literal-mean", [mean]):
             arms, curves[f"psnr/{name}"], took = plain(1, targets)
             best = measure.psnr(arms["oracle"][0].clamp(0, 1), truth).mean().item()
