@@ -2030,15 +2030,16 @@ def batch_norm(x):
     return (x - mean) / (var + 1e-5).sqrt()
 
 
-def test_skip_is_the_hourglass_of_the_paper():
-    members = torch.arange(1)
-    net = dipddpm.Skip(dipddpm.Grouped(members, 0), 6, 2, 16, 24, 8)
+@pytest.mark.parametrize("make, border", [(dipddpm.Grouped(torch.arange(1), 0), "reflect"),
+                                          (dipddpm.Single(), "constant")])
+def test_skip_is_the_hourglass_of_the_paper(make, border):
+    net = dipddpm.Skip(make, 6, 2, 16, 24, 8)
     assert net.scales == 2
 
     def conv(x, layer, size, stride=1):
         assert layer.weight.shape[2:] == (size, size)
         pad = (size - 1) // 2
-        x = F.pad(x, (pad,) * 4, mode="reflect") if pad else x
+        x = F.pad(x, (pad,) * 4, mode=border) if pad else x
         return F.conv2d(x, layer.weight, layer.bias, stride)
 
     def unit(x, parts, size, stride=1):
@@ -3951,6 +3952,30 @@ def test_kid_needs_four_of_each():
     f = torch.randn(4, 3)
     measures.kid(f, f + 1)
     error_line(ValueError, lambda: measures.kid(f[:3], f))
+
+
+def test_a_prior_is_noised_to_the_step_that_was_asked_for():
+    cfg, numbers, prior = config(timesteps=10), torch.arange(4), random_images(4, 1, 5, 5) * 2 - 1
+    eps = kernels.normal(prior.shape, 0, numbers, 0, kernels.INIT_NOISE)
+    for t_start in (1, 6, 10):
+        ab = dipddpm.cosine_schedule(10).at(t_start)
+        torch.testing.assert_close(dipddpm.start_from_prior(cfg, prior, t_start, numbers),
+                                   ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
+
+
+def test_seconds_add_up(whole_run):
+    result = json.loads((whole_run / "results.json").read_text())
+    whole = result["seconds"]["total"]
+    assert all(0 <= part <= whole + 0.01 for part in result["seconds"].values())
+    for row in result["arms"]:
+        assert 0 <= row["prior_seconds"] <= row["seconds"] <= whole + 0.01
+        assert row["name"] != "ddpm" or row["prior_seconds"] == 0
+    n = min(result["config"]["samples"], result["data"]["train"])
+    for row in result["arms"]:
+        if "fid_lenet" in row:
+            points = [x for name, points in result["curves"].items()
+                      if name.startswith(f"seconds/{row['name']}") for x, _ in points]
+            assert any(x == pytest.approx(row["seconds"] * 1000 / n) for x in points)
 
 
 # ------------------------------------------------------------------ README
