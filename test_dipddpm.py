@@ -2770,6 +2770,7 @@ def test_an_arms_own_best_is_that_of_its_looks_and_its_result(tmp_path):
     seen = dipddpm.observe(cfg, run)
     x, _, best, curve = dipddpm.fit_guided_in_groups(cfg, seen, 1, run)
     result = measures.psnr(x.clamp(0, 1), seen.truth).item()
+    assert curve[-1][1] == pytest.approx(result, abs=3)  # the mean of the looks against the last
     assert best.item() == pytest.approx(max([result] + [psnr for _, psnr in curve]), abs=2e-3)
 
 
@@ -3976,6 +3977,64 @@ def test_seconds_add_up(whole_run):
             points = [x for name, points in result["curves"].items()
                       if name.startswith(f"seconds/{row['name']}") for x, _ in points]
             assert any(x == pytest.approx(row["seconds"] * 1000 / n) for x in points)
+
+
+def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
+    cfg, steps = config(lr=0.5), 200  # 6 of them warm up
+    for step in (0, 2, 5, 6, 7, 100, 199):
+        ramp = min(1, (step + 1) / 6)
+        assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
+            0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def test_a_restoring_step_clips_as_others_do():
+    cfg = config(timesteps=20, predict="x0")
+    m = dipddpm.corrupt(cfg, "inpaint", torch.full((2, 1, 6, 6), 0.5), torch.arange(2))
+    for level in (5.0, -5.0):
+        x = dipddpm.sample(cfg, lambda x_t, t, level=level: torch.full_like(x_t, level),
+                           torch.zeros(2, 1, 6, 6), 20, 4, 0.0, torch.arange(2),
+                           contextlib.nullcontext, measured=m)
+        expected = torch.where(m.mask == 1, 0.0, math.copysign(1, level))
+        torch.testing.assert_close(x, expected)
+
+
+def test_a_plain_fit_holds_nothing_out_and_early_stops_cost_their_share(tmp_path, monkeypatch):
+    asked, real = [], dipddpm.fit_dips
+    monkeypatch.setattr(dipddpm, "fit_dips", lambda *a: (asked.append(a[6]), real(*a))[1])
+    truth = random_images(2, 1, 8, 8)
+    m = dipddpm.corrupt(config(sigma=0.1), "denoise", truth, torch.arange(2))
+    arms, curve = dipddpm.fit_plain(config(mode="guide", dip_width=4), m, torch.arange(2), 2,
+                                    [m.y], truth, 35, bare_run(tmp_path))
+    assert asked == [0.0] and [i for i, _ in curve] == [10, 20, 30, 35]
+    best = torch.stack([psnr for _, psnr in curve]).max(0)
+    x, when = arms["oracle"]
+    torch.testing.assert_close(measures.psnr(x.clamp(0, 1), truth), best.values)
+    assert when.tolist() == [[10, 20, 30, 35][k] for k in best.indices]
+    torch.testing.assert_close(measures.psnr(arms["plain"][0].clamp(0, 1), truth), curve[-1][1])
+
+
+def test_without_noise_the_guide_has_no_ladder_and_its_stop_costs_no_more(tmp_path, capsys):
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--task",
+                               "inpaint", "--dip-iters", 20, "--dip-width", 4, "--replicas", 2,
+                               "--out", tmp_path / "g"], capsys)
+    assert status == 0, err
+    rows = {row["name"]: row for row in
+            json.loads((tmp_path / "g" / "results.json").read_text())["arms"]}
+    assert list(rows) == ["plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean",
+                          "split"]
+    assert 0 < rows["es-wmv"]["seconds"] <= rows["plain"]["seconds"]
+    assert rows["es-wmv"]["iterations"] == 20 and "seconds" not in rows["oracle"]
+
+
+def test_floats_are_images_up_to_a_thousandth():
+    x = torch.rand(3, 1, 4, 4)
+    for beyond, ok in ((-0.0009, True), (-0.0012, False), (1.0009, True), (1.0012, False)):
+        y = x.clone()
+        y[0, 0, 0, 0] = beyond
+        if ok:
+            measures.nearest(y, x)
+        else:
+            error_line(ValueError, lambda y=y: measures.nearest(y, x))
 
 
 # ------------------------------------------------------------------ README
