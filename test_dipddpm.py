@@ -3879,6 +3879,7 @@ def test_principal_components_give_back_what_is_skewed():
     x_0 = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
     x_0[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
     made = dipddpm.prior_pca(config(), x_0, x_0[:300], None)
+    assert made.abs().max() <= 1
     level = (made.flatten(1).mean(1) + 1) / 2
     assert ((level < 0.15) | (level > 0.85)).float().mean() > 0.95
     assert (level > 0.85).float().mean() == pytest.approx(0.25, abs=0.08)
@@ -4035,6 +4036,31 @@ def test_floats_are_images_up_to_a_thousandth():
             measures.nearest(y, x)
         else:
             error_line(ValueError, lambda y=y: measures.nearest(y, x))
+
+
+@pytest.mark.parametrize("grid", dipddpm.GRIDS)
+def test_a_grid_takes_what_it_asks_for_wherever_that_is_free(grid):
+    schedule, taken = dipddpm.cosine_schedule(60), 0
+    for t_start, nfe in itertools.product((60, 52), (2, 5, 12, 20, 40, 50)):
+        wanted = [round(tau) for tau in dipddpm.GRIDS[grid](schedule, t_start, nfe)]
+        taus = dipddpm.time_grid(schedule, t_start, nfe, grid)
+        for i in range(1, nfe):
+            if nfe - i <= wanted[i] < taus[i - 1]:
+                assert taus[i] == wanted[i]
+                taken += nfe - i < taus[i] == taus[i - 1] - 1
+    assert taken or grid == "quadratic"  # some of them just free
+
+
+def test_the_lenets_rate_ends_with_its_training(monkeypatch):
+    made, real = [], torch.optim.lr_scheduler.OneCycleLR
+    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *a: (
+        made.append(real(*a)), made[-1])[1])
+    monkeypatch.setattr(measures, "LENET_STEPS", 7)
+    x, labels = pixels(10, 1, 28, 28).cpu(), torch.arange(10) % 2
+    net = measures.LeNet(1, 2)
+    measures._fit(net, x, labels, 0, 1, batch=4)
+    assert made[0].total_steps == made[0].last_epoch == 9  # three times three, the next to seven
+    assert not net.training
 
 
 # ------------------------------------------------------------------ README
