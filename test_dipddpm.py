@@ -4019,8 +4019,9 @@ def test_without_noise_the_guide_has_no_ladder_and_its_stop_costs_no_more(tmp_pa
                                "inpaint", "--dip-iters", 20, "--dip-width", 4, "--replicas", 2,
                                "--out", tmp_path / "g"], capsys)
     assert status == 0, err
-    rows = {row["name"]: row for row in
-            json.loads((tmp_path / "g" / "results.json").read_text())["arms"]}
+    result = json.loads((tmp_path / "g" / "results.json").read_text())
+    rows = {row["name"]: row for row in result["arms"]}
+    assert rows["plain"]["seconds"] <= result["seconds"]["total"]
     assert list(rows) == ["plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean",
                           "split"]
     assert 0 < rows["es-wmv"]["seconds"] <= rows["plain"]["seconds"]
@@ -4061,6 +4062,35 @@ def test_the_lenets_rate_ends_with_its_training(monkeypatch):
     measures._fit(net, x, labels, 0, 1, batch=4)
     assert made[0].total_steps == made[0].last_epoch == 9  # three times three, the next to seven
     assert not net.training
+
+
+def test_split_is_a_ladder_of_one_rung(tmp_path, capsys, monkeypatch):
+    asked, real = [], dipddpm.fit_guided_in_groups
+    monkeypatch.setattr(dipddpm, "fit_guided_in_groups", lambda cfg, seen, rungs, run: (
+        asked.append(rungs), real(cfg, seen, rungs, run))[1])
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 1, "--arms",
+                               "split,ladder", "--dip-iters", 10, "--dip-width", 2, "--rungs", 3,
+                               "--out", tmp_path / "g"], capsys)
+    assert status == 0 and asked == [1, 3], err
+
+
+def test_every_batch_is_whole():
+    some = list(itertools.islice(dipddpm.batches(config(batch=4), 10, "cpu"), 6))
+    assert [len(index) for index in some] == [4] * 6
+    for epoch in range(3):  # two batches each, of different images
+        assert torch.cat(some[2 * epoch:2 * epoch + 2]).unique().numel() == 8
+    assert [len(i) for i in itertools.islice(dipddpm.batches(config(), 10, "cpu"), 2)] == [10, 10]
+
+
+@pytest.mark.parametrize("n, asks", [(3, False), (4, True)])
+def test_features_need_three_neighbours_and_itself(n, asks, monkeypatch):
+    def asked(*args, **more):
+        raise KeyError("asked")
+
+    monkeypatch.setattr(measures, "feature_network", asked)
+    images = data.Images(pixels(9, 1, 5, 5).cpu(), torch.arange(9) % 2, "some", "")
+    with pytest.raises(KeyError) if asks else contextlib.nullcontext():
+        measures.Judge(images, images.pixels, images, n, [])
 
 
 # ------------------------------------------------------------------ README
