@@ -1400,7 +1400,7 @@ def test_attention_is_a_softmax_of_scaled_products():
     torch.testing.assert_close(layer(x), x + F.conv2d(y, layer.out.weight, layer.out.bias))
 
 
-@pytest.mark.parametrize("size", [(8, 12), (7, 9)])
+@pytest.mark.parametrize("size", [(8, 12), (7, 9), (10, 8), (8, 10)])
 def test_the_unet_is_two_levels_with_added_skips(size):
     net, (H, W) = shaken(dipddpm.UNet(2, 8)), size
     x, t = torch.randn(3, 2, H, W), torch.tensor([0, 40, 999])
@@ -3917,6 +3917,10 @@ def test_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitted_to(M):
     assert judged.view(3, M, -1).sum(1).max() == 1  # no two replicas of one image judge by the same
     part = judged.float().sum() / given.float().sum()
     assert part == pytest.approx(1 / max(10, M), rel=0.1) and half.noise == 0
+    u = kernels.uniform((3, 1, 40, 40), 0, torch.arange(3), dipddpm.HELD_DRAW, kernels.CORRUPTION)
+    for r in range(M):
+        whose = (u * max(10, M)).long() == r
+        assert torch.equal(judged.view(3, M, 40, 40)[:, r], (whose & m.given().bool())[:, 0])
     alone = dipddpm.held_out(cfg, m.part(slice(2, 3)), numbers[2 * M:], 1)
     assert torch.equal(alone.judged, half.judged[2 * M:])  # whatever shares its group
     assert torch.equal(half.targets[0], m.y.repeat_interleave(M, 0))
@@ -4091,6 +4095,32 @@ def test_features_need_three_neighbours_and_itself(n, asks, monkeypatch):
     images = data.Images(pixels(9, 1, 5, 5).cpu(), torch.arange(9) % 2, "some", "")
     with pytest.raises(KeyError) if asks else contextlib.nullcontext():
         measures.Judge(images, images.pixels, images, n, [])
+
+
+@pytest.mark.parametrize("samples, n", [(None, 256), (5, 5), (900, 300)])
+def test_a_restoration_takes_as_many_images_as_asked_or_there_are(samples, n, tmp_path,
+                                                                  monkeypatch):
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, *_: torch.zeros(len(y), 1, 4, 4))
+    monkeypatch.setattr(dipddpm, "timed_sample", lambda cfg, run, arm, net, x, t_start, nfe, s, *_,
+                        measured: (x, {"name": arm, "nfe": nfe, "seconds": 0.0, "t_start": t_start,
+                                       "eta": 0.0, "order": 2, "grid": "uniform"}))
+    test = data.Images(pixels(300, 1, 4, 4).cpu(), None, "some", "")
+    result = {"arms": [], "curves": {}, "pictures": []}
+    counted, real = [], measures.measures
+    monkeypatch.setattr(measures, "measures", lambda x, y: (counted.append(len(x)), real(x, y))[1])
+    dipddpm.restore(config(samples=samples, nfe=(2,), timesteps=20), bare_run(tmp_path),
+                    {"full": None}, "sr", test, result)
+    assert set(counted) == {n}
+
+
+def test_what_a_fit_is_not_shown_does_not_move_it():
+    y, members, averages = torch.rand(2, 1, 8, 8), torch.arange(2), []
+    u = kernels.uniform((2, 1, 8, 8), 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
+    m = dipddpm.corrupt(config(sigma=0.0), "denoise", y, members)
+    for shown in (y, torch.where(u < 0.1, y + 5, y), torch.where(u > 0.9, y + 5, y)):
+        dipddpm.fit_dips(config(mode="dip", dip_width=4), shown, members, 6, lambda i: None, m,
+                         watch=lambda i, x, average: averages.append(average.clone()))
+    assert torch.equal(averages[5], averages[11]) and not torch.equal(averages[5], averages[17])
 
 
 # ------------------------------------------------------------------ README
