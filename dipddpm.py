@@ -943,9 +943,9 @@ def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=
     Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
     x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
     image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1] (from a super-resolution
-    without noise a little beyond); a list `film` receives
-    every x_t [1, C, H, W] of the first image. With a Measurement every x0_hat is made consistent
-    with it, which restores instead of generating."""
+    without noise a little beyond); a list `film` receives every x_t [1, C, H, W] of the first
+    image. With a Measurement every x0_hat is made consistent with it, which restores instead of
+    generating."""
     schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
     taus = time_grid(schedule, t_start, nfe, grid)
     coef = reverse_table(schedule, cfg.predict, taus, eta)
