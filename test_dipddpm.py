@@ -1314,6 +1314,19 @@ def test_time_grids_are_even_in_what_they_are_named_for():
     assert taus[-1] == 1 and snr.diff().std() < 0.05 * snr.diff().mean()
 
 
+@pytest.mark.parametrize("grid", dipddpm.GRIDS)
+def test_a_grid_takes_what_it_asks_for_wherever_that_is_free(grid):
+    schedule, taken = dipddpm.cosine_schedule(60), 0
+    for t_start, nfe in itertools.product((60, 52), (2, 5, 12, 20, 40, 50)):
+        wanted = [round(tau) for tau in dipddpm.GRIDS[grid](schedule, t_start, nfe)]
+        taus = dipddpm.time_grid(schedule, t_start, nfe, grid)
+        for i in range(1, nfe):
+            if nfe - i <= wanted[i] < taus[i - 1]:
+                assert taus[i] == wanted[i]
+                taken += nfe - i < taus[i] == taus[i - 1] - 1
+    assert taken or grid == "quadratic"  # some of them just free
+
+
 # ------------------------------------------------------------------ U-Net
 
 
@@ -1615,6 +1628,22 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_told(tmp_path, 
     assert [i for i, unchanged in enumerate(same, 1) if unchanged] == [30, 31]
     assert "2 steps before 50 skipped" in capsys.readouterr().out
     assert all(math.isfinite(row[4]) for row in rows)
+
+
+def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
+    cfg, steps = config(lr=0.5), 200  # 6 of them warm up
+    for step in (0, 2, 5, 6, 7, 100, 199):
+        ramp = min(1, (step + 1) / 6)
+        assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
+            0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def test_every_batch_is_whole():
+    some = list(itertools.islice(dipddpm.batches(config(batch=4), 10, "cpu"), 6))
+    assert [len(index) for index in some] == [4] * 6
+    for epoch in range(3):  # two batches each, of different images
+        assert torch.cat(some[2 * epoch:2 * epoch + 2]).unique().numel() == 8
+    assert [len(i) for i in itertools.islice(dipddpm.batches(config(), 10, "cpu"), 2)] == [10, 10]
 
 
 # ------------------------------------------------------------------ sampling
@@ -1945,6 +1974,63 @@ def test_members_that_leave_a_group_are_not_missed_by_the_others():
     assert (group.age == torch.tensor([4, 7])).all()
 
 
+def test_the_defaults_of_dips_are_those_that_the_help_tells(tmp_path, monkeypatch):
+    seen, run = {}, bare_run(tmp_path)
+    x_0 = pixels(8, 1, 8, 8).cpu()
+    for arch, make in dipddpm.ARCHS.items():
+        monkeypatch.setitem(dipddpm.ARCHS, arch, lambda *a, arch=arch, make=make: (
+            seen.update({arch: a[-1]}), make(*a))[1])
+    monkeypatch.setattr(dipddpm, "NETWORK_ITERS", 2)
+    dipddpm.fit_network(config(), x_0, run)
+    assert seen == {"autoencoder": 64}
+    decoder, codes = dipddpm.fit_codes(config(batch=4), x_0, run)
+    assert decoder.conv1.weight.shape[:2] == (32, 64) and codes.shape == (8, 32)
+    members = torch.arange(1)
+    for size, mode, width, lr in ((64, "prior", 16, 0.01), (65, "prior", 128, 0.01),
+                                  (64, "guide", 16, 0.05), (64, "dip", 16, 0.05),
+                                  (65, "dip", 128, 0.01)):
+        group = dipddpm.DIPGroup(config(mode=mode), members, 1, 7, size)
+        assert (seen["skip"], group.lr, group.Cz) == (width, lr, min(32, width))
+        assert group.optimizer.param_groups[0]["lr"] == lr
+    asked = []
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run: (
+        asked.append(iters), y)[1])
+    x = dipddpm.prior_dip_images(config(), x_0, x_0, run)
+    torch.testing.assert_close(x, x_0.float() / 127.5 - 1)
+    dipddpm.prior_dip_images(config(dip_iters=7), x_0, x_0, run)
+    assert asked == [60, 7]
+    assert dipddpm.steps_of_prior(config()) == (600,)
+    assert dipddpm.steps_of_prior(config(timesteps=2)) == (1,)
+
+
+def test_a_dips_input_is_its_code_and_a_thirtieth_of_fresh_noise():
+    group, seen = dipddpm.DIPGroup(config(dip_width=4), torch.arange(3), 1, 8, 8), []
+    assert 0 <= group.z.min() and 0.09 < group.z.max() <= 0.1
+    group.net.register_forward_pre_hook(lambda net, x: seen.append(x[0]))
+    for i in (0, 7):
+        group.iterate(i, torch.zeros(3, 1, 8, 8), torch.ones(()) / 64, lambda x: x)
+        jitter = kernels.normal((1, 4, 8, 8), 0, 0, i, kernels.DIP_JITTER)
+        torch.testing.assert_close(seen[-1], (group.z + jitter / 30).view(1, 12, 8, 8))
+
+
+def test_the_last_iteration_is_looked_at_whatever_its_number():
+    averages, y = {}, torch.full((2, 1, 8, 8), 0.8)
+    x = dipddpm.fit_dips(config(mode="dip", dip_width=4), y, torch.arange(2), 13, lambda i: None,
+                         dipddpm.corrupt(config(sigma=0.0), "denoise", y, torch.arange(2)),
+                         watch=lambda i, x, average: averages.update({i: average.clone()}))
+    assert torch.equal(x, averages[12]) and not torch.equal(x, averages[9])  # it still gets better
+
+
+def test_what_a_fit_is_not_shown_does_not_move_it():
+    y, members, averages = torch.rand(2, 1, 8, 8), torch.arange(2), []
+    u = kernels.uniform((2, 1, 8, 8), 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
+    m = dipddpm.corrupt(config(sigma=0.0), "denoise", y, members)
+    for shown in (y, torch.where(u < 0.1, y + 5, y), torch.where(u > 0.9, y + 5, y)):
+        dipddpm.fit_dips(config(mode="dip", dip_width=4), shown, members, 6, lambda i: None, m,
+                         watch=lambda i, x, average: averages.append(average.clone()))
+    assert torch.equal(averages[5], averages[11]) and not torch.equal(averages[5], averages[17])
+
+
 # ------------------------------------------------------------------ network
 
 
@@ -2122,6 +2208,28 @@ def test_pca_prior_has_the_datas_mean():
     assert (new.mean(0) - (x / 127.5 - 1).mean(0)).abs().max() < 0.3
 
 
+def test_principal_components_give_back_what_is_skewed():
+    x_0 = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
+    x_0[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
+    made = dipddpm.prior_pca(config(), x_0, x_0[:300], None)
+    assert made.abs().max() <= 1
+    level = (made.flatten(1).mean(1) + 1) / 2
+    assert ((level < 0.15) | (level > 0.85)).float().mean() > 0.95
+    assert (level > 0.85).float().mean() == pytest.approx(0.25, abs=0.08)
+    made = dipddpm.prior_gauss(config(), x_0, x_0[:300], None).flatten(1)
+    assert made.mean() == pytest.approx(-0.5, abs=0.12) and made.std() == pytest.approx(
+        0.75**0.5, rel=0.1)
+
+
+def test_codes_take_as_many_steps_as_their_passes_have(tmp_path, monkeypatch):
+    steps, real = [], edge.Progress
+    monkeypatch.setattr(edge, "Progress", lambda *a: (steps.append(a[1]), real(*a))[1])
+    x_0 = pixels(10, 1, 8, 8).cpu()
+    dipddpm.fit_codes(config(batch=4), x_0, bare_run(tmp_path))
+    dipddpm.fit_codes(config(batch=4, dip_iters=5), x_0, bare_run(tmp_path))
+    assert steps == [dipddpm.CODE_EPOCHS * 2, 5]
+
+
 # ------------------------------------------------------------------ method 1
 
 
@@ -2149,6 +2257,124 @@ def test_start_from_prior_has_the_marginal_at_t_start():
     ab = dipddpm.cosine_schedule(100).at(60)
     assert x.mean().item() == pytest.approx(0.5 * math.sqrt(ab), abs=0.03)
     assert x.var().item() == pytest.approx(1 - ab, rel=0.05)
+
+
+def test_smoothed_images_are_a_dips_outputs_in_256_steps(tmp_path, monkeypatch):
+    seen, x = {}, torch.tensor([-1.2, -1.0, -0.5, 0.0, 0.5, 1.0, 1.2]).view(1, 1, 1, 7)
+    monkeypatch.setitem(dipddpm.PRIORS, "dip-images", lambda *_: x)
+    monkeypatch.setattr(dipddpm, "train_ddpm", lambda cfg, images, t_max, run, name: (
+        seen.update({name: (images.flatten().tolist(), t_max)}), ("net", [], 0.0))[1])
+    cfg = config(train=("full", "truncated", "smoothed"), t_start=(30, 70), timesteps=100)
+    dipddpm.train_networks(cfg, torch.zeros(1, 1, 1, 7, dtype=torch.uint8), bare_run(tmp_path))
+    assert seen == {"full": ([0] * 7, 100), "truncated": ([0] * 7, 70),
+                    "smoothed": ([0, 0, 64, 128, 191, 255, 255], 100)}
+
+
+def test_the_box_is_the_middle_half_and_noise_is_the_streams():
+    x = torch.full((2, 1, 8, 12), 0.5)
+    box = dipddpm.corrupt(config(), "inpaint-box", x, torch.arange(2))
+    expected = torch.ones(2, 1, 8, 12)
+    expected[:, :, 2:6, 3:9] = 0
+    assert torch.equal(box.mask, expected) and torch.equal(box.y, 0.5 * expected)
+    noisy = dipddpm.corrupt(config(sigma=0.2), "denoise", x, torch.arange(2))
+    eps = kernels.normal(x.shape, 0, torch.arange(2), 0, kernels.CORRUPTION)
+    torch.testing.assert_close(noisy.y, x + 0.2 * eps)
+
+
+@pytest.mark.parametrize("task, sigma", [("denoise", 0.2), ("inpaint", 0.0), ("sr", 0.1)])
+def test_a_restorations_arms_start_where_they_say(task, sigma, tmp_path, monkeypatch):
+    cfg = config(mode="prior", task=(task,), sigma=sigma, samples=5, timesteps=100, nfe=(4, 90),
+                 t_start=(30, 60), order=(2,), dip_iters=9)
+    test = data.Images(pixels(9, 1, 8, 8).cpu(), None, "noise", "")
+    chosen, numbers = measures.subset(9, 5), torch.arange(5)
+    truth = test.pixels[chosen].float() / 255
+    m = dipddpm.corrupt(cfg, task, truth, numbers)
+    guess, asked, sampled = random_images(5, 1, 8, 8), [], []
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run, known: (
+        asked.append((y, members, iters, known.sigma)), guess)[1])
+
+    def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, measured):
+        sampled.append((arm, net, x_init, t_start, nfe, setting, measured is None))
+        return x_init * 0.5, {"name": arm, "nfe": nfe, "t_start": t_start, "eta": setting[0],
+                              "order": setting[1], "grid": setting[2], "seconds": 2.0}
+
+    monkeypatch.setattr(dipddpm, "timed_sample", timed_sample)
+    result, run = {"arms": [], "curves": {}, "pictures": []}, bare_run(tmp_path)
+    dipddpm.restore(cfg, run, {"full": "f", "truncated": "t"}, task, test, result)
+    (y, members, iters, known), = asked
+    assert torch.equal(y, m.y) and torch.equal(members, numbers) and (iters, known) == (9, sigma)
+    corrupted = m.back(m.y).clamp(0, 1)
+    dip = guess if sigma else ((m.consistent(guess * 2 - 1) + 1) / 2).clamp(0, 1)
+    rows = result["arms"]
+    for row, x in zip(rows, (corrupted, dip)):
+        assert row["psnr"] == pytest.approx(measures.psnr(x, truth).mean().item(), abs=1e-3)
+    starts = {"ddpm": [(kernels.normal(truth.shape, 0, numbers, 0, kernels.INIT_NOISE), 100)],
+              "dip-images": [(dipddpm.start_from_prior(cfg, dip * 2 - 1, t, numbers), t)
+                             for t in (30, 60)],
+              "pinv": [(dipddpm.start_from_prior(cfg, corrupted * 2 - 1, t, numbers), t)
+                       for t in (30, 60)]}
+    if task == "denoise":
+        starts["ddpm-y"] = [dipddpm.start_from_noisy(cfg, m)]
+    wanted = [(arm, t, nfe) for arm in ("ddpm",) for _, t in starts[arm] for nfe in (4, 90)]
+    wanted += [(arm, t, 4) for t in (30, 60) for arm in ("dip-images", "pinv")]  # 90 > 60
+    wanted += [("ddpm-y", t, 4) for _, t in starts.get("ddpm-y", ())]
+    assert [(arm, t, nfe) for arm, _, _, t, nfe, _, _ in sampled] == wanted
+    for (arm, net, x_init, t, _, setting, free), row in zip(sampled, rows[2:]):
+        assert net == ("f" if arm.startswith("ddpm") else "t") and free == (arm == "ddpm-y")
+        torch.testing.assert_close(x_init, dict((b, a) for a, b in starts[arm])[t])
+        assert setting == (0.0, 1 if sigma and arm != "ddpm-y" else 2, "uniform")
+        x = ((x_init * 0.5 + 1) / 2).clamp(0, 1)
+        assert row["psnr"] == pytest.approx(measures.psnr(x, truth).mean().item(), abs=1e-3)
+        prior = rows[1]["seconds"] if arm == "dip-images" else 0.0
+        assert (row["seconds"], row["prior_seconds"]) == (round(2 + prior, 3), prior)
+    assert run.seconds["dip"] == rows[1]["seconds"] and len(result["pictures"]) == 1
+
+
+def test_a_prior_is_noised_to_the_step_that_was_asked_for():
+    cfg, numbers, prior = config(timesteps=10), torch.arange(4), random_images(4, 1, 5, 5) * 2 - 1
+    eps = kernels.normal(prior.shape, 0, numbers, 0, kernels.INIT_NOISE)
+    for t_start in (1, 6, 10):
+        ab = dipddpm.cosine_schedule(10).at(t_start)
+        torch.testing.assert_close(dipddpm.start_from_prior(cfg, prior, t_start, numbers),
+                                   ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
+
+
+def test_a_restoring_step_clips_as_others_do():
+    cfg = config(timesteps=20, predict="x0")
+    m = dipddpm.corrupt(cfg, "inpaint", torch.full((2, 1, 6, 6), 0.5), torch.arange(2))
+    for level in (5.0, -5.0):
+        x = dipddpm.sample(cfg, lambda x_t, t, level=level: torch.full_like(x_t, level),
+                           torch.zeros(2, 1, 6, 6), 20, 4, 0.0, torch.arange(2),
+                           contextlib.nullcontext, measured=m)
+        expected = torch.where(m.mask == 1, 0.0, math.copysign(1, level))
+        torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("samples, n", [(None, 256), (5, 5), (900, 300)])
+def test_a_restoration_takes_as_many_images_as_asked_or_there_are(samples, n, tmp_path,
+                                                                  monkeypatch):
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, *_: torch.zeros(len(y), 1, 4, 4))
+    monkeypatch.setattr(dipddpm, "timed_sample", lambda cfg, run, arm, net, x, t_start, nfe, s, *_,
+                        measured: (x, {"name": arm, "nfe": nfe, "seconds": 0.0, "t_start": t_start,
+                                       "eta": 0.0, "order": 2, "grid": "uniform"}))
+    test = data.Images(pixels(300, 1, 4, 4).cpu(), None, "some", "")
+    result = {"arms": [], "curves": {}, "pictures": []}
+    counted, real = [], measures.measures
+    monkeypatch.setattr(measures, "measures", lambda x, y: (counted.append(len(x)), real(x, y))[1])
+    dipddpm.restore(config(samples=samples, nfe=(2,), timesteps=20), bare_run(tmp_path),
+                    {"full": None}, "sr", test, result)
+    assert set(counted) == {n}
+
+
+@pytest.mark.parametrize("T", [3, 10, 1000])
+def test_losses_on_held_out_images_are_at_times_that_exist(T):
+    asked = []
+    losses = dipddpm.held_out_losses(
+        config(timesteps=T, predict="x0"), lambda x_t, t: (asked.extend(t.tolist()), 0 * x_t)[1],
+        torch.zeros(2, 1, 4, 4, dtype=torch.uint8), T,
+        SimpleNamespace(device="cpu", autocast=contextlib.nullcontext))
+    assert sorted(set(asked)) == sorted({max(1, round(s * T)) - 1 for s in (.1, .3, .5, .7, .9)})
+    assert losses == pytest.approx(dict.fromkeys(losses, 1.0)) and len(losses) == 5  # (0 - -1)^2
 
 
 # ------------------------------------------------------------------ method 2
@@ -2399,6 +2625,67 @@ def test_noise_level_is_found_in_flat_images():
     noise = 0.2 * kernels.normal((20, 3, 64, 64), 3, torch.arange(20), 0, 0)
     assert dipddpm.noise_level(x + noise[:, :1, :28, :28]).mean() == pytest.approx(0.2, rel=0.1)
     assert dipddpm.noise_level(0.5 + noise).mean() == pytest.approx(0.2, rel=0.02)
+
+
+def test_a_group_has_a_whole_image_even_if_it_is_larger_than_asked():
+    members = torch.arange(5)
+    sizes = {K: [len(g) for g in dipddpm.in_groups(config(dip_group=K), members, 4)]
+             for K in (1, 4, 8, 64)}
+    assert sizes == {1: [1] * 5, 4: [1] * 5, 8: [2, 2, 1], 64: [5]}
+
+
+@pytest.mark.parametrize("size, budget", [(64, 1000), (65, 3000)])
+def test_a_fit_may_take_more_iterations_on_photos(size, budget, tmp_path, monkeypatch):
+    images = data.Images(torch.full((2, 1, 7, size), 99, dtype=torch.uint8), None, "grey", "")
+    monkeypatch.setattr(dipddpm, "load_images", lambda cfg, split, limit: images)
+    run = SimpleNamespace(**vars(bare_run(tmp_path)), begin=lambda: None)
+    cfg = config(mode="dip", dip_width=2)
+    seen = dipddpm.observe(cfg, run)
+    assert seen.budget == budget and seen.measured.sigma == 0.1 and len(seen.members) == 2
+    torch.testing.assert_close(seen.truth, torch.full((2, 1, 7, size), 99 / 255))
+    assert dipddpm.observe(dataclasses.replace(cfg, dip_iters=7), run).budget == 7
+    own = dipddpm.observe(dataclasses.replace(cfg, noise="own"), run)
+    assert own.truth is None and own.measured.sigma == 0.0 and "sigma" not in own.about
+
+
+@pytest.mark.parametrize("M", [1, 4, 12])
+def test_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitted_to(M):
+    cfg, x = config(replicas=M), torch.rand(3, 1, 40, 40)
+    m = dipddpm.corrupt(config(), "inpaint", x, torch.arange(3))
+    numbers = dipddpm.replicas_of(torch.arange(3), M)
+    half = dipddpm.held_out(cfg, m, numbers, 1)
+    fitted, judged = half.fitted > 0, half.judged > 0
+    given = m.given().bool().repeat_interleave(M, 0)
+    assert torch.equal(fitted | judged, given) and not (fitted & judged).any()
+    for share in half.fitted, half.judged:
+        torch.testing.assert_close(share.sum(dim=(1, 2, 3)), torch.ones(3 * M))
+        assert all(row[row > 0].unique().numel() == 1 for row in share)
+    assert judged.view(3, M, -1).sum(1).max() == 1  # no two replicas of one image judge by the same
+    part = judged.float().sum() / given.float().sum()
+    assert part == pytest.approx(1 / max(10, M), rel=0.1) and half.noise == 0
+    u = kernels.uniform((3, 1, 40, 40), 0, torch.arange(3), dipddpm.HELD_DRAW, kernels.CORRUPTION)
+    for r in range(M):
+        whose = (u * max(10, M)).long() == r
+        assert torch.equal(judged.view(3, M, 40, 40)[:, r], (whose & m.given().bool())[:, 0])
+    alone = dipddpm.held_out(cfg, m.part(slice(2, 3)), numbers[2 * M:], 1)
+    assert torch.equal(alone.judged, half.judged[2 * M:])  # whatever shares its group
+    assert torch.equal(half.targets[0], m.y.repeat_interleave(M, 0))
+    assert torch.equal(half.judge, half.targets[0])
+
+
+def test_a_plain_fit_holds_nothing_out_and_early_stops_cost_their_share(tmp_path, monkeypatch):
+    asked, real = [], dipddpm.fit_dips
+    monkeypatch.setattr(dipddpm, "fit_dips", lambda *a: (asked.append(a[6]), real(*a))[1])
+    truth = random_images(2, 1, 8, 8)
+    m = dipddpm.corrupt(config(sigma=0.1), "denoise", truth, torch.arange(2))
+    arms, curve = dipddpm.fit_plain(config(mode="guide", dip_width=4), m, torch.arange(2), 2,
+                                    [m.y], truth, 35, bare_run(tmp_path))
+    assert asked == [0.0] and [i for i, _ in curve] == [10, 20, 30, 35]
+    best = torch.stack([psnr for _, psnr in curve]).max(0)
+    x, when = arms["oracle"]
+    torch.testing.assert_close(measures.psnr(x.clamp(0, 1), truth), best.values)
+    assert when.tolist() == [[10, 20, 30, 35][k] for k in best.indices]
+    torch.testing.assert_close(measures.psnr(arms["plain"][0].clamp(0, 1), truth), curve[-1][1])
 
 
 # ------------------------------------------------------------------ whole runs
@@ -2960,6 +3247,45 @@ def test_modes_that_no_process_can_help_say_so(monkeypatch, capsys):
     assert status == 2 and "runs in one process" in err and err.count("\n") == 1
 
 
+def test_seconds_add_up(whole_run):
+    result = json.loads((whole_run / "results.json").read_text())
+    whole = result["seconds"]["total"]
+    assert all(0 <= part <= whole + 0.01 for part in result["seconds"].values())
+    for row in result["arms"]:
+        assert 0 <= row["prior_seconds"] <= row["seconds"] <= whole + 0.01
+        assert row["name"] != "ddpm" or row["prior_seconds"] == 0
+    n = min(result["config"]["samples"], result["data"]["train"])
+    for row in result["arms"]:
+        if "fid_lenet" in row:
+            points = [x for name, points in result["curves"].items()
+                      if name.startswith(f"seconds/{row['name']}") for x, _ in points]
+            assert any(x == pytest.approx(row["seconds"] * 1000 / n) for x in points)
+
+
+def test_without_noise_the_guide_has_no_ladder_and_its_stop_costs_no_more(tmp_path, capsys):
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--task",
+                               "inpaint", "--dip-iters", 20, "--dip-width", 4, "--replicas", 2,
+                               "--out", tmp_path / "g"], capsys)
+    assert status == 0, err
+    result = json.loads((tmp_path / "g" / "results.json").read_text())
+    rows = {row["name"]: row for row in result["arms"]}
+    assert rows["plain"]["seconds"] <= result["seconds"]["total"]
+    assert list(rows) == ["plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean",
+                          "split"]
+    assert 0 < rows["es-wmv"]["seconds"] <= rows["plain"]["seconds"]
+    assert rows["es-wmv"]["iterations"] == 20 and "seconds" not in rows["oracle"]
+
+
+def test_split_is_a_ladder_of_one_rung(tmp_path, capsys, monkeypatch):
+    asked, real = [], dipddpm.fit_guided_in_groups
+    monkeypatch.setattr(dipddpm, "fit_guided_in_groups", lambda cfg, seen, rungs, run: (
+        asked.append(rungs), real(cfg, seen, rungs, run))[1])
+    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 1, "--arms",
+                               "split,ladder", "--dip-iters", 10, "--dip-width", 2, "--rungs", 3,
+                               "--out", tmp_path / "g"], capsys)
+    assert status == 0 and asked == [1, 3], err
+
+
 # ================================================================== eval
 
 EVAL = Path(measures.__file__)
@@ -3105,6 +3431,18 @@ def test_ciede2000_gives_the_published_differences():
         assert (measures.ciede2000(p, q) - pairs[:, 6]).abs().max() < 1e-4
 
 
+def test_images_may_leave_their_range_by_a_thousandth_of_it():
+    x = torch.zeros(1, 1, 4, 4)
+    for beyond, ok in ((-0.2, True), (-0.3, False), (255.2, True), (255.3, False)):
+        y = x.clone()
+        y[0, 0, 0, 0] = beyond
+        if ok:
+            measures.mse(x, y, 255.0)
+        else:
+            with pytest.raises(ValueError):
+                measures.mse(x, y, 255.0)
+
+
 # ---------------------------------------------------------------- set against set
 
 
@@ -3221,6 +3559,29 @@ def test_nearest_finds_the_copy_in_any_block():
     distance = measures.nearest(images.clamp(0, 1), others)
     brute = (images.clamp(0, 1)[:, None] - others).flatten(2).norm(dim=2).min(1).values
     assert distance[0] == 0 and torch.allclose(distance, brute)
+
+
+def test_precision_needs_as_many_points_as_neighbours_and_itself():
+    f = torch.randn(4, 3)
+    assert measures.precision_recall(f, f, k=3) == (1.0, 1.0)
+    error_line(ValueError, lambda: measures.precision_recall(f[:3], f[:3], k=3))
+
+
+def test_kid_needs_four_of_each():
+    f = torch.randn(4, 3)
+    measures.kid(f, f + 1)
+    error_line(ValueError, lambda: measures.kid(f[:3], f))
+
+
+def test_floats_are_images_up_to_a_thousandth():
+    x = torch.rand(3, 1, 4, 4)
+    for beyond, ok in ((-0.0009, True), (-0.0012, False), (1.0009, True), (1.0012, False)):
+        y = x.clone()
+        y[0, 0, 0, 0] = beyond
+        if ok:
+            measures.nearest(y, x)
+        else:
+            error_line(ValueError, lambda y=y: measures.nearest(y, x))
 
 
 # ---------------------------------------------------------------- LeNet features
@@ -3342,6 +3703,40 @@ def test_feature_network_reads_mnist():
 def test_feature_network_takes_any_shape(shape):
     feature, logits = measures.LeNet(shape[0], 7)(torch.rand(2, *shape))
     assert feature.shape == (2, 84) and logits.shape == (2, 7)
+
+
+def test_a_set_is_told_by_its_distances_to_training_images_and_sources():
+    train = data.Images(torch.zeros(2, 1, 5, 4, dtype=torch.uint8), None, "zeros", "")
+    test = data.Images(torch.full((3, 1, 5, 4), 51, dtype=torch.uint8), None, "zeros", "")
+    judge = measures.Judge(train, train.pixels, test, 3, [])
+    assert judge.real == {"nearest": round(0.2 * 20**0.5, 3), "nearest_5": round(0.2 * 20**0.5, 3)}
+    x = torch.linspace(0, 1, 101)[:, None, None, None].expand(-1, 1, 5, 4)  # 0, 0.01 ... from them
+    row = judge(2 * x - 1, torch.full((101, 1, 5, 4), 255, dtype=torch.uint8))
+    assert row["nearest"] == row["own_source"] == round(0.5 * 20**0.5, 3)
+    assert row["nearest_5"] == round(0.05 * 20**0.5, 3)
+
+
+def test_the_lenets_rate_ends_with_its_training(monkeypatch):
+    made, real = [], torch.optim.lr_scheduler.OneCycleLR
+    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *a: (
+        made.append(real(*a)), made[-1])[1])
+    monkeypatch.setattr(measures, "LENET_STEPS", 7)
+    x, labels = pixels(10, 1, 28, 28).cpu(), torch.arange(10) % 2
+    net = measures.LeNet(1, 2)
+    measures._fit(net, x, labels, 0, 1, batch=4)
+    assert made[0].total_steps == made[0].last_epoch == 9  # three times three, the next to seven
+    assert not net.training
+
+
+@pytest.mark.parametrize("n, asks", [(3, False), (4, True)])
+def test_features_need_three_neighbours_and_itself(n, asks, monkeypatch):
+    def asked(*args, **more):
+        raise KeyError("asked")
+
+    monkeypatch.setattr(measures, "feature_network", asked)
+    images = data.Images(pixels(9, 1, 5, 5).cpu(), torch.arange(9) % 2, "some", "")
+    with pytest.raises(KeyError) if asks else contextlib.nullcontext():
+        measures.Judge(images, images.pixels, images, n, [])
 
 
 # ---------------------------------------------------------------- files and report
@@ -3703,17 +4098,6 @@ def test_what_the_studies_measure_is_what_they_say():
     assert reproduce.dip_cost(results, "dip", truth[0].numel()) == pytest.approx((3.0, 0.01))
 
 
-@pytest.mark.parametrize("T", [3, 10, 1000])
-def test_losses_on_held_out_images_are_at_times_that_exist(T):
-    asked = []
-    losses = dipddpm.held_out_losses(
-        config(timesteps=T, predict="x0"), lambda x_t, t: (asked.extend(t.tolist()), 0 * x_t)[1],
-        torch.zeros(2, 1, 4, 4, dtype=torch.uint8), T,
-        SimpleNamespace(device="cpu", autocast=contextlib.nullcontext))
-    assert sorted(set(asked)) == sorted({max(1, round(s * T)) - 1 for s in (.1, .3, .5, .7, .9)})
-    assert losses == pytest.approx(dict.fromkeys(losses, 1.0)) and len(losses) == 5  # (0 - -1)^2
-
-
 def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
     cfg = config(mode="ddpm", timesteps=1000)
     truth = torch.full((2, 1, 40, 40), 0.75)
@@ -3737,390 +4121,6 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
     assert reproduce.spread([0.0079]) == "0.00790" and reproduce.spread([0.0]) == "0.00"
     assert reproduce.spread([132.0, 133.0]) == "132.5 ± 0.7"
     assert reproduce.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
-
-
-def test_a_set_is_told_by_its_distances_to_training_images_and_sources():
-    train = data.Images(torch.zeros(2, 1, 5, 4, dtype=torch.uint8), None, "zeros", "")
-    test = data.Images(torch.full((3, 1, 5, 4), 51, dtype=torch.uint8), None, "zeros", "")
-    judge = measures.Judge(train, train.pixels, test, 3, [])
-    assert judge.real == {"nearest": round(0.2 * 20**0.5, 3), "nearest_5": round(0.2 * 20**0.5, 3)}
-    x = torch.linspace(0, 1, 101)[:, None, None, None].expand(-1, 1, 5, 4)  # 0, 0.01 ... from them
-    row = judge(2 * x - 1, torch.full((101, 1, 5, 4), 255, dtype=torch.uint8))
-    assert row["nearest"] == row["own_source"] == round(0.5 * 20**0.5, 3)
-    assert row["nearest_5"] == round(0.05 * 20**0.5, 3)
-
-
-def test_a_group_has_a_whole_image_even_if_it_is_larger_than_asked():
-    members = torch.arange(5)
-    sizes = {K: [len(g) for g in dipddpm.in_groups(config(dip_group=K), members, 4)]
-             for K in (1, 4, 8, 64)}
-    assert sizes == {1: [1] * 5, 4: [1] * 5, 8: [2, 2, 1], 64: [5]}
-
-
-def test_smoothed_images_are_a_dips_outputs_in_256_steps(tmp_path, monkeypatch):
-    seen, x = {}, torch.tensor([-1.2, -1.0, -0.5, 0.0, 0.5, 1.0, 1.2]).view(1, 1, 1, 7)
-    monkeypatch.setitem(dipddpm.PRIORS, "dip-images", lambda *_: x)
-    monkeypatch.setattr(dipddpm, "train_ddpm", lambda cfg, images, t_max, run, name: (
-        seen.update({name: (images.flatten().tolist(), t_max)}), ("net", [], 0.0))[1])
-    cfg = config(train=("full", "truncated", "smoothed"), t_start=(30, 70), timesteps=100)
-    dipddpm.train_networks(cfg, torch.zeros(1, 1, 1, 7, dtype=torch.uint8), bare_run(tmp_path))
-    assert seen == {"full": ([0] * 7, 100), "truncated": ([0] * 7, 70),
-                    "smoothed": ([0, 0, 64, 128, 191, 255, 255], 100)}
-
-
-def test_the_box_is_the_middle_half_and_noise_is_the_streams():
-    x = torch.full((2, 1, 8, 12), 0.5)
-    box = dipddpm.corrupt(config(), "inpaint-box", x, torch.arange(2))
-    expected = torch.ones(2, 1, 8, 12)
-    expected[:, :, 2:6, 3:9] = 0
-    assert torch.equal(box.mask, expected) and torch.equal(box.y, 0.5 * expected)
-    noisy = dipddpm.corrupt(config(sigma=0.2), "denoise", x, torch.arange(2))
-    eps = kernels.normal(x.shape, 0, torch.arange(2), 0, kernels.CORRUPTION)
-    torch.testing.assert_close(noisy.y, x + 0.2 * eps)
-
-
-def test_the_defaults_of_dips_are_those_that_the_help_tells(tmp_path, monkeypatch):
-    seen, run = {}, bare_run(tmp_path)
-    x_0 = pixels(8, 1, 8, 8).cpu()
-    for arch, make in dipddpm.ARCHS.items():
-        monkeypatch.setitem(dipddpm.ARCHS, arch, lambda *a, arch=arch, make=make: (
-            seen.update({arch: a[-1]}), make(*a))[1])
-    monkeypatch.setattr(dipddpm, "NETWORK_ITERS", 2)
-    dipddpm.fit_network(config(), x_0, run)
-    assert seen == {"autoencoder": 64}
-    decoder, codes = dipddpm.fit_codes(config(batch=4), x_0, run)
-    assert decoder.conv1.weight.shape[:2] == (32, 64) and codes.shape == (8, 32)
-    members = torch.arange(1)
-    for size, mode, width, lr in ((64, "prior", 16, 0.01), (65, "prior", 128, 0.01),
-                                  (64, "guide", 16, 0.05), (64, "dip", 16, 0.05),
-                                  (65, "dip", 128, 0.01)):
-        group = dipddpm.DIPGroup(config(mode=mode), members, 1, 7, size)
-        assert (seen["skip"], group.lr, group.Cz) == (width, lr, min(32, width))
-        assert group.optimizer.param_groups[0]["lr"] == lr
-    asked = []
-    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run: (
-        asked.append(iters), y)[1])
-    x = dipddpm.prior_dip_images(config(), x_0, x_0, run)
-    torch.testing.assert_close(x, x_0.float() / 127.5 - 1)
-    dipddpm.prior_dip_images(config(dip_iters=7), x_0, x_0, run)
-    assert asked == [60, 7]
-    assert dipddpm.steps_of_prior(config()) == (600,)
-    assert dipddpm.steps_of_prior(config(timesteps=2)) == (1,)
-
-
-def test_images_may_leave_their_range_by_a_thousandth_of_it():
-    x = torch.zeros(1, 1, 4, 4)
-    for beyond, ok in ((-0.2, True), (-0.3, False), (255.2, True), (255.3, False)):
-        y = x.clone()
-        y[0, 0, 0, 0] = beyond
-        if ok:
-            measures.mse(x, y, 255.0)
-        else:
-            with pytest.raises(ValueError):
-                measures.mse(x, y, 255.0)
-
-
-def test_precision_needs_as_many_points_as_neighbours_and_itself():
-    f = torch.randn(4, 3)
-    assert measures.precision_recall(f, f, k=3) == (1.0, 1.0)
-    error_line(ValueError, lambda: measures.precision_recall(f[:3], f[:3], k=3))
-
-
-@pytest.mark.parametrize("task, sigma", [("denoise", 0.2), ("inpaint", 0.0), ("sr", 0.1)])
-def test_a_restorations_arms_start_where_they_say(task, sigma, tmp_path, monkeypatch):
-    cfg = config(mode="prior", task=(task,), sigma=sigma, samples=5, timesteps=100, nfe=(4, 90),
-                 t_start=(30, 60), order=(2,), dip_iters=9)
-    test = data.Images(pixels(9, 1, 8, 8).cpu(), None, "noise", "")
-    chosen, numbers = measures.subset(9, 5), torch.arange(5)
-    truth = test.pixels[chosen].float() / 255
-    m = dipddpm.corrupt(cfg, task, truth, numbers)
-    guess, asked, sampled = random_images(5, 1, 8, 8), [], []
-    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run, known: (
-        asked.append((y, members, iters, known.sigma)), guess)[1])
-
-    def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, measured):
-        sampled.append((arm, net, x_init, t_start, nfe, setting, measured is None))
-        return x_init * 0.5, {"name": arm, "nfe": nfe, "t_start": t_start, "eta": setting[0],
-                              "order": setting[1], "grid": setting[2], "seconds": 2.0}
-
-    monkeypatch.setattr(dipddpm, "timed_sample", timed_sample)
-    result, run = {"arms": [], "curves": {}, "pictures": []}, bare_run(tmp_path)
-    dipddpm.restore(cfg, run, {"full": "f", "truncated": "t"}, task, test, result)
-    (y, members, iters, known), = asked
-    assert torch.equal(y, m.y) and torch.equal(members, numbers) and (iters, known) == (9, sigma)
-    corrupted = m.back(m.y).clamp(0, 1)
-    dip = guess if sigma else ((m.consistent(guess * 2 - 1) + 1) / 2).clamp(0, 1)
-    rows = result["arms"]
-    for row, x in zip(rows, (corrupted, dip)):
-        assert row["psnr"] == pytest.approx(measures.psnr(x, truth).mean().item(), abs=1e-3)
-    starts = {"ddpm": [(kernels.normal(truth.shape, 0, numbers, 0, kernels.INIT_NOISE), 100)],
-              "dip-images": [(dipddpm.start_from_prior(cfg, dip * 2 - 1, t, numbers), t)
-                             for t in (30, 60)],
-              "pinv": [(dipddpm.start_from_prior(cfg, corrupted * 2 - 1, t, numbers), t)
-                       for t in (30, 60)]}
-    if task == "denoise":
-        starts["ddpm-y"] = [dipddpm.start_from_noisy(cfg, m)]
-    wanted = [(arm, t, nfe) for arm in ("ddpm",) for _, t in starts[arm] for nfe in (4, 90)]
-    wanted += [(arm, t, 4) for t in (30, 60) for arm in ("dip-images", "pinv")]  # 90 > 60
-    wanted += [("ddpm-y", t, 4) for _, t in starts.get("ddpm-y", ())]
-    assert [(arm, t, nfe) for arm, _, _, t, nfe, _, _ in sampled] == wanted
-    for (arm, net, x_init, t, _, setting, free), row in zip(sampled, rows[2:]):
-        assert net == ("f" if arm.startswith("ddpm") else "t") and free == (arm == "ddpm-y")
-        torch.testing.assert_close(x_init, dict((b, a) for a, b in starts[arm])[t])
-        assert setting == (0.0, 1 if sigma and arm != "ddpm-y" else 2, "uniform")
-        x = ((x_init * 0.5 + 1) / 2).clamp(0, 1)
-        assert row["psnr"] == pytest.approx(measures.psnr(x, truth).mean().item(), abs=1e-3)
-        prior = rows[1]["seconds"] if arm == "dip-images" else 0.0
-        assert (row["seconds"], row["prior_seconds"]) == (round(2 + prior, 3), prior)
-    assert run.seconds["dip"] == rows[1]["seconds"] and len(result["pictures"]) == 1
-
-
-def test_principal_components_give_back_what_is_skewed():
-    x_0 = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
-    x_0[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
-    made = dipddpm.prior_pca(config(), x_0, x_0[:300], None)
-    assert made.abs().max() <= 1
-    level = (made.flatten(1).mean(1) + 1) / 2
-    assert ((level < 0.15) | (level > 0.85)).float().mean() > 0.95
-    assert (level > 0.85).float().mean() == pytest.approx(0.25, abs=0.08)
-    made = dipddpm.prior_gauss(config(), x_0, x_0[:300], None).flatten(1)
-    assert made.mean() == pytest.approx(-0.5, abs=0.12) and made.std() == pytest.approx(
-        0.75**0.5, rel=0.1)
-
-
-@pytest.mark.parametrize("size, budget", [(64, 1000), (65, 3000)])
-def test_a_fit_may_take_more_iterations_on_photos(size, budget, tmp_path, monkeypatch):
-    images = data.Images(torch.full((2, 1, 7, size), 99, dtype=torch.uint8), None, "grey", "")
-    monkeypatch.setattr(dipddpm, "load_images", lambda cfg, split, limit: images)
-    run = SimpleNamespace(**vars(bare_run(tmp_path)), begin=lambda: None)
-    cfg = config(mode="dip", dip_width=2)
-    seen = dipddpm.observe(cfg, run)
-    assert seen.budget == budget and seen.measured.sigma == 0.1 and len(seen.members) == 2
-    torch.testing.assert_close(seen.truth, torch.full((2, 1, 7, size), 99 / 255))
-    assert dipddpm.observe(dataclasses.replace(cfg, dip_iters=7), run).budget == 7
-    own = dipddpm.observe(dataclasses.replace(cfg, noise="own"), run)
-    assert own.truth is None and own.measured.sigma == 0.0 and "sigma" not in own.about
-
-
-@pytest.mark.parametrize("M", [1, 4, 12])
-def test_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitted_to(M):
-    cfg, x = config(replicas=M), torch.rand(3, 1, 40, 40)
-    m = dipddpm.corrupt(config(), "inpaint", x, torch.arange(3))
-    numbers = dipddpm.replicas_of(torch.arange(3), M)
-    half = dipddpm.held_out(cfg, m, numbers, 1)
-    fitted, judged = half.fitted > 0, half.judged > 0
-    given = m.given().bool().repeat_interleave(M, 0)
-    assert torch.equal(fitted | judged, given) and not (fitted & judged).any()
-    for share in half.fitted, half.judged:
-        torch.testing.assert_close(share.sum(dim=(1, 2, 3)), torch.ones(3 * M))
-        assert all(row[row > 0].unique().numel() == 1 for row in share)
-    assert judged.view(3, M, -1).sum(1).max() == 1  # no two replicas of one image judge by the same
-    part = judged.float().sum() / given.float().sum()
-    assert part == pytest.approx(1 / max(10, M), rel=0.1) and half.noise == 0
-    u = kernels.uniform((3, 1, 40, 40), 0, torch.arange(3), dipddpm.HELD_DRAW, kernels.CORRUPTION)
-    for r in range(M):
-        whose = (u * max(10, M)).long() == r
-        assert torch.equal(judged.view(3, M, 40, 40)[:, r], (whose & m.given().bool())[:, 0])
-    alone = dipddpm.held_out(cfg, m.part(slice(2, 3)), numbers[2 * M:], 1)
-    assert torch.equal(alone.judged, half.judged[2 * M:])  # whatever shares its group
-    assert torch.equal(half.targets[0], m.y.repeat_interleave(M, 0))
-    assert torch.equal(half.judge, half.targets[0])
-
-
-def test_a_dips_input_is_its_code_and_a_thirtieth_of_fresh_noise():
-    group, seen = dipddpm.DIPGroup(config(dip_width=4), torch.arange(3), 1, 8, 8), []
-    assert 0 <= group.z.min() and 0.09 < group.z.max() <= 0.1
-    group.net.register_forward_pre_hook(lambda net, x: seen.append(x[0]))
-    for i in (0, 7):
-        group.iterate(i, torch.zeros(3, 1, 8, 8), torch.ones(()) / 64, lambda x: x)
-        jitter = kernels.normal((1, 4, 8, 8), 0, 0, i, kernels.DIP_JITTER)
-        torch.testing.assert_close(seen[-1], (group.z + jitter / 30).view(1, 12, 8, 8))
-
-
-def test_the_last_iteration_is_looked_at_whatever_its_number():
-    averages, y = {}, torch.full((2, 1, 8, 8), 0.8)
-    x = dipddpm.fit_dips(config(mode="dip", dip_width=4), y, torch.arange(2), 13, lambda i: None,
-                         dipddpm.corrupt(config(sigma=0.0), "denoise", y, torch.arange(2)),
-                         watch=lambda i, x, average: averages.update({i: average.clone()}))
-    assert torch.equal(x, averages[12]) and not torch.equal(x, averages[9])  # it still gets better
-
-
-def test_codes_take_as_many_steps_as_their_passes_have(tmp_path, monkeypatch):
-    steps, real = [], edge.Progress
-    monkeypatch.setattr(edge, "Progress", lambda *a: (steps.append(a[1]), real(*a))[1])
-    x_0 = pixels(10, 1, 8, 8).cpu()
-    dipddpm.fit_codes(config(batch=4), x_0, bare_run(tmp_path))
-    dipddpm.fit_codes(config(batch=4, dip_iters=5), x_0, bare_run(tmp_path))
-    assert steps == [dipddpm.CODE_EPOCHS * 2, 5]
-
-
-def test_kid_needs_four_of_each():
-    f = torch.randn(4, 3)
-    measures.kid(f, f + 1)
-    error_line(ValueError, lambda: measures.kid(f[:3], f))
-
-
-def test_a_prior_is_noised_to_the_step_that_was_asked_for():
-    cfg, numbers, prior = config(timesteps=10), torch.arange(4), random_images(4, 1, 5, 5) * 2 - 1
-    eps = kernels.normal(prior.shape, 0, numbers, 0, kernels.INIT_NOISE)
-    for t_start in (1, 6, 10):
-        ab = dipddpm.cosine_schedule(10).at(t_start)
-        torch.testing.assert_close(dipddpm.start_from_prior(cfg, prior, t_start, numbers),
-                                   ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
-
-
-def test_seconds_add_up(whole_run):
-    result = json.loads((whole_run / "results.json").read_text())
-    whole = result["seconds"]["total"]
-    assert all(0 <= part <= whole + 0.01 for part in result["seconds"].values())
-    for row in result["arms"]:
-        assert 0 <= row["prior_seconds"] <= row["seconds"] <= whole + 0.01
-        assert row["name"] != "ddpm" or row["prior_seconds"] == 0
-    n = min(result["config"]["samples"], result["data"]["train"])
-    for row in result["arms"]:
-        if "fid_lenet" in row:
-            points = [x for name, points in result["curves"].items()
-                      if name.startswith(f"seconds/{row['name']}") for x, _ in points]
-            assert any(x == pytest.approx(row["seconds"] * 1000 / n) for x in points)
-
-
-def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
-    cfg, steps = config(lr=0.5), 200  # 6 of them warm up
-    for step in (0, 2, 5, 6, 7, 100, 199):
-        ramp = min(1, (step + 1) / 6)
-        assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
-            0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
-
-
-def test_a_restoring_step_clips_as_others_do():
-    cfg = config(timesteps=20, predict="x0")
-    m = dipddpm.corrupt(cfg, "inpaint", torch.full((2, 1, 6, 6), 0.5), torch.arange(2))
-    for level in (5.0, -5.0):
-        x = dipddpm.sample(cfg, lambda x_t, t, level=level: torch.full_like(x_t, level),
-                           torch.zeros(2, 1, 6, 6), 20, 4, 0.0, torch.arange(2),
-                           contextlib.nullcontext, measured=m)
-        expected = torch.where(m.mask == 1, 0.0, math.copysign(1, level))
-        torch.testing.assert_close(x, expected)
-
-
-def test_a_plain_fit_holds_nothing_out_and_early_stops_cost_their_share(tmp_path, monkeypatch):
-    asked, real = [], dipddpm.fit_dips
-    monkeypatch.setattr(dipddpm, "fit_dips", lambda *a: (asked.append(a[6]), real(*a))[1])
-    truth = random_images(2, 1, 8, 8)
-    m = dipddpm.corrupt(config(sigma=0.1), "denoise", truth, torch.arange(2))
-    arms, curve = dipddpm.fit_plain(config(mode="guide", dip_width=4), m, torch.arange(2), 2,
-                                    [m.y], truth, 35, bare_run(tmp_path))
-    assert asked == [0.0] and [i for i, _ in curve] == [10, 20, 30, 35]
-    best = torch.stack([psnr for _, psnr in curve]).max(0)
-    x, when = arms["oracle"]
-    torch.testing.assert_close(measures.psnr(x.clamp(0, 1), truth), best.values)
-    assert when.tolist() == [[10, 20, 30, 35][k] for k in best.indices]
-    torch.testing.assert_close(measures.psnr(arms["plain"][0].clamp(0, 1), truth), curve[-1][1])
-
-
-def test_without_noise_the_guide_has_no_ladder_and_its_stop_costs_no_more(tmp_path, capsys):
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--task",
-                               "inpaint", "--dip-iters", 20, "--dip-width", 4, "--replicas", 2,
-                               "--out", tmp_path / "g"], capsys)
-    assert status == 0, err
-    result = json.loads((tmp_path / "g" / "results.json").read_text())
-    rows = {row["name"]: row for row in result["arms"]}
-    assert rows["plain"]["seconds"] <= result["seconds"]["total"]
-    assert list(rows) == ["plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean",
-                          "split"]
-    assert 0 < rows["es-wmv"]["seconds"] <= rows["plain"]["seconds"]
-    assert rows["es-wmv"]["iterations"] == 20 and "seconds" not in rows["oracle"]
-
-
-def test_floats_are_images_up_to_a_thousandth():
-    x = torch.rand(3, 1, 4, 4)
-    for beyond, ok in ((-0.0009, True), (-0.0012, False), (1.0009, True), (1.0012, False)):
-        y = x.clone()
-        y[0, 0, 0, 0] = beyond
-        if ok:
-            measures.nearest(y, x)
-        else:
-            error_line(ValueError, lambda y=y: measures.nearest(y, x))
-
-
-@pytest.mark.parametrize("grid", dipddpm.GRIDS)
-def test_a_grid_takes_what_it_asks_for_wherever_that_is_free(grid):
-    schedule, taken = dipddpm.cosine_schedule(60), 0
-    for t_start, nfe in itertools.product((60, 52), (2, 5, 12, 20, 40, 50)):
-        wanted = [round(tau) for tau in dipddpm.GRIDS[grid](schedule, t_start, nfe)]
-        taus = dipddpm.time_grid(schedule, t_start, nfe, grid)
-        for i in range(1, nfe):
-            if nfe - i <= wanted[i] < taus[i - 1]:
-                assert taus[i] == wanted[i]
-                taken += nfe - i < taus[i] == taus[i - 1] - 1
-    assert taken or grid == "quadratic"  # some of them just free
-
-
-def test_the_lenets_rate_ends_with_its_training(monkeypatch):
-    made, real = [], torch.optim.lr_scheduler.OneCycleLR
-    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *a: (
-        made.append(real(*a)), made[-1])[1])
-    monkeypatch.setattr(measures, "LENET_STEPS", 7)
-    x, labels = pixels(10, 1, 28, 28).cpu(), torch.arange(10) % 2
-    net = measures.LeNet(1, 2)
-    measures._fit(net, x, labels, 0, 1, batch=4)
-    assert made[0].total_steps == made[0].last_epoch == 9  # three times three, the next to seven
-    assert not net.training
-
-
-def test_split_is_a_ladder_of_one_rung(tmp_path, capsys, monkeypatch):
-    asked, real = [], dipddpm.fit_guided_in_groups
-    monkeypatch.setattr(dipddpm, "fit_guided_in_groups", lambda cfg, seen, rungs, run: (
-        asked.append(rungs), real(cfg, seen, rungs, run))[1])
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 1, "--arms",
-                               "split,ladder", "--dip-iters", 10, "--dip-width", 2, "--rungs", 3,
-                               "--out", tmp_path / "g"], capsys)
-    assert status == 0 and asked == [1, 3], err
-
-
-def test_every_batch_is_whole():
-    some = list(itertools.islice(dipddpm.batches(config(batch=4), 10, "cpu"), 6))
-    assert [len(index) for index in some] == [4] * 6
-    for epoch in range(3):  # two batches each, of different images
-        assert torch.cat(some[2 * epoch:2 * epoch + 2]).unique().numel() == 8
-    assert [len(i) for i in itertools.islice(dipddpm.batches(config(), 10, "cpu"), 2)] == [10, 10]
-
-
-@pytest.mark.parametrize("n, asks", [(3, False), (4, True)])
-def test_features_need_three_neighbours_and_itself(n, asks, monkeypatch):
-    def asked(*args, **more):
-        raise KeyError("asked")
-
-    monkeypatch.setattr(measures, "feature_network", asked)
-    images = data.Images(pixels(9, 1, 5, 5).cpu(), torch.arange(9) % 2, "some", "")
-    with pytest.raises(KeyError) if asks else contextlib.nullcontext():
-        measures.Judge(images, images.pixels, images, n, [])
-
-
-@pytest.mark.parametrize("samples, n", [(None, 256), (5, 5), (900, 300)])
-def test_a_restoration_takes_as_many_images_as_asked_or_there_are(samples, n, tmp_path,
-                                                                  monkeypatch):
-    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, *_: torch.zeros(len(y), 1, 4, 4))
-    monkeypatch.setattr(dipddpm, "timed_sample", lambda cfg, run, arm, net, x, t_start, nfe, s, *_,
-                        measured: (x, {"name": arm, "nfe": nfe, "seconds": 0.0, "t_start": t_start,
-                                       "eta": 0.0, "order": 2, "grid": "uniform"}))
-    test = data.Images(pixels(300, 1, 4, 4).cpu(), None, "some", "")
-    result = {"arms": [], "curves": {}, "pictures": []}
-    counted, real = [], measures.measures
-    monkeypatch.setattr(measures, "measures", lambda x, y: (counted.append(len(x)), real(x, y))[1])
-    dipddpm.restore(config(samples=samples, nfe=(2,), timesteps=20), bare_run(tmp_path),
-                    {"full": None}, "sr", test, result)
-    assert set(counted) == {n}
-
-
-def test_what_a_fit_is_not_shown_does_not_move_it():
-    y, members, averages = torch.rand(2, 1, 8, 8), torch.arange(2), []
-    u = kernels.uniform((2, 1, 8, 8), 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
-    m = dipddpm.corrupt(config(sigma=0.0), "denoise", y, members)
-    for shown in (y, torch.where(u < 0.1, y + 5, y), torch.where(u > 0.9, y + 5, y)):
-        dipddpm.fit_dips(config(mode="dip", dip_width=4), shown, members, 6, lambda i: None, m,
-                         watch=lambda i, x, average: averages.append(average.clone()))
-    assert torch.equal(averages[5], averages[11]) and not torch.equal(averages[5], averages[17])
 
 
 # ------------------------------------------------------------------ README
