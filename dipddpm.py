@@ -833,7 +833,7 @@ def train_ddpm(cfg, x_0, t_max, run, name):
         done += 1
         if cfg.snapshots and done * cfg.snapshots // steps > (done - 1) * cfg.snapshots // steps:
             edge.save({"step": done, "seconds": clock(), "ema": ema.state_dict()},
-                 run.folder / "snapshots" / f"{name}-{done:06d}.pt")
+                      run.folder / "snapshots" / f"{name}-{done:06d}.pt")
         row_due = done % 50 == 0 or done == steps
         if row_due:  # the only place where the host waits for the device
             loss, good = edge.total(tally).tolist()
@@ -1387,7 +1387,7 @@ def run_prior(cfg, run):
     run.about = {"data": about, "shape": [C, H, W]}
     run.begin()
     edge.say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
-        f"{run.device}, {run.precision}")
+             f"{run.device}, {run.precision}")
     nets, rows = train_networks(cfg, x_0, run)
     write_log(run, rows)
     result = {"data": about, "parameters": sum(p.numel() for p in nets["full"].parameters()),
@@ -1652,7 +1652,7 @@ def convergence(cfg, run, name, net, first_start, numbers, judge, test):
     files = sorted((run.folder / "snapshots").glob(f"{name}-*.pt"))
     pace, t_max = median_step(run.state[name]["rows"]), run.state[name].get("t_max", cfg.timesteps)
     mine = [arm for arm in first_start if (name == "full" if arm == "ddpm" else
-                                     arm.startswith("dip") and name in cfg.train)]
+                                         arm.startswith("dip") and name in cfg.train)]
     for file in files:
         saved = torch.load(file, map_location=run.device, weights_only=True)
         edge.load_weights(net, saved["ema"], file)
@@ -1993,8 +1993,8 @@ def observe(cfg, run):
     DIPGroup(cfg, members[:1], C, H, W)  # who cannot take this size says so before run.begin
     run.begin()
     edge.say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
-        f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most {budget} "
-        f"iterations; {run.device}")
+             f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most "
+             f"{budget} iterations; {run.device}")
     return Observed(test, truth, measured, about, members, budget)
 
 
@@ -2209,7 +2209,7 @@ def run_sample(cfg, run):
         edge.say(describe(row) + f"   {run.folder / file}")
     pictures.append(draw_film(run, films))
     finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
-                      "parameters": sum(p.numel() for p in net.parameters())})
+                 "parameters": sum(p.numel() for p in net.parameters())})
 
 
 MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "guide": run_guide,
