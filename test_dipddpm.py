@@ -1361,8 +1361,10 @@ def test_unet_weights_depend_on_the_seed_and_leave_global_state_alone():
 def test_unet_weights_have_the_default_distribution_and_zeros_where_wanted():
     net = dipddpm.make_unet(config(width=32), 1, "cpu")
     for layer in (net.shrink, net.embed[0], net.middle.conv1):
-        assert layer.weight.std().item() == pytest.approx(
-            (3 * layer.weight[0].numel()) ** -0.5, rel=0.05)
+        bound = layer.weight[0].numel() ** -0.5  # uniform between its two signs
+        assert layer.weight.std().item() == pytest.approx(3**-0.5 * bound, rel=0.05)
+        for p in layer.weight, layer.bias:
+            assert 0.9 * bound < p.max() <= bound and -bound <= p.min() < -0.9 * bound
     assert net.leave.weight.count_nonzero() == net.middle.conv2.bias.count_nonzero() == 0
     assert net.norm.weight.eq(1).all() and net.norm.bias.eq(0).all()
 
@@ -1463,6 +1465,16 @@ def test_a_logs_rows_are_its_steps_mean_loss_and_rate(tmp_path, monkeypatch):
         assert lr == dipddpm.learning_rate(cfg, step - 1, 112)
         assert 0 < at <= seconds + 0.01
         begin = step
+
+
+def test_an_epoch_of_training_sees_every_image_once(tmp_path, monkeypatch):
+    seen, real = [], dipddpm.denoising_loss
+    monkeypatch.setattr(dipddpm, "denoising_loss", lambda cfg, net, x_0, index, *a: (
+        seen.append(index.tolist()), real(cfg, net, x_0, index, *a))[1])
+    cfg = config(epochs=3, batch=5, width=8, timesteps=20)
+    dipddpm.train_ddpm(cfg, pixels(20, 1, 8, 8).cpu(), 20, bare_run(tmp_path), "full")
+    epochs = [sum(seen[k:k + 4], []) for k in (0, 4, 8)]
+    assert epochs == [dipddpm.epoch_order(cfg, 20, e, "cpu").tolist() for e in range(3)]
 
 
 def test_timesteps_put_one_draw_in_each_stratum():
@@ -2188,6 +2200,7 @@ def test_the_other_dips_are_their_layers():
         h = up(h)
         assert h.shape[1] == width
     assert h.shape[2:] == (32, 64)
+    assert net.last(h).shape == (2, 3, 32, 64)
     torch.testing.assert_close(net(x), net.last(h).sigmoid()[..., :32, :40])
 
 
@@ -2378,11 +2391,12 @@ def test_a_restoration_takes_as_many_images_as_asked_or_there_are(samples, n, tm
                                        "eta": 0.0, "order": 2, "grid": "uniform"}))
     test = data.Images(pixels(300, 1, 4, 4).cpu(), None, "some", "")
     result = {"arms": [], "curves": {}, "pictures": []}
-    counted, real = [], measures.measures
+    counted, real, drawn = [], measures.measures, []
     monkeypatch.setattr(measures, "measures", lambda x, y: (counted.append(len(x)), real(x, y))[1])
+    monkeypatch.setattr(measures, "draw", lambda path, caption, rows: drawn.extend(rows.values()))
     dipddpm.restore(config(samples=samples, nfe=(2,), timesteps=20), bare_run(tmp_path),
                     {"full": None}, "sr", test, result)
-    assert set(counted) == {n}
+    assert set(counted) == {n} and {len(x) for x in drawn} == {min(16, n)}
 
 
 @pytest.mark.parametrize("T", [3, 10, 1000])
@@ -2759,6 +2773,9 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
     for series in ("ddpm, 4", "dip-codes smoothed, 4", "dip-images truncated, 4"):
         (early, _), (late, _) = result["curves"][f"training/{series} evaluations"]
         assert 0 < early < late
+        arm, trained, _ = (series + " full 4").replace(",", "").split(maxsplit=2)
+        prior = 0 if arm == "ddpm" else rows[arm, trained, 4, 0]["prior_seconds"]
+        assert late - early == pytest.approx(early - prior, abs=0.02)  # half of the steps each
     assert result["curves"]["held-out/truncated t = 0.5 T"][1][0] == 8  # the last step
     assert all(r["nearest"] > r["nearest_5"] >= 0 for r in rows.values()) and result["real"]
     assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
@@ -2841,15 +2858,22 @@ def test_seconds_of_a_step_are_not_bent_by_a_pause():
 
 def test_sampling_from_a_run_needs_no_data(whole_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "nothing"))
-    starts, real = [], dipddpm.sample
-    monkeypatch.setattr(dipddpm, "sample", lambda cfg, net, x, *a: (
-        starts.append(x.clone()), real(cfg, net, x, *a))[1])
+    starts, ends, real = [], [], dipddpm.sample
+
+    def sample(cfg, net, x, *args):
+        starts.append(x.clone())
+        ends.append(real(cfg, net, x, *args))
+        return ends[-1]
+
+    monkeypatch.setattr(dipddpm, "sample", sample)
     status, _, err = run_main(["--mode", "sample", "--resume", whole_run, "--samples", 5, "--nfe",
                                3, "--out", tmp_path / "s"], capsys)
     assert status == 0, err
     assert (tmp_path / "s" / "samples-nfe3-eta-0.png").exists()
     noise = kernels.normal((5, 1, 28, 28), 0, torch.arange(5), 0, kernels.INIT_NOISE)
     assert all(torch.equal(x, noise) for x in starts) and starts  # where the run's own began
+    sheet = measures.grid(((ends[0] + 1) / 2).clamp(0, 1), scale=measures.zoom(noise))
+    assert sheet.tobytes() == Image.open(tmp_path / "s" / "samples-nfe3-eta-0.png").tobytes()
 
 
 def test_resuming_with_other_training_flags_or_data_is_refused_in_one_line(
@@ -3027,6 +3051,8 @@ def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
     corrupted, dip = result["arms"]
     curve, mark = dict(result["curves"]["psnr/mean over images"]), result["marks"]["psnr"]
     assert curve[mark["best"]] == max(curve.values()) and mark["end"] == max(curve)
+    assert result["data"]["train"] == 0 and result["data"]["test"] == 3
+    assert dip["seconds"] <= result["seconds"]["total"] < 300
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
     assert dip["iterations"] <= 110
@@ -3069,18 +3095,22 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert all(row["network_steps"] == pytest.approx(row["networks"] * row["iterations"], abs=0.5)
                for row in rows.values())
     assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
+    assert all(abs(rows[name]["own_gap"]) < 5 for name in ("split", "ladder"))
+    assert result["data"]["train"] == 0 and result["data"]["test"] == 2
     assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
 
 
 def test_what_leaks_has_the_precision_of_all_its_rungs(tmp_path, capsys, monkeypatch):
-    plain, fitted = dipddpm.fit_plain, []
-    monkeypatch.setattr(dipddpm, "fit_plain", lambda *a: (fitted.append(a[4]), plain(*a))[1])
+    plain, fitted, replicas = dipddpm.fit_plain, [], []
+    monkeypatch.setattr(dipddpm, "fit_plain", lambda *a: (
+        fitted.append(a[4]), replicas.append(a[3]), plain(*a))[2])
     status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 9, "--sigma",
                                0.2, "--dip-iters", 10, "--dip-width", 2, "--rungs", 3, "--arms",
                                "literal", "--out", tmp_path / "g"], capsys)
     assert status == 0, err
     clean = data.load("digits", split="test", limit=9).pixels.float() / 255
+    assert replicas == [1, 1]
     levels = [(y - clean).std().item() for y in fitted[0]]
     assert levels == pytest.approx([0.8, 0.4, 0.2], rel=0.04)
     best = sum(level**-2 for level in (0.8, 0.4, 0.2)) ** -0.5  # of any mean of the three
@@ -3583,6 +3613,26 @@ def test_precision_and_recall_of_constructed_sets():
     assert measures.precision_recall(broad, real) == (0.5, 1)
 
 
+def test_more_than_a_thousand_are_measured_as_few_are():
+    f, g = torch.rand(1100, 2), torch.rand(1200, 2)
+    far = torch.cat([f[:1050], f[1050:] + 9])
+    reach = [torch.cdist(x, x).topk(4, largest=False).values[:, 3] for x in (far, g)]
+    near = torch.cdist(far, g)
+    assert measures.precision_recall(far, g) == pytest.approx((
+        (near <= reach[1]).any(1).float().mean().item(),
+        (near <= reach[0][:, None]).any(0).float().mean().item()))
+    x = torch.zeros(2300, 1, 2, 2, dtype=torch.uint8)
+    x[::3] = 255
+
+    def net(x):  # white is class 1
+        return None, torch.cat([torch.full_like(x[:, 0, :1, 0], 0.5), x[:, 0, :1, 0]], 1)
+
+    net.fc1 = torch.nn.Linear(1, 1)
+    labels = torch.arange(2300) % 2
+    right = ((torch.arange(2300) % 3 == 0).long() == labels).float().mean().item()
+    assert measures._accuracy(net, x, labels) == pytest.approx(right)
+
+
 def test_manifold_reaches_to_the_kth_neighbour_without_the_point_itself():
     g = torch.tensor([[0.], [1.], [3.]])  # radii for k = 1: 1, 1, 2
     f = torch.tensor([[-0.9], [5.1]])     # radii for k = 1: 6, 6
@@ -3679,6 +3729,9 @@ def test_floor_takes_images_from_the_whole_split(striped):
                                       measures.features(net, pixels)) for i in range(3)]
     mean, deviation = measures.floor(net, pixels, pixels, 40, 3)
     assert mean == pytest.approx(np.mean(each)) and deviation == pytest.approx(np.std(each, ddof=1))
+    five = [measures.frechet_distance(measures.features(net, pixels[measures.subset(80, 40, i)]),
+                                      measures.features(net, pixels)) for i in range(5)]
+    assert measures.floor(net, pixels, pixels, 40)[0] == pytest.approx(np.mean(five))
     with pytest.raises(ValueError, match="81 images from a split of 80"):
         measures.floor(net, pixels, pixels, 81)
 
