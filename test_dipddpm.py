@@ -1211,6 +1211,9 @@ def test_linear_schedule_is_the_papers():
     ab = dipddpm.linear_schedule(1000).alpha_bar
     beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
     torch.testing.assert_close(beta, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    ab = dipddpm.linear_schedule(100).alpha_bar  # as much noise in fewer steps
+    beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+    torch.testing.assert_close(beta, torch.linspace(1e-3, 0.2, 100, dtype=torch.float64))
 
 
 def test_cosine_schedule_is_f_of_t_until_beta_is_clipped():
@@ -1312,6 +1315,10 @@ def test_time_grids_are_even_in_what_they_are_named_for():
     taus = dipddpm.time_grid(schedule, 900, 10, "logsnr")[:-1]
     snr = torch.tensor([schedule.at(tau) for tau in taus]).logit()
     assert taus[-1] == 1 and snr.diff().std() < 0.05 * snr.diff().mean()
+    snr = schedule.alpha_bar.logit().numpy()  # from the last step's, which lies far below the rest
+    even = np.linspace(snr[999], snr[0], 5)
+    assert dipddpm.time_grid(schedule, 1000, 5, "logsnr")[:-1] == [
+        1 + np.abs(snr - v).argmin() for v in even]
 
 
 @pytest.mark.parametrize("grid", dipddpm.GRIDS)
@@ -2064,6 +2071,27 @@ def test_resnet18_has_the_papers_parameters():
     assert count - biases == 11_689_512 - 513_000
 
 
+def test_a_network_dip_sees_pixels_in_0_to_1_and_answers_in_minus_1_to_1(tmp_path, monkeypatch):
+    x, seen = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8), []
+
+    class Copies(torch.nn.Conv2d):
+        def forward(self, x):
+            seen.append(x)
+            return x + 0 * self.weight.sum()
+
+    monkeypatch.setitem(dipddpm.ARCHS, "conv2", lambda make, *_: Copies(1, 1, 1))
+    prior = dipddpm.prior_dip_network(config(dip_arch="conv2", dip_iters=1, batch=1), x, x,
+                                      bare_run(tmp_path))
+    torch.testing.assert_close(prior.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
+    assert len(seen) == 2 and all(torch.equal(s, x / 255) for s in seen)
+
+
+def test_draws_of_one_stream_have_numbers_of_their_own():
+    for names in (("MASK_DRAW", "HELD_DRAW", "SPLIT_DRAW", "RUNG_DRAW"),
+                  ("CELL_DRAW", "CODE_DRAW", "CENTRE_DRAW", "GAUSS_DRAW")):
+        assert len({0, *(getattr(dipddpm, name) for name in names)}) == 5
+
+
 @pytest.mark.parametrize("arch", dipddpm.ARCHS)
 def test_a_network_dip_learns_its_data_set_and_is_a_function_of_the_seed(arch, tmp_path):
     cfg = config(dip_arch=arch, dip_width=8, dip_iters=200, batch=16)
@@ -2122,6 +2150,7 @@ def test_principal_components_are_white_and_hold_what_lies_in_their_span():
     scores, mean, axes = dipddpm.principal_components(x, 3)
     torch.testing.assert_close(scores.T @ scores / 300, torch.eye(3), atol=1e-4, rtol=0)
     assert (mean + scores @ axes - x.flatten(1) / 255).abs().max() < 3 / 255  # rounding is left
+    torch.testing.assert_close(mean, x.flatten(1).double().mean(0).float() / 255)
 
 
 def batch_norm(x):
@@ -2184,6 +2213,7 @@ def test_the_other_dips_are_their_layers():
         h = same(h, four[k])
         h = h.relu() if k < 6 else h.tanh()
     torch.testing.assert_close(four(x), h)
+    dipddpm.ResNet18(dipddpm.Grouped(torch.arange(1), 0), 3, 3, 33, 33, 1)  # leaves two pixels
     net = dipddpm.ResNet18(dipddpm.Single(), 3, 3, 32, 40, 4)
     shapes = [net.enter[0](x).shape[1:], net.enter(x).shape[1:], net.blocks(net.enter(x)).shape[1:]]
     assert shapes == [(4, 16, 20), (4, 8, 10), (32, 1, 2)]
@@ -2421,6 +2451,9 @@ def test_halves_have_independent_noises_and_replicas_that_average_to_y():
     correlation = (plus * minus).mean() / (plus.std() * minus.std())
     assert correlation.abs() < 4 / 240**0.5 / 16
     torch.testing.assert_close(plus.view(60, 4, 1, 16, 16).mean(1), y, atol=1e-6, rtol=0)
+    two, _ = dipddpm.split(y, torch.ones_like(y), 0.3, 0.5, torch.arange(120), 2, 0)
+    torch.testing.assert_close(two.view(60, 2, 1, 16, 16).mean(1), y, atol=1e-6, rtol=0)
+    assert two.std() == pytest.approx(0.3 * 1.25**0.5, rel=0.02)
     alone, _ = dipddpm.split(y, torch.ones_like(y), 0.3, 0.5, torch.arange(60), 1, 0)
     assert alone.std() == pytest.approx(0.3 * 1.25**0.5, rel=0.02)
 
@@ -2669,6 +2702,10 @@ def test_noise_level_is_found_in_flat_images():
     noise = 0.2 * kernels.normal((20, 3, 64, 64), 3, torch.arange(20), 0, 0)
     assert dipddpm.noise_level(x + noise[:, :1, :28, :28]).mean() == pytest.approx(0.2, rel=0.1)
     assert dipddpm.noise_level(0.5 + noise).mean() == pytest.approx(0.2, rel=0.02)
+    odd = dipddpm.noise_level(0.5 + noise[..., :63, :58])  # the last row is left out
+    assert torch.equal(odd, dipddpm.noise_level(0.5 + noise[..., :62, :58]))
+    assert torch.equal(dipddpm.noise_level(noise[..., :58, :63]),
+                       dipddpm.noise_level(noise[..., :58, :62]))
 
 
 def test_a_group_has_a_whole_image_even_if_it_is_larger_than_asked():
@@ -2681,7 +2718,9 @@ def test_a_group_has_a_whole_image_even_if_it_is_larger_than_asked():
 @pytest.mark.parametrize("size, budget", [(64, 1000), (65, 3000)])
 def test_a_fit_may_take_more_iterations_on_photos(size, budget, tmp_path, monkeypatch):
     images = data.Images(torch.full((2, 1, 7, size), 99, dtype=torch.uint8), None, "grey", "")
-    monkeypatch.setattr(dipddpm, "load_images", lambda cfg, split, limit: images)
+    limits = []
+    monkeypatch.setattr(dipddpm, "load_images", lambda cfg, split, limit: (
+        limits.append(limit), images)[1])
     run = SimpleNamespace(**vars(bare_run(tmp_path)), begin=lambda: None)
     cfg = config(mode="dip", dip_width=2)
     seen = dipddpm.observe(cfg, run)
@@ -2690,6 +2729,17 @@ def test_a_fit_may_take_more_iterations_on_photos(size, budget, tmp_path, monkey
     assert dipddpm.observe(dataclasses.replace(cfg, dip_iters=7), run).budget == 7
     own = dipddpm.observe(dataclasses.replace(cfg, noise="own"), run)
     assert own.truth is None and own.measured.sigma == 0.0 and "sigma" not in own.about
+    assert set(limits) == {16}
+
+
+@pytest.mark.parametrize("size, iterations", [(64, 60), (65, 210)])
+def test_a_stop_waits_for_fifty_iterations_on_photos_for_two_hundred(size, iterations, tmp_path,
+                                                                    monkeypatch):
+    monkeypatch.setattr(dipddpm.Halves, "risk", lambda half, A_x, M: torch.ones(len(A_x) // M))
+    m = dipddpm.corrupt(config(sigma=0.1), "denoise", torch.rand(1, 1, 8, size), torch.arange(1))
+    _, took = dipddpm.fit_guided(config(mode="dip", dip_width=2, dip_arch="conv2", replicas=1), m,
+                                 torch.arange(1), 1, 300, bare_run(tmp_path))
+    assert took.tolist() == [iterations]  # the first look's risk is the least
 
 
 @pytest.mark.parametrize("M", [1, 4, 12])
@@ -3096,6 +3146,9 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
                for row in rows.values())
     assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
     assert all(abs(rows[name]["own_gap"]) < 5 for name in ("split", "ladder"))
+    assert all(row.get("seconds", 0) <= result["seconds"]["total"] for row in rows.values())
+    for name in "literal", "literal-mean":
+        assert rows[name]["psnr_oracle"] >= rows[name]["psnr"] - 1e-3
     assert result["data"]["train"] == 0 and result["data"]["test"] == 2
     assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
@@ -3837,7 +3890,7 @@ def test_a_set_is_told_by_its_distances_to_training_images_and_sources():
 
 
 def test_the_lenets_rate_ends_with_its_training(monkeypatch):
-    made, real = [], torch.optim.lr_scheduler.OneCycleLR
+    made, real = [], torch.optim.lr_scheduler.OneCycleLR  # LENET_VERSION names its peak, too
     monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *a: (
         made.append(real(*a)), made[-1])[1])
     monkeypatch.setattr(measures, "LENET_STEPS", 7)
@@ -3845,7 +3898,7 @@ def test_the_lenets_rate_ends_with_its_training(monkeypatch):
     net = measures.LeNet(1, 2)
     measures._fit(net, x, labels, 0, 1, batch=4)
     assert made[0].total_steps == made[0].last_epoch == 9  # three times three, the next to seven
-    assert not net.training
+    assert not net.training and made[0].optimizer.param_groups[0]["max_lr"] == 4e-3
 
 
 @pytest.mark.parametrize("n, asks", [(3, False), (4, True)])
