@@ -3482,6 +3482,13 @@ def test_equal_images_measure_as_equal():
     assert (measures.delta_e(a, a) == 0).all()
 
 
+def test_a_large_photo_is_the_mean_of_its_parts():
+    photos = torch.zeros(2, 1, 1, 750_000)
+    photos[0, ..., :250_000], photos[1] = 1, 1
+    black_and_white = measures.delta_e(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)).item()
+    assert measures.delta_e(*photos[:, None]).item() == pytest.approx(black_and_white * 2 / 3)
+
+
 @pytest.mark.parametrize("b, word", [
     (torch.zeros(1, 1, 4, 5), r"\[1, 1, 4, 4\] and \[1, 1, 4, 5\]"),
     (torch.full((1, 1, 4, 4), math.nan), "second images hold NaN"),
@@ -3646,6 +3653,11 @@ def test_kid_of_two_constant_sets_is_known():
 def test_kid_takes_half_of_the_smaller_set(n, m):
     f, g = torch.tensor([[1., 1.]]).expand(n, 2), torch.tensor([[2., 0.]]).expand(m, 2)
     assert measures.kid(f, g) == pytest.approx((19, 0))
+
+
+def test_kid_takes_at_most_a_thousand_of_each():
+    f, g = random_features(2004, 3), random_features(2004, 3, seed=1)
+    assert measures.kid(f, g, subsets=2) == measures.kid(f, g, subsets=2, size=1000)
 
 
 def test_kid_is_unbiased_where_its_biased_form_is_not():
