@@ -2791,6 +2791,17 @@ FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 4
         "--dip-source images,network,codes --dip-arch conv2")
 
 
+def assert_no_more_digits_than_promised(rows):
+    for row in rows:
+        for key, x in row.items():
+            if key.removesuffix("_std") in ("psnr", "ssim", "mse", "mae", "delta_e", "kid"):
+                places = 5
+            else:
+                places = {"iterations": 1, "recall": 4, "precision": 4, "class_gap": 4,
+                          "prior_square_error": 4}.get(key, 3)
+            assert not isinstance(x, float) or x == round(x, places), (key, x)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """--mode prior to its end, once, on few and small things."""
@@ -2832,6 +2843,8 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
     assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
                for r in rows.values())
     assert {r["t_start"] for r in rows.values()} == {40, 24}
+    assert_no_more_digits_than_promised(result["arms"])
+    assert result["floor"]["fid_lenet"] == round(result["floor"]["fid_lenet"], 3)
     for file in ("config.json", "log.csv", "checkpoint.pt", "report.html", "priors.png"):
         assert (whole_run / file).stat().st_size > 0
     assert not list(whole_run.glob("*.tmp"))
@@ -3107,6 +3120,7 @@ def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
     assert dip["iterations"] <= 110
+    assert_no_more_digits_than_promised(result["arms"])
     assert out.count("iteration 50: psnr ") == 2  # two images a group
     assert len(list((tmp_path / "d").glob("restored-*.png"))) == 3
 
@@ -3146,10 +3160,12 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert all(row["network_steps"] == pytest.approx(row["networks"] * row["iterations"], abs=0.5)
                for row in rows.values())
     assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
+    assert_no_more_digits_than_promised(result["arms"])
     assert all(abs(rows[name]["own_gap"]) < 5 for name in ("split", "ladder"))
     assert all(row.get("seconds", 0) <= result["seconds"]["total"] for row in rows.values())
     for name in "literal", "literal-mean":
-        assert rows[name]["psnr_oracle"] >= rows[name]["psnr"] - 1e-3 and rows[name]["networks"] == 1
+        assert rows[name]["psnr_oracle"] >= rows[name]["psnr"] - 1e-3
+        assert rows[name]["networks"] == 1
     assert result["data"]["train"] == 0 and result["data"]["test"] == 2
     assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
