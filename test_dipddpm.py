@@ -1655,6 +1655,7 @@ def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
         ramp = min(1, (step + 1) / 6)
         assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
             0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
+    assert dipddpm.learning_rate(cfg, 0, 10) == 0.5  # at least one step of warm-up
 
 
 def test_every_batch_is_whole():
@@ -2042,6 +2043,41 @@ def test_the_last_iteration_is_looked_at_whatever_its_number():
     assert torch.equal(x, averages[12]) and not torch.equal(x, averages[9])  # it still gets better
 
 
+def test_a_held_out_stop_takes_the_look_that_is_nearest_to_what_it_was_not_shown():
+    truth, members, looks = random_images(4, 1, 8, 8), torch.arange(4), {}
+    m = dipddpm.corrupt(config(sigma=0.5), "denoise", truth, members)
+    x = dipddpm.fit_dips(config(mode="dip", dip_width=8), m.y, members, 95, lambda i: None, m,
+                         watch=lambda i, x, average: looks.update({i + 1: average.clone()}))
+    u = kernels.uniform((4, 1, 8, 8), 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
+    times = [*range(10, 100, 10), 95]
+    risks = torch.stack([((looks[i] - m.y).square() * (u < 0.1)).sum((1, 2, 3)) for i in times])
+    chosen = [times[k] for k in risks.argmin(0)]
+    assert min(chosen) < 95  # at this noise some are best before the end
+    assert all(torch.equal(x[k], looks[i][k]) for k, i in enumerate(chosen))
+
+
+@pytest.mark.parametrize("task", [None, "sr"])
+def test_fits_in_groups_are_put_where_they_belong(task, tmp_path, monkeypatch):
+    asked, told = [], []
+
+    def fit(cfg, y, members, iters, progress, part):
+        asked.append((y, members.tolist(), iters, part))
+        progress(2)
+        return members[:, None, None, None] - 1.5 + torch.zeros(len(y), 1, 8, 8)
+
+    monkeypatch.setattr(dipddpm, "fit_dips", fit)
+    monkeypatch.setattr(edge, "Progress", lambda name, steps, per_step: (
+        told.append((steps, per_step)), told.append)[1])
+    members, truth = torch.tensor([1, 2, 3, 1, 2]), random_images(5, 1, 8, 8)
+    m = task and dipddpm.corrupt(config(), task, truth, members)
+    y = m.y if task else truth
+    x = dipddpm.fit_in_groups(config(dip_group=2), y, members, 7, bare_run(tmp_path), m)
+    assert x.shape == (5, 1, 8, 8) and x[:, 0, 3, 4].tolist() == [0, 0.5, 1, 0, 0.5]
+    assert [a[1:3] for a in asked] == [([1, 2], 7), ([3, 1], 7), ([2], 7)]
+    assert torch.equal(torch.cat([a[0] for a in asked]), y) and told == [(21, 2), 2, 9, 16]
+    assert not task or torch.equal(torch.cat([a[3].y for a in asked]), y)
+
+
 def test_what_a_fit_is_not_shown_does_not_move_it():
     y, members, averages = torch.rand(2, 1, 8, 8), torch.arange(2), []
     u = kernels.uniform((2, 1, 8, 8), 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
@@ -2132,8 +2168,19 @@ def test_one_cell_is_one_gaussian():
     codes = kernels.normal((3, 2), 1, 0, 0, 0)
     shares, means, factors = dipddpm.fit_mixture(codes, 0)
     assert shares.tolist() == [1] and torch.allclose(means[0], codes.mean(0))
-    torch.testing.assert_close(factors[0] @ factors[0].T, codes.T.cov(correction=0), atol=2e-3,
-                               rtol=0)
+    covariance = codes.T.cov(correction=0)
+    ridge = 1e-3 * covariance.trace() / 2 + 1e-6
+    torch.testing.assert_close(factors[0] @ factors[0].T, covariance + ridge * torch.eye(2))
+
+
+def test_a_cell_of_one_code_is_that_code():
+    codes = torch.tensor([[0.0], [100.0], [200.0]])  # as many cells as codes, for D = 1
+    shares, means, factors = mixture = dipddpm.fit_mixture(codes, 0)
+    assert shares.tolist() == pytest.approx([1 / 3] * 3) and set(means[:, 0].tolist()) == {
+        0, 100, 200}
+    assert (factors**2).flatten().tolist() == pytest.approx([1e-6] * 3)
+    drawn = dipddpm.draw_codes(mixture, 3000, 0).div(100).round().flatten()
+    assert (torch.bincount(drawn.long()) / 3000).tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
 
 
 def test_a_new_code_does_not_depend_on_how_many_are_drawn():
@@ -2151,6 +2198,13 @@ def test_principal_components_are_white_and_hold_what_lies_in_their_span():
     torch.testing.assert_close(scores.T @ scores / 300, torch.eye(3), atol=1e-4, rtol=0)
     assert (mean + scores @ axes - x.flatten(1) / 255).abs().max() < 3 / 255  # rounding is left
     torch.testing.assert_close(mean, x.flatten(1).double().mean(0).float() / 255)
+
+
+def test_principal_components_of_fewer_images_than_pixels():
+    x = pixels(6, 1, 4, 4).cpu()
+    scores, mean, axes = dipddpm.principal_components(x, 5)
+    torch.testing.assert_close(scores.T @ scores / 6, torch.eye(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(mean + scores @ axes, x.flatten(1) / 255, atol=1e-4, rtol=0)
 
 
 def batch_norm(x):
@@ -2643,6 +2697,21 @@ def test_a_rung_begins_at_the_last_ones_best_and_the_ladder_ends_where_none_is_b
     assert seen[30][0] == 30 and seen[31][0] == 1  # the average of outputs begins anew
 
 
+def test_images_climb_each_to_its_own_rung(tmp_path, monkeypatch):
+    _, m = measured("denoise", n=2, sigma=0.3)
+    risks = iter([[5, 5], [4, 6], [3, 4], [9, 9], [1, 1]])  # the second image climbs at 20 and 40
+    halves, iterate, seen, rungs = dipddpm.halves, dipddpm.DIPGroup.iterate, {}, []
+    monkeypatch.setattr(dipddpm, "halves", lambda *a: (rungs.append(halves(*a)), rungs[-1])[1])
+    monkeypatch.setattr(dipddpm.Halves, "risk", lambda *_: torch.tensor(next(risks)).float())
+    monkeypatch.setattr(dipddpm.DIPGroup, "iterate", lambda group, i, target, *a: (
+        seen.update({i + 1: target}), iterate(group, i, target, *a))[1])
+    cfg = config(dip_width=4, replicas=2, patience=10)
+    dipddpm.fit_guided(cfg, m, torch.arange(2), 4, 41, bare_run(tmp_path))
+    for i, (first, second) in {20: (0, 0), 21: (0, 1), 40: (0, 1), 41: (1, 2)}.items():
+        assert torch.equal(seen[i][:2], rungs[0].targets[first][:2])
+        assert torch.equal(seen[i][2:], rungs[0].targets[second][2:])
+
+
 def test_a_member_that_goes_back_goes_on_as_if_it_had_never_left():
     y = tiny_images(2).double() / 255
     share, same = torch.full_like(y, 1 / 64), lambda x: x
@@ -2682,7 +2751,7 @@ def test_windowed_variance_is_that_of_the_last_outputs():
 def test_photos_have_the_longer_window(size, window, patience, tmp_path, monkeypatch):
     stops, real = [], dipddpm.WindowedVariance
     monkeypatch.setattr(dipddpm, "WindowedVariance", lambda *a: (stops.append(a), real(*a))[1])
-    truth = random_images(1, 1, 8, size)
+    truth = random_images(1, 1, size, 8)
     m = dipddpm.corrupt(config(sigma=0.1), "denoise", truth, torch.arange(1))
     dipddpm.fit_plain(config(dip_width=2), m, torch.arange(1), 1, [m.y], truth, 2,
                       bare_run(tmp_path))
@@ -2838,6 +2907,7 @@ def test_prior_run_leaves_results_of_every_arm(whole_run):
         arm, trained, _ = (series + " full 4").replace(",", "").split(maxsplit=2)
         prior = 0 if arm == "ddpm" else rows[arm, trained, 4, 0]["prior_seconds"]
         assert late - early == pytest.approx(early - prior, abs=0.02)  # half of the steps each
+        assert late - prior <= 3 * result["seconds"]["train"]
     assert result["curves"]["held-out/truncated t = 0.5 T"][1][0] == 8  # the last step
     assert all(r["nearest"] > r["nearest_5"] >= 0 for r in rows.values()) and result["real"]
     assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
@@ -3163,6 +3233,9 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert_no_more_digits_than_promised(result["arms"])
     assert all(abs(rows[name]["own_gap"]) < 5 for name in ("split", "ladder"))
     assert all(row.get("seconds", 0) <= result["seconds"]["total"] for row in rows.values())
+    assert rows["es-wmv"]["seconds"] == pytest.approx(
+        rows["plain"]["seconds"] * rows["es-wmv"]["iterations"] / 60, abs=0.02)
+    assert result["seconds"]["dip"] <= result["seconds"]["total"]
     for name in "literal", "literal-mean":
         assert rows[name]["psnr_oracle"] >= rows[name]["psnr"] - 1e-3
         assert rows[name]["networks"] == 1
@@ -3489,6 +3562,15 @@ def test_image_measures_are_symmetric_and_know_their_range(name):
     assert torch.allclose(measure(a, b), measure(b, a), rtol=1e-12)
     assert measure(a, b).shape == (2,)
     assert torch.allclose(measure(255 * a, 255 * b, data_range=255), measure(a, b), atol=1e-4)
+
+
+def test_a_row_has_the_mean_and_the_deviation_over_images():
+    a, b = random_images(3, 1, 12, 12), random_images(3, 1, 12, 12, seed=1)
+    row = measures.measures(a, b)
+    for f in measures.psnr, measures.ssim, measures.mse, measures.mae, measures.delta_e:
+        each = f(a, b).numpy()
+        assert row[f.__name__] == round(each.mean(), 5)
+        assert row[f.__name__ + "_std"] == round(each.std(), 5)
 
 
 def test_equal_images_measure_as_equal():
@@ -3902,10 +3984,13 @@ def test_the_lenet_learns_images_shifted_by_up_to_two_pixels(monkeypatch):
     shifts, real = [], torch.Tensor.roll
     monkeypatch.setattr(torch.Tensor, "roll", lambda x, shift, dims: (
         shifts.append((len(x), *shift, dims)), real(x, shift, dims))[1])
+    entropy, smoothing = F.cross_entropy, set()
+    monkeypatch.setattr(F, "cross_entropy", lambda *a, label_smoothing: (
+        smoothing.add(label_smoothing), entropy(*a, label_smoothing=label_smoothing))[1])
     monkeypatch.setattr(measures, "LENET_STEPS", 80)
     measures._fit(measures.LeNet(1, 2), pixels(130, 1, 4, 4).cpu(), torch.arange(130) % 2, 0, 1)
     batches, down, right, dims = zip(*shifts)
-    assert batches == (128, 2) * 40 and set(dims) == {(2, 3)}
+    assert smoothing == {0.1} and batches == (128, 2) * 40 and set(dims) == {(2, 3)}
     assert set(down) == set(right) == {-2, -1, 0, 1, 2} and down != right
 
 
@@ -4311,6 +4396,11 @@ def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
         ab = dipddpm.SCHEDULES[cfg.schedule](1000).at(t_start)  # x_t = sqrt(ab) 0.5 + ...
         assert x_t.mean() == pytest.approx(0.5 * ab**0.5, abs=0.05)
         assert x_t.std() == pytest.approx((1 - ab)**0.5, rel=0.06)
+    cfg = config(mode="ddpm", timesteps=10)
+    for t in range(1, 10):  # y's noise is sigma, that of 2 y - 1 twice it
+        ab = dipddpm.SCHEDULES[cfg.schedule](10).at(t)
+        measured = reproduce.noised(cfg, truth, (1 / ab - 1) ** 0.5 / 2)
+        assert dipddpm.start_from_noisy(cfg, measured)[1] == t
 
 
 def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
