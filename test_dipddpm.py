@@ -3176,7 +3176,10 @@ def test_only_a_run_is_overwritten_and_only_when_asked(tmp_path, capsys):
     assert (tmp_path / "d/.git/kept").exists() and (tmp_path / "d/seed=1/kept").exists()
 
 
-def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
+def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys, monkeypatch):
+    rungs, real = [], dipddpm.fit_guided_in_groups
+    monkeypatch.setattr(dipddpm, "fit_guided_in_groups", lambda cfg, seen, n, run, tell: (
+        rungs.append(n), real(cfg, seen, n, run, tell))[1])
     status, out, err = run_main([
         "--mode", "dip", "--data", "digits", "--samples", 3, "--dip-group", 4, "--replicas", 2,
         "--dip-iters", 110, "--dip-width", 4, "--patience", 20, "--out", tmp_path / "d"], capsys)
@@ -3185,7 +3188,7 @@ def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys):
     corrupted, dip = result["arms"]
     curve, mark = dict(result["curves"]["psnr/mean over images"]), result["marks"]["psnr"]
     assert curve[mark["best"]] == max(curve.values()) and mark["end"] == max(curve)
-    assert result["data"]["train"] == 0 and result["data"]["test"] == 3
+    assert rungs == [1] and result["data"]["train"] == 0 and result["data"]["test"] == 3
     assert dip["seconds"] <= result["seconds"]["total"] < 300
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
