@@ -2044,7 +2044,7 @@ def test_the_last_iteration_is_looked_at_whatever_its_number():
 
 
 def test_a_held_out_stop_takes_the_look_that_is_nearest_to_what_it_was_not_shown():
-    truth, members, looks = random_images(4, 1, 8, 8), torch.arange(4), {}
+    truth, members, looks = random_images(4, 3, 8, 8), torch.arange(4), {}
     m = dipddpm.corrupt(config(sigma=0.5), "denoise", truth, members)
     x = dipddpm.fit_dips(config(mode="dip", dip_width=8), m.y, members, 95, lambda i: None, m,
                          watch=lambda i, x, average: looks.update({i + 1: average.clone()}))
@@ -2456,6 +2456,21 @@ def test_a_prior_is_noised_to_the_step_that_was_asked_for():
                                    ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
 
 
+def test_a_sampler_asks_at_the_grids_steps_and_films_the_first_image():
+    cfg, x_init, asked, film = config(timesteps=20), random_images(3, 1, 4, 4), [], []
+
+    def net(x_t, t):
+        asked.append((t.unique().item(), x_t[:1].clone()))
+        return 0.1 * x_t
+
+    x = dipddpm.sample(cfg, net, x_init, 15, 4, 0.0, torch.arange(3), contextlib.nullcontext,
+                       film=film)
+    taus = dipddpm.time_grid(dipddpm.cosine_schedule(20), 15, 4)
+    assert [t for t, _ in asked] == [tau - 1 for tau in taus[:-1]]  # the table's rows begin at 0
+    assert all(torch.equal(a, b) for a, b in zip(film, [x for _, x in asked] + [x[:1]]))
+    assert len(film) == 5
+
+
 def test_a_restoring_step_clips_as_others_do():
     cfg = config(timesteps=20, predict="x0")
     m = dipddpm.corrupt(cfg, "inpaint", torch.full((2, 1, 6, 6), 0.5), torch.arange(2))
@@ -2776,6 +2791,29 @@ def test_noise_level_is_found_in_flat_images():
     assert torch.equal(odd, dipddpm.noise_level(0.5 + noise[..., :62, :58]))
     assert torch.equal(dipddpm.noise_level(noise[..., :58, :63]),
                        dipddpm.noise_level(noise[..., :58, :62]))
+
+
+def test_a_curve_holds_each_images_last_look(tmp_path, monkeypatch, capsys):
+    truth, x = random_images(2, 1, 8, 8), random_images(6, 1, 8, 8, seed=1)
+    seen = SimpleNamespace(truth=truth, members=torch.arange(2), budget=70,
+                           measured=dipddpm.corrupt(config(), "denoise", truth, torch.arange(2)))
+
+    def fit(cfg, measured, rows, rungs, budget, run, watch):
+        for i, k in ((10, 0), (50, 1), (60, 2))[:3 - 2 * rows.item()]:  # one look at the second
+            watch(i, x[3 * rows + k])
+        return x[2:3] * 0 + truth[rows] + 0.5, torch.tensor([i])
+
+    monkeypatch.setattr(dipddpm, "fit_guided", fit)
+    result, iterations, best, curve = dipddpm.fit_guided_in_groups(
+        config(dip_group=1, replicas=1), seen, 1, bare_run(tmp_path), tell=True)
+    psnr = measures.psnr(x, truth.repeat_interleave(3, 0)).tolist()
+    assert curve == [[i, pytest.approx((psnr[k] + psnr[3]) / 2, abs=6e-4)]
+                     for k, i in enumerate((10, 50, 60))]
+    ends = measures.psnr((truth + 0.5).clamp(0, 1), truth).tolist()
+    assert best.tolist() == pytest.approx([max(*psnr[:3], ends[0]), max(psnr[3], ends[1])])
+    assert iterations.tolist() == [60, 10]
+    ssim = measures.ssim(x[1:2], truth[:1]).item()
+    assert capsys.readouterr().out.strip() == f"iteration 50: psnr {psnr[1]:.2f}, ssim {ssim:.4f}"
 
 
 def test_a_group_has_a_whole_image_even_if_it_is_larger_than_asked():
