@@ -3272,6 +3272,7 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
                for row in rows.values())
     assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
     assert_no_more_digits_than_promised(result["arms"])
+    assert [row["networks"] for row in rows.values()] == [1, 1, 1, 4, 4, 4, 4, 4, 1, 1]
     assert all(abs(rows[name]["own_gap"]) < 5 for name in ("split", "ladder"))
     assert all(row.get("seconds", 0) <= result["seconds"]["total"] for row in rows.values())
     assert rows["es-wmv"]["seconds"] == pytest.approx(
@@ -3279,7 +3280,6 @@ def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
     assert result["seconds"]["dip"] <= result["seconds"]["total"]
     for name in "literal", "literal-mean":
         assert rows[name]["psnr_oracle"] >= rows[name]["psnr"] - 1e-3
-        assert rows[name]["networks"] == 1
     assert result["data"]["train"] == 0 and result["data"]["test"] == 2
     assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
     assert "leak" in (tmp_path / "g" / "report.html").read_text()
@@ -3939,6 +3939,9 @@ def test_floor_takes_images_from_the_whole_split(striped):
     five = [measures.frechet_distance(measures.features(net, pixels[measures.subset(80, 40, i)]),
                                       measures.features(net, pixels)) for i in range(5)]
     assert measures.floor(net, pixels, pixels, 40)[0] == pytest.approx(np.mean(five))
+    assert measures.floor(net, pixels, pixels, 2)[0] > 0
+    with pytest.raises(ValueError, match="1 images from a split of 80"):
+        measures.floor(net, pixels, pixels, 1)
     with pytest.raises(ValueError, match="81 images from a split of 80"):
         measures.floor(net, pixels, pixels, 81)
 
