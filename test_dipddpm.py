@@ -1474,6 +1474,20 @@ def test_a_logs_rows_are_its_steps_mean_loss_and_rate(tmp_path, monkeypatch):
         begin = step
 
 
+def test_the_first_training_step_is_adamws_with_a_clipped_gradient(tmp_path):
+    cfg, x_0 = config(epochs=1, batch=6, width=8, timesteps=20, lr=0.1), pixels(6, 1, 8, 8).cpu()
+    run, net = bare_run(tmp_path), dipddpm.make_unet(cfg, 1, "cpu")
+    dipddpm.train_ddpm(cfg, x_0, 20, run, "full")
+    coef = dipddpm.forward_table(dipddpm.cosine_schedule(20), cfg.predict)
+    dipddpm.denoising_loss(cfg, net, x_0, dipddpm.epoch_order(cfg, 6, 0, "cpu"), torch.arange(6), 6,
+                           20, coef, torch.tensor(0), contextlib.nullcontext).mean().backward()
+    norm = sum(p.grad.square().sum() for p in net.parameters()) ** 0.5
+    for name, p in net.named_parameters():
+        g = p.grad / max(1, norm)
+        want = p * (1 - 0.1 * 0.01) - 0.1 * g / (g.abs() + 1e-8)  # m / sqrt(v) is its sign
+        torch.testing.assert_close(run.state["full"]["net"][name], want, rtol=1e-5, atol=1e-5)
+
+
 def test_an_epoch_of_training_sees_every_image_once(tmp_path, monkeypatch):
     seen, real = [], dipddpm.denoising_loss
     monkeypatch.setattr(dipddpm, "denoising_loss", lambda cfg, net, x_0, index, *a: (
