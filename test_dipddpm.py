@@ -2313,6 +2313,15 @@ def test_the_decoder_of_codes_doubles_twice():
         h = F.leaky_relu(same(h, conv) / (1 + 1e-5) ** 0.5, 0.2)
         assert h.shape[1] == width
     torch.testing.assert_close(net(code), same(h, net.last).sigmoid()[..., :10, :13])
+    assert dipddpm.CodeDecoder(1, 8, 8, 2).conv2.weight.shape[0] == 1
+
+
+def test_a_decoders_images_become_a_prior_in_minus_1_to_1(monkeypatch):
+    codes = kernels.normal((40, 32), 1, 0, 0, 0)
+    monkeypatch.setattr(dipddpm, "fit_codes", lambda *_: (lambda c: (c * 0.1 + 0.5)[:, :4], codes))
+    new = dipddpm.draw_codes(dipddpm.fit_mixture(codes, 0), 5, 0)
+    torch.testing.assert_close(dipddpm.prior_dip_codes(config(), None, torch.zeros(5), None),
+                               0.2 * new[:, :4])
 
 
 def test_codes_are_learned_with_their_decoder_and_give_new_images(tmp_path):
@@ -2589,6 +2598,7 @@ def test_a_guided_result_is_the_mean_of_its_outputs_by_weight(sigma, tmp_path):
 
 
 def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
+    assert [dipddpm.rung_levels(n) for n in (1, 2, 3)] == [[1], [4, 1], [4, 2, 1]]
     y = torch.zeros(50, 1, 16, 16)
     m = dipddpm.Measurement("denoise", y, torch.ones_like(y), 0.2)
     targets, *_ = dipddpm.halves(config(alpha=0.5), m, dipddpm.replicas_of(torch.arange(50), 4),
@@ -2805,6 +2815,7 @@ def test_noise_level_is_found_in_flat_images():
     assert torch.equal(odd, dipddpm.noise_level(0.5 + noise[..., :62, :58]))
     assert torch.equal(dipddpm.noise_level(noise[..., :58, :63]),
                        dipddpm.noise_level(noise[..., :58, :62]))
+    assert torch.equal(dipddpm.noise_level(noise[..., :57]), dipddpm.noise_level(noise[..., :56]))
 
 
 def test_a_curve_holds_each_images_last_look(tmp_path, monkeypatch, capsys):
