@@ -3254,7 +3254,7 @@ def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys, monkeypatc
     assert rungs == [1] and result["data"]["train"] == 0 and result["data"]["test"] == 3
     assert dip["seconds"] <= result["seconds"]["total"] < 300
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
-    assert dip["name"] == "dip" and dip["psnr_oracle"] >= dip["psnr"] - 1e-3
+    assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
     assert dip["iterations"] <= 110
     assert_no_more_digits_than_promised(result["arms"])
     assert out.count("iteration 50: psnr ") == 2  # two images a group
