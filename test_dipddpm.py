@@ -1646,6 +1646,15 @@ def test_gradients_that_are_never_finite_end_the_run_and_say_so(tmp_path):
                            "full")
 
 
+def test_gradients_that_are_no_longer_finite_end_the_run_at_the_next_row(tmp_path, monkeypatch):
+    real, steps = dipddpm.denoising_loss, itertools.count(1)
+    monkeypatch.setattr(dipddpm, "denoising_loss", lambda *a: real(*a) * (
+        math.nan if next(steps) > 50 else 1))
+    with pytest.raises(RuntimeError, match="no finite gradient in 50 steps up to 100"):
+        dipddpm.train_ddpm(config(**TINY | dict(epochs=40)), tiny_images(), 50,
+                           bare_run(tmp_path), "full")
+
+
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_told(tmp_path, monkeypatch,
                                                                       capsys):
     real, weights = dipddpm.denoising_loss, []
@@ -2096,7 +2105,7 @@ def test_what_a_fit_is_not_shown_does_not_move_it():
     y, members, averages = torch.rand(2, 1, 8, 8), torch.arange(2), []
     u = kernels.uniform((2, 1, 8, 8), 0, members, dipddpm.HELD_DRAW, kernels.CORRUPTION)
     m = dipddpm.corrupt(config(sigma=0.0), "denoise", y, members)
-    for shown in (y, torch.where(u < 0.1, y + 5, y), torch.where(u > 0.9, y + 5, y)):
+    for shown in (y, torch.where(u < 0.1, y + 5, y), torch.where((0.1 < u) & (u < 0.15), y + 5, y)):
         dipddpm.fit_dips(config(mode="dip", dip_width=4), shown, members, 6, lambda i: None, m,
                          watch=lambda i, x, average: averages.append(average.clone()))
     assert torch.equal(averages[5], averages[11]) and not torch.equal(averages[5], averages[17])
