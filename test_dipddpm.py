@@ -1640,6 +1640,22 @@ def test_snapshots_are_the_averages_of_their_moments(tmp_path):
     assert all(torch.equal(v, last["ema"][k]) for k, v in net.state_dict().items())
 
 
+def test_a_training_stopped_between_two_rows_logs_what_it_would_have(tmp_path, monkeypatch):
+    cfg, steps, real = config(**TINY), itertools.count(1), dipddpm.denoising_loss
+    _, whole, _ = dipddpm.train_ddpm(cfg, tiny_images(), 50, bare_run(tmp_path), "full")
+    run = bare_run(tmp_path)
+
+    def stopping(*args):
+        run.stop = next(steps) == 30
+        return real(*args)
+
+    monkeypatch.setattr(dipddpm, "denoising_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        dipddpm.train_ddpm(cfg, tiny_images(), 50, run, "full")
+    _, rows, _ = dipddpm.train_ddpm(cfg, tiny_images(), 50, run, "full")
+    assert [row[:3] + row[4:] for row in rows] == [row[:3] + row[4:] for row in whole]
+
+
 def test_gradients_that_are_never_finite_end_the_run_and_say_so(tmp_path):
     with pytest.raises(RuntimeError, match="no finite gradient in 50 steps .* --lr 1e\\+30"):
         dipddpm.train_ddpm(config(**TINY | dict(lr=1e30)), tiny_images(), 50, bare_run(tmp_path),
