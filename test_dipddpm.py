@@ -2550,7 +2550,9 @@ def test_a_restoring_step_clips_as_others_do():
 @pytest.mark.parametrize("samples, n", [(None, 256), (5, 5), (900, 300)])
 def test_a_restoration_takes_as_many_images_as_asked_or_there_are(samples, n, tmp_path,
                                                                   monkeypatch):
-    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, *_: torch.zeros(len(y), 1, 4, 4))
+    iterations = []
+    monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, *_: (
+        iterations.append(iters), torch.zeros(len(y), 1, 4, 4))[1])
     monkeypatch.setattr(dipddpm, "timed_sample", lambda cfg, run, arm, net, x, t_start, nfe, s, *_,
                         measured: (x, {"name": arm, "nfe": nfe, "seconds": 0.0, "t_start": t_start,
                                        "eta": 0.0, "order": 2, "grid": "uniform"}))
@@ -2561,7 +2563,7 @@ def test_a_restoration_takes_as_many_images_as_asked_or_there_are(samples, n, tm
     monkeypatch.setattr(measures, "draw", lambda path, caption, rows: drawn.extend(rows.values()))
     dipddpm.restore(config(samples=samples, nfe=(2,), timesteps=20), bare_run(tmp_path),
                     {"full": None}, "sr", test, result)
-    assert set(counted) == {n} and {len(x) for x in drawn} == {min(16, n)}
+    assert iterations == [300] and set(counted) == {n} and {len(x) for x in drawn} == {min(16, n)}
 
 
 @pytest.mark.parametrize("T", [3, 10, 1000])
@@ -2569,8 +2571,9 @@ def test_losses_on_held_out_images_are_at_times_that_exist(T):
     asked = []
     losses = dipddpm.held_out_losses(
         config(timesteps=T, predict="x0"), lambda x_t, t: (asked.extend(t.tolist()), 0 * x_t)[1],
-        torch.zeros(2, 1, 4, 4, dtype=torch.uint8), T,
+        torch.zeros(1002, 1, 4, 4, dtype=torch.uint8), T,
         SimpleNamespace(device="cpu", autocast=contextlib.nullcontext))
+    assert len(asked) == 5 * 1000  # images at five t
     assert sorted(set(asked)) == sorted({max(1, round(s * T)) - 1 for s in (.1, .3, .5, .7, .9)})
     assert losses == pytest.approx(dict.fromkeys(losses, 1.0)) and len(losses) == 5  # (0 - -1)^2
 
@@ -3069,6 +3072,15 @@ def test_one_network_is_never_swept_as_several_seeds(whole_run, tmp_path, capsys
                                   capsys)
         assert status == 2 and "cannot become" in err and err.count("\n") == 1
         assert not (tmp_path / "s").exists()
+
+
+def test_a_setting_is_told_by_what_differs_in_its_run():
+    row = {"name": "pca", "train": "full", "t_start": 600, "eta": 1.0, "order": 2}
+    assert dipddpm.setting_of(row, config()) == "pca"
+    assert dipddpm.setting_of(row, config(eta=(0.0, 1.0), order=(1, 2))) == "pca eta 1 order 2"
+    several = config(train=("full", "truncated"), t_start=(300, 600))
+    assert dipddpm.setting_of(row, several) == "pca train full t_start 600"
+    assert dipddpm.setting_of(row | {"name": "ddpm"}, several) == "ddpm"
 
 
 def test_headlines_say_with_how_few_evaluations_and_when_a_prior_is_paid_back():
