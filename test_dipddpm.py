@@ -2473,7 +2473,7 @@ def test_a_restorations_arms_start_where_they_say(task, sigma, tmp_path, monkeyp
     m = dipddpm.corrupt(cfg, task, truth, numbers)
     guess, asked, sampled = random_images(5, 1, 8, 8), [], []
     monkeypatch.setattr(dipddpm, "fit_in_groups", lambda cfg, y, members, iters, run, known: (
-        asked.append((y, members, iters, known.sigma)), guess)[1])
+        asked.append((y, members, iters, known.sigma)), time.sleep(0.02), guess)[2])
 
     def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, measured):
         sampled.append((arm, net, x_init, t_start, nfe, setting, measured is None))
