@@ -118,38 +118,36 @@ class ResNet18(nn.Module):
 # ------------------------------------------------------------------ one DIP for a data set
 
 
-def fit_network(cfg, pixels, run, arch="autoencoder", width=64, iters=300):
+def fit_network(cfg, pixels, track=dipddpm.untracked, arch="autoencoder", width=64, iters=300):
     """Minimise E_i |f_theta(x_i) - x_i|^2 over the images of pixels uint8 [N, C, H, W], from random
     theta, Adam, half a cosine: the DIP of a whole data set, f: [B, C, H, W] -> the same, in [0, 1]
     (`autoencoder` ends in a tanh: in [-1, 1], to be clipped).
     What nothing narrows (`conv2`, `autoencoder`) becomes the identity, given time."""
     N, C, H, W = pixels.shape
+    B, per_epoch = dipddpm.steps_of(cfg, N)
     f = dipddpm.fresh(lambda: dipddpm.ARCHS[arch](Single(), C, C, H, W, width), cfg.seed, 2,
-                      run.device)
+                      pixels.device)
     optimizer = torch.optim.Adam(f.parameters(), fused=True)
-    progress = dipddpm.Progress("fit network", iters, min(cfg.batch, N))
-    for step, index in zip(range(iters), dipddpm.batches(cfg, N, run.device)):
-        x = pixels[index].float() / 255
+    for step in track(range(iters), "fit network", B):
+        if step % per_epoch == 0:
+            order = dipddpm.epoch_order(cfg, N, step // per_epoch, pixels.device)
+        x = pixels[order[step % per_epoch * B:][:B]].float() / 255
         loss = (f(x) - x).square().mean()
         optimizer.param_groups[0]["lr"] = RATE * dipddpm.half_cosine(step, iters)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress(step + 1)
-        if run.stop:
-            raise KeyboardInterrupt
     return f.eval().requires_grad_(False)
 
 
-def prior_dip_network(cfg, pixels, sources, run, **settings):
+def prior_dip_network(cfg, pixels, sources, track=dipddpm.untracked, **settings):
     """The source images through one DIP that was fitted to the whole data set, by the `settings` of
     `fit_network`; see `dipddpm.PRIORS`."""
-    f = fit_network(cfg, pixels, run, **settings)
-    with torch.no_grad():
-        x = torch.cat([f(part.float() / 255) for part in sources.split(dipddpm.SAMPLE_BATCH)])
+    f = fit_network(cfg, pixels, track, **settings)
+    x = torch.cat([f(part.float() / 255) for part in sources.split(dipddpm.SAMPLE_BATCH)])
     return x.clamp(0, 1) * 2 - 1
 
 
 dipddpm.ARCHS.update(conv2=conv2, autoencoder=autoencoder, resnet18=ResNet18)
 dipddpm.PRIORS["dip-network"] = prior_dip_network
-dipddpm.HAS_SOURCE = tuple(dict.fromkeys([*dipddpm.HAS_SOURCE, "dip-network"]))
+dipddpm.HAS_SOURCE.add("dip-network")
