@@ -221,7 +221,7 @@ def instead(mode, work, argv, command):
         dipddpm.MODES[mode] = before
 
 
-def listed(known):
+def some_of(known):
     """A reader of lists: "a,b" -> ("a", "b"), each one of `known`; an error tells what is wrong."""
     def read(text):
         for part in text.split(","):
@@ -237,7 +237,7 @@ def main(argv=None):
         prog="python -m studies.restore", allow_abbrev=False, description=__doc__.split("\n")[0],
         epilog="Other flags are dipddpm.py's; 256 --samples and 300 --dip-iters if not given.")
     p.add_argument("run", help="folder of a run with a network")
-    p.add_argument("--task", type=listed(dipddpm.TASKS), default=("inpaint", "sr"),
+    p.add_argument("--task", type=some_of(dipddpm.TASKS), default=("inpaint", "sr"),
                    help=f"a list of {', '.join(dipddpm.TASKS)} (default inpaint,sr)")
     own, rest = p.parse_known_args(argv)
     instead("sample", functools.partial(run_restore, own.task),
