@@ -33,10 +33,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """Drawing 12,000 takes half a minute; of fewer each is the same."""
+def small_things(tmp_path_factory):
+    """Few digits, which take long to draw, and a LeNet that has learned little, in a cache of this
+    module's own: how well things are judged matters to none of its tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "DIGITS", {"train": 1000, "test": 1000})
+        patch.setattr(data, "DIGITS", {"train": 200, "test": 200})
+        patch.setattr(measures, "LENET_STEPS", 20)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -186,8 +189,8 @@ def test_a_network_dip_sees_pixels_in_0_to_1_and_answers_in_minus_1_to_1(monkeyp
 @pytest.mark.parametrize("arch", [*ARCHS, "skip"])
 def test_a_network_dip_learns_its_data_set_and_is_a_function_of_the_seed(arch):
     cfg, x, size = config(batch=16), tiny_images(64), dict(arch=arch, width=8)
-    prior = networks.prior_dip_network(cfg, x, x, iters=200, **size)
-    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, iters=200, **size))
+    prior = networks.prior_dip_network(cfg, x, x, iters=100, **size)
+    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, iters=100, **size))
     start = networks.prior_dip_network(cfg, x, x, iters=1, **size)
     real = x / 127.5 - 1
     assert prior.abs().max() <= 1
@@ -393,9 +396,7 @@ FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 4
 def trained(tmp_path_factory):
     """A finished run of the method, on few and small things."""
     folder = tmp_path_factory.mktemp("method") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        dipddpm.main(["--mode", "ddpm", *FAST, "--out", str(folder)])
+    dipddpm.main(["--mode", "ddpm", *FAST, "--out", str(folder)])
     return folder
 
 
@@ -592,9 +593,7 @@ PRIOR = ["prior", *FAST, "--dip-source", "images,network,codes", "--dip-iters", 
 def two_networks(tmp_path_factory):
     """A run of a network on images and one on DIP outputs."""
     folder = tmp_path_factory.mktemp("arms") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        arms.main([*PRIOR, "--out", str(folder)])
+    arms.main([*PRIOR, "--out", str(folder)])
     return folder
 
 
@@ -641,7 +640,6 @@ def test_a_run_with_two_networks_goes_on_where_it_was_stopped(two_networks, tmp_
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(two_networks.parent / "cache"))
     monkeypatch.setattr(dipddpm, "denoising_loss", interrupted)
     assert run_main(arms.main, [*PRIOR, "--out", tmp_path / "r"], capsys)[0] == 130
     status, _, err = run_main(arms.main, [*PRIOR, "--resume", tmp_path / "r"], capsys)
@@ -665,7 +663,6 @@ def small_studies(tmp_path, monkeypatch):
     """Every data set of the studies with a few pictures, and sizes that take seconds."""
     rng = np.random.default_rng(0)
     monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("mnist", "fashion-sample", "cifar-10-batches-bin", "photos"):
         (tmp_path / "data" / name).mkdir(parents=True)
     for name in ("mnist", "fashion-sample"):
