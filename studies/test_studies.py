@@ -39,7 +39,8 @@ def small_things(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "DIGITS", {"train": 200, "test": 200})
         patch.setattr(measures, "LENET_STEPS", 20)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name in "XDG_CACHE_HOME", "DIPDDPM_DATA":
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
 
 
