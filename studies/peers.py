@@ -6,7 +6,7 @@ Nothing is trained to the end: this compares speed, not quality.
     pip install diffusers==0.42.1 denoising-diffusion-pytorch==2.3.4 smalldiffusion==0.5.0
     git clone https://github.com/bot66/MNISTDiffusion
     git clone https://github.com/DmitryUlyanov/deep-image-prior
-    PYTHONPATH=. python figures/peers.py MNISTDiffusion deep-image-prior
+    python -m studies.peers MNISTDiffusion deep-image-prior
 """
 
 import contextlib
