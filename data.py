@@ -12,7 +12,6 @@ import functools
 import gzip
 import hashlib
 import http.client
-import io
 import math
 import os
 import sys
@@ -71,9 +70,8 @@ def load(name, root=None, split="train", limit=None, size=None, crop=None) -> Im
 
 def default_root() -> Path:
     """Where data sets live: $DIPDDPM_DATA, else the user's cache folder."""
-    if root := os.environ.get("DIPDDPM_DATA"):
-        return Path(root).expanduser()
-    return cache_root()
+    root = os.environ.get("DIPDDPM_DATA")
+    return Path(root).expanduser() if root else cache_root()
 
 
 def cache_root() -> Path:
@@ -85,7 +83,6 @@ def cache_root() -> Path:
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IDX_LIMIT = 2**31  # bytes; a header can declare any size, so it is not believed beyond this
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def read_idx(path) -> np.ndarray:
@@ -97,7 +94,7 @@ def read_idx(path) -> np.ndarray:
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         try:
             return _parse_idx(gzip.GzipFile(fileobj=file) if packed else file, path)
-        except GZIP_ERRORS as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: damaged gzip file ({_line(error)})") from error
 
 
@@ -147,19 +144,19 @@ SOURCES = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 }
-MNIST_SHA256 = {  # of the unpacked files: they are packed differently from place to place
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+MNIST_SHA256 = {  # of the .gz files
+    "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
-FASHION_MD5 = {  # of the .gz files, as published
-    "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
+FASHION_SHA256 = {
+    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
-DIGESTS = {"mnist": MNIST_SHA256, "fashion": FASHION_MD5}
+DIGESTS = {"mnist": MNIST_SHA256, "fashion": FASHION_SHA256}
 DOWNLOAD_TIMEOUT, DOWNLOAD_LIMIT = 10, 2**26  # seconds of silence, bytes
 
 
@@ -203,27 +200,19 @@ def _find_or_fetch(root, name, file):
         try:
             _download(url, DIGESTS[name][file], path)
             return path
-        except (OSError, ValueError, http.client.HTTPException, *GZIP_ERRORS) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = f"{url}: {_line(error)}"
-    raise FileNotFoundError(
-        f"{folder / file} is missing and could not be downloaded ({reason}); "
-        f"put {', '.join(MNIST_SHA256)} (plain or .gz) into {folder}"
-    )
+    raise FileNotFoundError(f"{folder / file} is missing and could not be downloaded ({reason}); "
+                            f"put {', '.join(MNIST_SHA256)} (plain or .gz) into {folder}")
 
 
-def _download(url, digest, path):
-    """A .gz file whose content has this SHA-256, or which itself has this MD5 -> `path`. OSError or
-    HTTPException where the network or the disk fails, ValueError or GZIP_ERRORS for other bytes."""
+def _download(url, sha256, path):
+    """The file at `url` -> `path`, written beside it and renamed: half a file is never taken for
+    data. OSError or HTTPException if the network or the disk fails, ValueError for other bytes."""
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-        content = response.read(DOWNLOAD_LIMIT)  # of what is longer the checksum is wrong
-    if len(digest) == 32:
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    else:
-        unpacked = _read(gzip.GzipFile(fileobj=io.BytesIO(content)), DOWNLOAD_LIMIT)
-        found = hashlib.sha256(unpacked).hexdigest()
-    if found != digest:
+        content = response.read(DOWNLOAD_LIMIT)  # an endless answer is cut, and so is a wrong one
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("wrong checksum")
-    # Written beside and renamed: a half file is never taken for data.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -243,10 +232,9 @@ def load_cifar10(root, split, limit):
     training = [f"data_batch_{i}.bin" for i in range(1, 6)]
     paths = [folder / file for file in (training if split == "train" else ["test_batch.bin"])]
     if not any(path.is_file() for path in paths):
-        raise FileNotFoundError(
-            f"{paths[0]} is missing; put {', '.join(training)} and test_batch.bin of CIFAR-10's "
-            f"binary version (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"
-        )
+        raise FileNotFoundError(f"{paths[0]} is missing; put {', '.join(training)} and "
+                                "test_batch.bin of CIFAR-10's binary version "
+                                f"(https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}")
     pixels, labels = [], []
     for path in filter(Path.is_file, paths):
         records = _records(path, 3073)
@@ -262,10 +250,9 @@ def load_stl10(root, split, limit):
     images_path, labels_path = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
     for path in (images_path, labels_path):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; put train_X.bin, train_y.bin, test_X.bin and test_y.bin of "
-                f"STL-10's binary version (https://cs.stanford.edu/~acoates/stl10/) into {folder}"
-            )
+            raise FileNotFoundError(f"{path} is missing; put train_X.bin, train_y.bin, test_X.bin "
+                                    "and test_y.bin of STL-10's binary version "
+                                    f"(https://cs.stanford.edu/~acoates/stl10/) into {folder}")
     images = _records(images_path, 3 * 96 * 96).reshape(-1, 3, 96, 96)
     labels = _labels(labels_path, _records(labels_path, 1)[:, 0], first=1)
     if len(labels) != len(images):
@@ -292,7 +279,7 @@ def _labels(path, stored, first):
 # ---- folders and photos --------------------------------------------------------------------------
 
 PIXEL_LIMIT = 2**25  # of one picture, since a header can declare any size
-GREY = ("1", "L", "LA")  # Pillow's modes of up to 8 bits
+GREY = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -311,9 +298,8 @@ def load_files(path, split="train", limit=None, size=None, crop=None):
     channels = max([_channels(p) for p in paths])
     height, width = _fitted(paths[0], size, crop).shape[1:]
     # The split's images; a size other than the first one's is refused.
-    chosen = paths
-    if len(paths) >= 10:
-        chosen = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
+    chosen = [p for i, p in enumerate(paths)
+              if len(paths) < 10 or (i % 10 == 9) == (split == "test")]
     pixels = []
     for p in chosen[:limit]:
         image = _fitted(p, size, crop)
@@ -361,17 +347,16 @@ def _opened(path):
 def _channels(path):
     """1 of a grey image, else 3; of its header alone."""
     with _opened(path) as image:
-        return 1 if image.mode in GREY or image.mode.startswith("I;16") else 3
+        return 1 if image.mode in GREY else 3
 
 
 def _decode(path):
-    """One image, upright, as uint8 or, where it has 16 bits, uint16 [1 or 3, H, W]; of a GIF the
-    first frame."""
+    """One image, upright: uint8, or uint16 of 16 bits, [1 or 3, H, W]; of a GIF the first frame."""
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F"):
             raise ValueError(f"samples of mode {image.mode} have no known range")
-        if image.mode.startswith("I;16"):  # convert() would clip
+        if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
             pixels = np.asarray(image, np.uint16)
         else:
             pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
@@ -446,8 +431,7 @@ def draw_digit(seed, index, split="train"):
     slant, turn, aspect = 0.12 + 0.2 * normal[0], 0.1 * normal[1], 0.66 * math.exp(0.18 * normal[2])
     shape = np.array([[aspect, -slant], [0, 1]])
     turned = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    bent = nodes + 0.045 * normal[4 : 4 + 2 * len(nodes)].reshape(-1, 2)
-    bent = bent @ (turned @ shape).T
+    bent = (nodes + 0.045 * normal[4 : 4 + 2 * len(nodes)].reshape(-1, 2)) @ (turned @ shape).T
     strokes = [curve @ bent for curve in curves]
     width = round(4 * min(max(2.5 + 0.55 * normal[3], 1.5), 4.0))  # in quarters of pixels
     # Into the box, drawn at four times the size.
@@ -473,9 +457,8 @@ def _splines(index):
     them, wherever they have moved, to points along Catmull-Rom curves: linear in their nodes."""
     nodes = sorted({node for stroke in SKELETONS[index] for node in stroke})
     s = np.linspace(0, 1, 5, endpoint=False)
-    weights = 0.5 * np.stack(
-        [-s + 2 * s**2 - s**3, 2 - 5 * s**2 + 3 * s**3, s + 4 * s**2 - 3 * s**3, s**3 - s**2]
-    )
+    weights = 0.5 * np.stack([-s + 2 * s**2 - s**3, 2 - 5 * s**2 + 3 * s**3,
+                              s + 4 * s**2 - 3 * s**3, s**3 - s**2])
     curves = []
     for stroke in SKELETONS[index]:
         ids = [nodes.index(node) for node in stroke]
