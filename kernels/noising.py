@@ -44,21 +44,11 @@ def noise_loss_ref(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_N
 
 
 @jit
-def _pixels(x):
-    if x.dtype == tl.uint8:
-        return x.to(tl.float32) * (1 / 127.5) - 1.0
-    else:
-        return x.to(tl.float32)
-
-
-@jit
-def _noised(x, eps, signal, noise):
-    return signal * x + noise * eps
-
-
-@jit
-def _error(out, x, eps, target_x0, target_eps):
-    return out - target_x0 * x - target_eps * eps
+def _pixels(x_0_ptr, index, n, i, numel):
+    """Elements i of image n of the batch, in [-1, 1]."""
+    row = n if index is None else tl.load(index + n)
+    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    return x.to(tl.float32) * (1 / 127.5) - 1.0 if x.dtype == tl.uint8 else x.to(tl.float32)
 
 
 # Reads 1 byte an element (4 if x_0 is float32), writes 4 (2 in half precision).
@@ -66,16 +56,15 @@ def _error(out, x, eps, target_x0, target_eps):
 def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, draw,
                     stream: tl.constexpr, numel, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
-    row = n if index is None else tl.load(index + n)
     table_ptr += tl.load(t_ptr + n) * 5
     signal = tl.load(table_ptr)
     noise = tl.load(table_ptr + 1)
     quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     i = elements(quad)
-    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    x = _pixels(x_0_ptr, index, n, i, numel)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
-    x_t = _noised(_pixels(x), eps, signal, noise)
+    x_t = signal * x + noise * eps
 
     tl.store(x_t_ptr + n * numel + i, x_t, mask=i < numel)
 
@@ -86,18 +75,17 @@ def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, dra
 def noise_loss_kernel(grad_ptr, loss_ptr, out_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample,
                       draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
-    row = n if index is None else tl.load(index + n)
     table_ptr += tl.load(t_ptr + n) * 5
     target_x0 = tl.load(table_ptr + 2)
     target_eps = tl.load(table_ptr + 3)
     weight = tl.load(table_ptr + 4) / numel
     quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     i = elements(quad)
-    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    x = _pixels(x_0_ptr, index, n, i, numel)
     out = tl.load(out_ptr + n * numel + i, mask=i < numel).to(tl.float32)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
-    error = _error(out, _pixels(x), eps, target_x0, target_eps)
+    error = out - target_x0 * x - target_eps * eps
     loss = weight * tl.sum(tl.where(i < numel, error * error, 0.0))
 
     tl.store(grad_ptr + n * numel + i, 2 * weight * error, mask=i < numel)

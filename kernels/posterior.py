@@ -23,16 +23,6 @@ def posterior_step_ref(x_t, out, table, step, seed, sample, stream=STEP_NOISE, i
     return x_t.copy_(x_s) if inplace else x_s.to(x_t.dtype)
 
 
-@jit
-def _x0_hat(x_t, out, a, b):
-    return tl.clamp(a * x_t + b * out, -1.0, 1.0)
-
-
-@jit
-def _mean(x0_hat, x_t, c0, ct):
-    return c0 * x0_hat + ct * x_t
-
-
 # Reads 4 + 4 bytes an element, writes 4 (2 + 2 and 2 in half precision); the second order adds 4 to
 # read and 4 to write. The step number stays on the device, so that one graph can hold a whole
 # sampling step and be replayed.
@@ -53,12 +43,12 @@ def posterior_step_kernel(x_s_ptr, x_t_ptr, out_ptr, x0_prev_ptr, table_ptr, see
     x_t = tl.load(x_t_ptr + first + i, mask=there).to(tl.float32)
     out = tl.load(out_ptr + first + i, mask=there).to(tl.float32)
 
-    x0_hat = _x0_hat(x_t, out, a, b)
+    x0_hat = tl.clamp(a * x_t + b * out, -1.0, 1.0, tl.PropagateNan.ALL)  # as torch does
     if x0_prev_ptr is not None:
         change = x0_hat - tl.load(x0_prev_ptr + first + i, mask=there)
         tl.store(x0_prev_ptr + first + i, x0_hat, mask=there)
         x0_hat += tl.load(table_ptr + 5) * change
-    x_s = _mean(x0_hat, x_t, c0, ct)
+    x_s = c0 * x0_hat + ct * x_t
     if sigma != 0:  # the same for every lane: a deterministic step pays for no random numbers
         x_s += sigma * normal_quads(quad, at(sample, n), step, stream, seed)
 

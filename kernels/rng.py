@@ -82,32 +82,20 @@ def _circle(u):
     """(cos 2 pi u, sin 2 pi u) to 4e-7 for u in [0, 1] turns, by one body for torch and for Triton.
 
     With x = u - 1/2 they are (x^2 - 1/16) and x (x^2 - 1/4), which hold the zeros, times minimax
-    polynomials in x^2: no quadrants and no signs. Augmented assignment is in place in torch only.
+    polynomials in x^2: no quadrants and no signs.
     """
     x = u - 0.5
     y = x * x
-    cos = y * -6.54001
-    cos += 25.567091
-    cos *= y
-    cos += -58.571854
-    cos *= y
-    cos += 81.78964
-    cos *= y
-    cos += -59.827274
-    cos *= y
-    cos += 16.0
-    cos *= y - 0.0625
-    sin = y * 12.233301
-    sin += -38.123196
-    sin *= y
-    sin += 67.0439
-    sin *= y
-    sin += -64.83468
-    sin *= y
-    sin += 25.13273
-    x *= y - 0.25
-    sin *= x
-    return cos, sin
+    cos = y * -6.54001 + 25.567091
+    cos = cos * y - 58.571854
+    cos = cos * y + 81.78964
+    cos = cos * y - 59.827274
+    cos = cos * y + 16.0
+    sin = y * 12.233301 - 38.123196
+    sin = sin * y + 67.0439
+    sin = sin * y - 64.83468
+    sin = sin * y + 25.13273
+    return cos * (y - 0.0625), sin * (x * (y - 0.25))
 
 
 def uniform_ref(shape, seed, sample, draw, stream, device="cpu"):
