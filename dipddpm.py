@@ -1114,7 +1114,7 @@ class Halves(NamedTuple):
         their noise is normal, so each says log p(y_minus | x) = - values R / (2 variance) + ...
         They share y's noise: more than one, fewer than M that are independent, and so, as a rule of
         thumb, sqrt(M). Where there is no noise to go by only the least counts."""
-        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0]
+        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0].clamp(min=1)
         scale = 2 * max(self.variance, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
 
