@@ -1441,12 +1441,12 @@ def tiny_images(n=64):
     return x
 
 
-TINY = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
+TINY_TRAINING = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
 
 
 def train(folder, each=None, **changes):
     """A training on tiny images, begun or continued in the folder: `train_ddpm`'s result."""
-    run = bare_run(folder, **TINY | changes)
+    run = bare_run(folder, **TINY_TRAINING | changes)
     return dipddpm.train_ddpm(run.cfg, tiny_images(), run, each and functools.partial(each, run))
 
 
@@ -1455,7 +1455,7 @@ def stop_at_step_38(run, done, ema, seconds):
 
 
 def test_training_learns_and_sampling_returns_the_data(tmp_path):
-    cfg = config(**TINY | dict(epochs=100))
+    cfg = config(**TINY_TRAINING | dict(epochs=100))
     net, rows, _ = train(tmp_path, epochs=100)
     assert rows[-1][4] < 0.5 * rows[0][4]
     numbers = torch.arange(32)
@@ -1488,7 +1488,7 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
 
 def steps_by(optimizer, device="cpu"):
     """A hundred training steps, or this process's part of them: losses and weights."""
-    cfg = config(**TINY | dict(lr=0.1))
+    cfg = config(**TINY_TRAINING | dict(lr=0.1))
     net, lr = dipddpm.make_unet(cfg, 1, device), torch.tensor(0.0, device=device)
     steps = dipddpm.train_steps(cfg, tiny_images().to(device), net, copy.deepcopy(net),
                                 optimizer(net.parameters(), lr))
