@@ -1460,6 +1460,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"dipddpm: {message}\n")
 
 
+def flag_name(f):
+    return "--" + f.name.replace("_", "-")
+
+
 def listed(kind):
     """A reader of lists: listed(int)("3,5") -> (3, 5)."""
     def read(text):
@@ -1486,7 +1490,7 @@ def parser():
             choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
             shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
             groups[title].add_argument(
-                "--" + f.name.replace("_", "-"), type=read, choices=choices, help=m["help"] + shown,
+                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
                 metavar=None if choices else f.name.upper())
     return p
 
@@ -1557,7 +1561,7 @@ def resolve(cfg, shape=None):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        name, m, value = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
+        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
             number = isinstance(v, (int, float))
             if isinstance(v, float) and not math.isfinite(v):

@@ -982,34 +982,32 @@ def bare_run(folder, **changes):
     return run
 
 
-def test_every_setting_of_a_group_is_a_flag_and_the_help_shows_what_it_reads():
+def test_settings_are_flags_and_the_help_shows_their_values_as_they_are_read():
     parser = dipddpm.parser()
-    shown = parser.format_help().split()
     for f in dataclasses.fields(dipddpm.Config):
-        assert ("--" + f.name.replace("_", "-") in shown) == bool(f.metadata)
+        flag = dipddpm.flag_name(f)
+        assert (flag in parser.format_help().split()) == bool(f.metadata)
         if f.metadata and f.default not in (None, dataclasses.MISSING):
-            given = parser.parse_args(["--" + f.name.replace("_", "-"), dipddpm.show(f.default)])
+            given = parser.parse_args([flag, dipddpm.show(f.default)])
             assert vars(given) == {f.name: f.default}
 
 
-@pytest.mark.parametrize("size", [28, 96])
 @pytest.mark.parametrize("mode", dipddpm.MODES)
-def test_a_resolved_config_holds_every_value_that_is_used(mode, size):
-    cfg = dipddpm.resolve(dipddpm.resolve(config(mode=mode)), (5, 1, size, size))
-    unset = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) is None}
+def test_a_resolved_config_holds_every_value_that_is_used(mode):
+    cfg = dipddpm.resolve(dipddpm.resolve(config(mode=mode)), (5, 1, 28, 28))
+    unset = {name for name, value in vars(cfg).items() if value is None}
     unused = set() if mode in ("dip", "guide") else {"sigma"}
     assert unset == {"data_dir", "size", "crop", "limit", "out", "resume"} | unused
-    assert cfg.samples == 5 and dipddpm.resolve(cfg) == cfg
+    assert cfg.samples == 5
     given = dict(budget=7, dip_width=3, dip_lr=0.5, patience=9, samples=2, sigma=0.3, t_start=(4,))
-    kept = dipddpm.resolve(config(mode=mode, **given), (5, 1, size, size))
-    assert {name: getattr(kept, name) for name in given} == given
+    kept = dipddpm.resolve(config(mode=mode, **given), (5, 1, 28, 28))
+    assert vars(kept).items() >= given.items()
 
 
 @pytest.mark.parametrize("argv, says", [
     ("", "--mode"),
     ("--mode banana", "banana"),
     ("--mode prior --epochs 0", "--epochs"),
-    ("--mode prior --epochs many", "many"),
     ("--mode prior --lr nan", "--lr"),
     ("--mode prior --lr 0", "--lr"),
     ("--mode prior --width 20", "--width"),
@@ -1020,9 +1018,7 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode, size):
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
     ("--mode prior --dip-source code", "code is none of images, codes"),
     ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
-    ("--mode guide --task deblur", "deblur"),
     ("--mode guide --sigma banana", "banana"),
-    ("--mode guide --sigma 101", "--sigma must be at most 100, not 101"),
     ("--mode guide --data digits --sigma own", "--sigma own is for --mode dip"),
     ("--mode dip --data digits --sigma own --task sr", "--sigma own is for --mode dip"),
     ("--mode dip --data digits --size 9 --task sr", "9x9 pixels; sizes must be multiples of 2"),
@@ -1053,67 +1049,46 @@ def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, caps
 FLAGS = int(os.environ.get("FLAGS", 60))
 EXTREME = {int: ["0", "-1", "1", "1000000000000", str(10**25), "nan", "1.5", ""],
            float: ["0", "-1", "1e-30", "1e30", "nan", "inf", "-inf", ""]}
-
-
-def extreme_flags():
-    """Every number of the command line at each of its extremes, with short runs that use it."""
-    runs = ("--mode prior --epochs 1 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
-            "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --budget 20 "
-            "--dip-width 4 --replicas 2")
-    numbers = [("--" + f.name.replace("_", "-"), kind) for f in dataclasses.fields(dipddpm.Config)
-               if f.metadata and (kind := f.metadata.get("of", f.type)) in (int, float)]
-    return [(run, f"{flag}={value}") for run in runs
-            for flag, kind in [*numbers, ("--sigma", float)] for value in EXTREME[kind]]
+SHORT = ("--mode prior --epochs 1 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
+         "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --budget 20 "
+         "--dip-width 4 --replicas 2")
 
 
 def test_a_number_beyond_all_bounds_is_obeyed_or_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for i in range(70):
         picture(tmp_path / "data" / f"{i:02}.png", (12, 12), "L", i)
-    cases = extreme_flags()
-    chosen = random.Random(6).sample(cases, min(FLAGS, len(cases)))
-    old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    try:
-        for i, (run, flag) in enumerate(chosen):
-            signal.setitimer(signal.ITIMER_REAL, 3, 2)  # who asks for a trillion waits for ever
-            status, _, err = run_main([*run.split(), "--data", tmp_path / "data", flag, "--out",
-                                       tmp_path / str(i)], capsys)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert status in (0, 1, 2, 130), (run, flag, status)
-            assert err.count("\n") == (status != 0), (run, flag, err)
-            assert status != 2 or not (tmp_path / str(i)).exists(), (run, flag)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+    kinds = {dipddpm.flag_name(f): f.metadata.get("of", f.type)
+             for f in dataclasses.fields(dipddpm.Config) if f.metadata} | {"--sigma": float}
+    cases = [(run, f"{flag}={value}") for run in SHORT for flag, kind in kinds.items()
+             for value in EXTREME.get(kind, ())]
+    for i, (run, flag) in enumerate(random.Random(6).sample(cases, min(FLAGS, len(cases)))):
+        argv = [*run.split(), "--data", tmp_path / "data", flag, "--out", tmp_path / str(i)]
+        # who asks for a trillion waits for ever
+        interrupt = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        try:
+            status, _, err = run_main(argv, capsys)
+        finally:
+            interrupt.cancel()
+        assert status in (0, 1, 2, 130) and err.count("\n") == (status != 0), (argv, err)
+        assert status != 2 or not (tmp_path / str(i)).exists(), argv
 
 
 # ------------------------------------------------------------------ schedule and tables
 
 
-def test_linear_schedule_is_the_papers_with_as_much_noise_in_fewer_steps():
-    for T in (1000, 100):
-        ab = dipddpm.linear_schedule(T).alpha_bar
-        beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
-        torch.testing.assert_close(beta, torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64))
-
-
-def test_cosine_schedule_is_f_of_t_until_beta_is_clipped():
-    ab = dipddpm.cosine_schedule(100).alpha_bar
-    f = [math.cos(math.pi / 2 * (t / 100 + 0.008) / 1.008) ** 2 for t in range(101)]
-    assert torch.allclose(ab[:98], torch.tensor(f[1:99], dtype=torch.float64) / f[0], rtol=1e-12)
-    assert ab[99] == pytest.approx(ab[98].item() * 0.001)  # beta clipped at 0.999
-
-
 @pytest.mark.parametrize("T", [2, 100, 1000])
-@pytest.mark.parametrize("name", dipddpm.SCHEDULES)
-def test_alpha_bar_falls_from_nearly_one_to_nearly_zero(name, T):
-    ab = dipddpm.schedule_of(config(schedule=name, timesteps=T)).alpha_bar
-    assert ab.dtype == torch.float64 and len(ab) == T and (ab.diff() < 0).all() and (ab > 0).all()
-    assert ab[0] > 0.3 and ab[-1] < 2e-3 or T == 2
+def test_schedules_are_the_papers_with_beta_clipped(T):
+    beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64).clamp(max=0.999)
+    torch.testing.assert_close(dipddpm.linear_schedule(T).alpha_bar, (1 - beta).cumprod(0))
+    f = [math.cos(math.pi / 2 * (t / T + 0.008) / 1.008) ** 2 for t in range(T + 1)]
+    want = torch.tensor([*f[1:-1], 0.001 * f[-2]], dtype=torch.float64) / f[0]
+    torch.testing.assert_close(dipddpm.cosine_schedule(T).alpha_bar, want)
 
 
 def test_tables_keep_precision_where_alpha_bar_is_nearly_one():
-    table = dipddpm.forward_table(config(schedule="linear", predict="eps"))
+    table = dipddpm.forward_table(config(schedule="linear"))
     assert table[0, 1].item() == pytest.approx(0.01, rel=1e-6)  # sqrt(1 - alpha_bar) = sqrt(1e-4)
 
 
@@ -1121,35 +1096,26 @@ def test_tables_keep_precision_where_alpha_bar_is_nearly_one():
 def test_every_prediction_is_the_published_one_and_gives_back_x_0(predict, target):
     published, _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(0.36, dtype=torch.float64))
     assert [v.item() for v in published] == pytest.approx(target)
+    ab = dipddpm.cosine_schedule(50).alpha_bar[:49, None]
     x_0, eps = torch.linspace(-1, 1, 9).double(), torch.linspace(2, -2, 9).double()
-    for ab in dipddpm.cosine_schedule(50).alpha_bar[[0, 7, 30, 48]]:
-        (p, q), (a, b), _ = dipddpm.PREDICTIONS[predict](ab)
-        x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
-        torch.testing.assert_close(a * x_t + b * (p * x_0 + q * eps), x_0)
-
-
-def test_min_snr_weights_are_one_objective_in_three_scales():
-    # An error d in x_0 is d / b in the target, so weight / b^2 must be min(S, 5) for all three.
-    ab = dipddpm.cosine_schedule(20).alpha_bar
-    S = ab / (1 - ab)
-    for predict in dipddpm.PREDICTIONS.values():
-        _, (_, b), weight = predict(ab)
-        torch.testing.assert_close(weight / b**2, S.clamp(max=5))
+    (p, q), (a, b), weight = dipddpm.PREDICTIONS[predict](ab)
+    x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
+    torch.testing.assert_close(a * x_t + b * (p * x_0 + q * eps), x_0.expand(49, 9))
+    # an error d in x_0 is d / b in the target: min-SNR is one objective in three scales
+    torch.testing.assert_close(weight / b**2, (ab / (1 - ab)).clamp(max=5))
 
 
 def test_posterior_at_eta_one_is_ddpm():
     cfg = config(schedule="linear", timesteps=200)
-    ab = torch.cat([torch.ones(1, dtype=torch.float64), dipddpm.schedule_of(cfg).alpha_bar])
-    rows = dipddpm.reverse_table(cfg, list(range(200, -1, -1)), eta=1)
-    for tau in (200, 77, 2, 1):
-        alpha, beta = ab[tau] / ab[tau - 1], 1 - ab[tau] / ab[tau - 1]
-        _, _, c0, ct, sigma, _ = rows[200 - tau].double()
-        # Ho et al. 2020, eq. 7
-        assert c0 == pytest.approx((ab[tau - 1].sqrt() * beta / (1 - ab[tau])).item(), rel=2e-5)
-        assert ct == pytest.approx((alpha.sqrt() * (1 - ab[tau - 1]) / (1 - ab[tau])).item(),
-                                   rel=2e-5, abs=1e-9)
-        assert sigma**2 == pytest.approx(((1 - ab[tau - 1]) / (1 - ab[tau]) * beta).item(),
-                                         rel=2e-5, abs=1e-12)
+    ab = dipddpm.schedule_of(cfg).alpha_bar.flip(0)
+    ab_t, ab_s = ab, torch.cat([ab[1:], torch.ones(1, dtype=torch.float64)])
+    alpha, beta = ab_t / ab_s, 1 - ab_t / ab_s
+    _, _, c0, ct, sigma, _ = dipddpm.reverse_table(cfg, list(range(200, -1, -1)), eta=1).T.double()
+    # Ho et al. 2020, eq. 7
+    for got, want in ((c0, ab_s.sqrt() * beta / (1 - ab_t)),
+                      (ct, alpha.sqrt() * (1 - ab_s) / (1 - ab_t)),
+                      (sigma**2, (1 - ab_s) / (1 - ab_t) * beta)):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
@@ -1197,17 +1163,9 @@ def test_unet_keeps_shape_and_starts_at_zero(shape):
     assert out.shape == shape and (out == 0).all()
 
 
-def test_unet_weights_depend_on_the_seed_and_leave_global_state_alone():
-    torch.manual_seed(5)
+def test_unet_weights_are_drawn_from_the_seed_with_the_default_distribution():
     before = torch.get_rng_state()
-    nets = [dipddpm.make_unet(config(seed=s, width=8), 1, "cpu") for s in (0, 0, 1)]
-    first, again, other = (n.enter.weight for n in nets)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_unet_weights_have_the_default_distribution_and_zeros_where_wanted():
-    net = dipddpm.make_unet(config(width=32), 1, "cpu")
+    net, again, other = (dipddpm.make_unet(config(seed=s), 1, "cpu") for s in (0, 0, 1))
     for layer in (net.shrink, net.embed[0], net.middle.conv1):
         bound = layer.weight[0].numel() ** -0.5  # uniform between its two signs
         assert layer.weight.std().item() == pytest.approx(3**-0.5 * bound, rel=0.05)
@@ -1215,6 +1173,9 @@ def test_unet_weights_have_the_default_distribution_and_zeros_where_wanted():
             assert 0.9 * bound < p.max() <= bound and -bound <= p.min() < -0.9 * bound
     assert net.leave.weight.count_nonzero() == net.middle.conv2.bias.count_nonzero() == 0
     assert net.norm.weight.eq(1).all() and net.norm.bias.eq(0).all()
+    assert torch.equal(net.enter.weight, again.enter.weight)
+    assert not torch.equal(net.enter.weight, other.enter.weight)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def shaken(net):
@@ -1227,30 +1188,17 @@ def shaken(net):
 
 
 def group_norm(x, layer):
-    """GroupNorm in 8 groups by its definition."""
-    B, C, H, W = x.shape
-    g = x.reshape(B, 8, -1)
-    g = (g - g.mean(2, keepdim=True)) / (g.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    return g.view_as(x) * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+    return F.group_norm(x, 8, layer.weight, layer.bias)
 
 
 def same(x, layer, stride=1):
-    """A 3x3 convolution with a border of zeros."""
-    return F.conv2d(F.pad(x, (1, 1, 1, 1)), layer.weight, layer.bias, stride)
+    return F.conv2d(x, layer.weight, layer.bias, stride, padding=1)
 
 
 def residual_block(x, emb, block):
     h = same(F.silu(group_norm(x, block.norm1)), block.conv1)
-    scale, shift = (emb @ block.time.weight.T + block.time.bias)[:, :, None, None].split(
-        x.shape[1], 1)
+    scale, shift = block.time(emb)[:, :, None, None].split(x.shape[1], 1)
     return x + same(F.silu(group_norm(h, block.norm2) * (1 + scale) + shift), block.conv2)
-
-
-def test_the_time_embedding_has_geometric_frequencies():
-    t, net = torch.tensor([0, 1, 250, 999]), dipddpm.UNet(1, 16)
-    angle = t[:, None] * 10_000.0 ** (-torch.arange(8) / 8)
-    torch.testing.assert_close(net.time_embedding(t),
-                               torch.cat([angle.sin(), angle.cos()], 1).float())
 
 
 def test_attention_is_a_softmax_of_scaled_products():
@@ -1266,8 +1214,8 @@ def test_attention_is_a_softmax_of_scaled_products():
 def test_the_unet_is_two_levels_with_added_skips(size):
     net, (H, W) = shaken(dipddpm.UNet(2, 8)), size
     x, t = torch.randn(3, 2, H, W), torch.tensor([0, 40, 999])
-    emb = net.embed(net.time_embedding(t))
-    assert emb.shape == (3, 32)
+    angle = t[:, None] * 10_000.0 ** (-torch.arange(4) / 4)
+    emb = net.embed(torch.cat([angle.sin(), angle.cos()], 1).float())
     padded = F.pad(x, (0, -W % 4, 0, -H % 4), mode="replicate")
     deep = torch.stack([padded[:, c, i::2, j::2]
                         for c, i, j in itertools.product((0, 1), repeat=3)], 1)
@@ -1300,42 +1248,27 @@ def test_timesteps_put_one_draw_in_each_stratum_and_reach_both_ends():
     assert t.unique().tolist() == list(range(500))
 
 
-def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
-    cfg, steps = config(lr=0.5), 200  # 6 of them warm up
-    for step in (0, 2, 5, 6, 7, 100, 199):
-        ramp = min(1, (step + 1) / 6)
-        assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
-            0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
-    assert dipddpm.learning_rate(cfg, 0, 10) == 0.5  # at least one step of warm-up
-
-
-def test_average_follows_closely_at_first_and_slowly_later():
-    ema, net = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    for n, share in ((0, 0.9), (90, 1 - 91 / 100), (10**6, 0.001)):
-        torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(net.weight)
-        dipddpm.update_average(ema, net, torch.tensor(n))
-        assert ema.weight.item() == pytest.approx(share, rel=1e-4)
-
-
 class Gain(torch.nn.Module):
-    """out = gain x_t, for every t, and what it was last asked."""
+    """out = gain_t x_t, and what it was last asked. gain is float32 [T]."""
 
     def __init__(self, gain):
         super().__init__()
-        self.gain = torch.nn.Parameter(torch.tensor(gain))
+        self.gain = torch.nn.Parameter(gain)
 
     def forward(self, x_t, t):
         self.asked = x_t, t
-        return self.gain * x_t
+        return self.gain[t].view(-1, 1, 1, 1) * x_t
 
 
 @pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
 def test_a_training_step_is_algorithm_1_with_a_clipped_gradient_and_an_average(predict):
-    cfg = config(epochs=3, batch=5, timesteps=20, lr=1.0, predict=predict)
-    x_0, numbers, slopes = pixels(22, 1, 8, 8).cpu(), torch.arange(5), []
-    net, ema, gain, average = Gain(9.0), Gain(9.0), 9.0, 9.0
+    cfg = config(epochs=20, batch=5, timesteps=20, lr=1.0, predict=predict)
+    x_0, numbers, norms = pixels(22, 1, 8, 8).cpu(), torch.arange(5), []
+    net, ema = Gain(torch.full((20,), 6.0)), Gain(torch.full((20,), 6.0))
+    gain, average = torch.full((2, 20), 6.0, dtype=torch.float64)
     sgd = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.0))
     for n, (done, loss) in enumerate(dipddpm.train_steps(cfg, x_0, net, ema, sgd)):
+        assert done == n + 1
         # the images of this step, each noised to its t
         index = dipddpm.epoch_order(cfg, 22, n // 4, "cpu")[n % 4 * 5:][:5]
         t = dipddpm.draw_t(cfg, numbers, 5, n)
@@ -1344,35 +1277,34 @@ def test_a_training_step_is_algorithm_1_with_a_clipped_gradient_and_an_average(p
         eps = kernels.normal(x.shape, 0, numbers, n, kernels.TRAIN_NOISE)
         x_t = ab.sqrt() * x + (1 - ab).sqrt() * eps
         torch.testing.assert_close(net.asked, (x_t.float(), t))
-        # the loss and one step down its slope
+        # the loss
         (p, q), _, weight = dipddpm.PREDICTIONS[predict](ab)
-        error = gain * x_t - p * x - q * eps
-        slopes.append((2 * weight * error * x_t).mean().item())
-        gain -= dipddpm.learning_rate(cfg, n, 12) * slopes[-1] / max(1, abs(slopes[-1]))
-        average += (1 - (1 + n) / (10 + n)) * (gain - average)
+        error = gain[t].view(5, 1, 1, 1) * x_t - p * x - q * eps
         assert loss.item() == pytest.approx((weight * error.square()).mean().item(), rel=1e-4)
-        assert (net.gain.item(), ema.gain.item()) == pytest.approx((gain, average), rel=1e-4)
-    assert done == 12 and min(map(abs, slopes)) < 1 < max(map(abs, slopes))
+        # one step down its slope, at a rate that is a ramp times half a cosine
+        slope = torch.zeros_like(gain).index_add(
+            0, t, (2 * weight * error * x_t).mean((1, 2, 3)) / 5)
+        norms.append(slope.norm().item())
+        lr = min(1, (n + 1) / 2) * (1 + math.cos(math.pi * n / 80)) / 2
+        gain -= lr * slope / max(1, norms[-1])
+        average += (1 - (1 + n) / (10 + n)) * (gain - average)
+        torch.testing.assert_close((net.gain.data, ema.gain.data), (gain.float(), average.float()),
+                                   rtol=1e-4, atol=1e-4)
+    assert len(norms) == 80 and min(norms) < 1 < max(norms)
 
 
-class AdamW(torch.optim.Optimizer):
-    """Loshchilov & Hutter 2019, algorithm 2, with the constants of a training."""
-
-    def step(self):
-        for group, p in [(g, p) for g in self.param_groups for p in g["params"]]:
-            s = self.state[p]
-            n = s["n"] = s.get("n", 0) + 1
-            s["mean"] = 0.9 * s.get("mean", 0) + 0.1 * p.grad
-            s["square"] = 0.99 * s.get("square", 0) + 0.01 * p.grad**2
-            change = s["mean"] / (1 - 0.9**n) / ((s["square"] / (1 - 0.99**n)).sqrt() + 1e-8)
-            p.data -= group["lr"] * (change + 0.01 * p.data)
+def test_late_in_a_training_its_average_follows_slowly():
+    ema = Gain(torch.zeros(1))
+    dipddpm.update_average(ema, Gain(torch.ones(1)), torch.tensor(10**6))
+    assert ema.gain.item() == pytest.approx(0.001, rel=1e-4)
 
 
 def test_a_training_is_steps_of_adamw_and_its_log_their_mean_loss_and_rate(tmp_path):
     run = bare_run(tmp_path, epochs=14, batch=8, width=8, timesteps=20, lr=1e-3)
     x_0, cfg = pixels(70, 1, 8, 8).cpu(), run.cfg  # 8 steps an epoch, 112 in all
     net = dipddpm.make_unet(cfg, 1, "cpu")
-    ema, adamw = copy.deepcopy(net), AdamW(net.parameters(), dict(lr=torch.tensor(0.0)))
+    ema, lr = copy.deepcopy(net), torch.tensor(0.0)
+    adamw = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     losses = [loss.item() for _, loss in dipddpm.train_steps(cfg, x_0, net, ema, adamw)]
     trained, rows, seconds = dipddpm.train_ddpm(cfg, x_0, run)
     assert [row[1:3] for row in rows] == [[50, 6.25], [100, 12.5], [112, 14.0]]
@@ -1392,12 +1324,12 @@ def tiny_images(n=64):
     return x
 
 
-TINY = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
+TINY_TRAINING = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
 
 
 def train(folder, each=None, **changes):
     """A training on tiny images, begun or continued in the folder: `train_ddpm`'s result."""
-    run = bare_run(folder, **TINY | changes)
+    run = bare_run(folder, **TINY_TRAINING | changes)
     return dipddpm.train_ddpm(run.cfg, tiny_images(), run, each and functools.partial(each, run))
 
 
@@ -1406,7 +1338,7 @@ def stop_at_step_38(run, done, ema, seconds):
 
 
 def test_training_learns_and_sampling_returns_the_data(tmp_path):
-    cfg = config(**TINY | dict(epochs=100))
+    cfg = config(**TINY_TRAINING | dict(epochs=100))
     net, rows, _ = train(tmp_path, epochs=100)
     assert rows[-1][4] < 0.5 * rows[0][4]
     numbers = torch.arange(32)
@@ -1437,63 +1369,51 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
         assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
 
-def sgd_steps():
-    """A hundred steps by SGD, or this process's part of them: losses and weights."""
-    cfg = config(**TINY | dict(lr=0.1))
-    net = dipddpm.make_unet(cfg, 1, "cpu")
-    sgd = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.0), momentum=0.9)
-    steps = dipddpm.train_steps(cfg, tiny_images(), net, copy.deepcopy(net), sgd)
+def steps_by(optimizer, device="cpu"):
+    """A hundred training steps, or this process's part of them: losses and weights."""
+    cfg = config(**TINY_TRAINING | dict(lr=0.1))
+    net, lr = dipddpm.make_unet(cfg, 1, device), torch.tensor(0.0, device=device)
+    steps = dipddpm.train_steps(cfg, tiny_images().to(device), net, copy.deepcopy(net),
+                                optimizer(net.parameters(), lr))
     return [torch.stack([loss.clone() for _, loss in steps]), *net.state_dict().values()]
 
 
-PROCESS = """
-import sys, torch, torch.distributed, test_dipddpm
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1],
-                                     rank=int(sys.argv[2]), world_size=2)
-torch.save(test_dipddpm.sgd_steps(), sys.argv[3])
-"""
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                         world_size=2)
+    torch.save(steps_by(torch.optim.SGD), folder / f"{rank}.pt")
 
 
 def test_a_hundred_steps_split_over_two_processes_are_those_of_one(tmp_path):
-    files = [tmp_path / "0.pt", tmp_path / "1.pt"]
-    workers = [subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path / "store", str(rank),
-                                 files[rank]], cwd=Path(__file__).parent) for rank in (0, 1)]
-    losses, *weights = sgd_steps()
-    assert [w.wait(timeout=120) for w in workers] == [0, 0]
-    (half, *these), (other, *those) = map(torch.load, files)
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    losses, *weights = steps_by(torch.optim.SGD)
+    (half, *these), (other, *those) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(half + other, losses, rtol=1e-4, atol=1e-5)
-    for p, q, r in zip(weights, these, those):
-        assert torch.equal(q, r)
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(these, weights, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, these, those))
 
 
 # ------------------------------------------------------------------ sampling
 
 
-class Oracle(torch.nn.Module):
+def oracle(cfg, s):
     """E[x_0 | x_t] for x_0 ~ N(0, s^2), in closed form, as an x_0 prediction."""
-
-    def __init__(self, cfg, s):
-        super().__init__()
-        ab = dipddpm.schedule_of(cfg).alpha_bar
-        self.gain = (ab.sqrt() * s**2 / (ab * s**2 + 1 - ab)).float()
-
-    def forward(self, x_t, t):
-        return self.gain[t][:, None, None, None] * x_t
+    ab = dipddpm.schedule_of(cfg).alpha_bar
+    return Gain((ab.sqrt() * s**2 / (ab * s**2 + 1 - ab)).float())
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_exact_denoiser_of_a_gaussian_samples_that_gaussian(eta):
     cfg, numbers = config(predict="x0", timesteps=200), torch.arange(500)
     x = dipddpm.noise_start(cfg, (500, 1, 4, 4), numbers)
-    x = dipddpm.sample(cfg, Oracle(cfg, 0.2), x, 200, 200, eta, numbers)
+    x = dipddpm.sample(cfg, oracle(cfg, 0.2), x, 200, 200, eta, numbers)
     assert x.std().item() == pytest.approx(0.2, rel=0.05) and abs(x.mean()) < 0.01
 
 
 def test_a_sample_is_the_end_of_its_way_and_does_not_depend_on_its_batch():
     cfg, numbers = config(timesteps=20), torch.arange(300)
-    net, x = Oracle(cfg, 0.5), dipddpm.noise_start(cfg, (300, 1, 4, 4), numbers)
+    net, x = oracle(cfg, 0.5), dipddpm.noise_start(cfg, (300, 1, 4, 4), numbers)
     x_T = x.clone()
     many = dipddpm.sample(cfg, net, x, 20, 5, 1.0, numbers)
     assert torch.equal(x, x_T)  # what it was given is left alone
@@ -1505,7 +1425,7 @@ def test_a_sample_is_the_end_of_its_way_and_does_not_depend_on_its_batch():
 
 def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_second():
     cfg, numbers = config(predict="x0"), torch.arange(64)
-    net, ab = Oracle(cfg, 0.2), dipddpm.schedule_of(cfg).at(900)
+    net, ab = oracle(cfg, 0.2), dipddpm.schedule_of(cfg).at(900)
     x = kernels.normal((64, 1, 4, 4), 5, numbers, 0, kernels.INIT_NOISE)
     exact = x * 0.2 / math.sqrt(ab * 0.2**2 + 1 - ab)
 
@@ -1523,38 +1443,24 @@ def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_seco
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
-def call_without_waiting(graphed):
-    """A call of Graphed that is not recorded and may not wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+@needs_cuda
+def test_recorded_steps_equal_the_eager_ones_and_neither_waits(monkeypatch):
+    cfg, numbers = config(predict="x0", timesteps=50), torch.arange(16, device=DEVICE)
+    x, net = dipddpm.noise_start(cfg, (16, 1, 8, 8), numbers), oracle(cfg, 0.5).to(DEVICE)
+    adamw = functools.partial(torch.optim.AdamW, fused=True, capturable=True)
+
+    def work():
+        losses, *_ = steps_by(adamw, DEVICE)
+        return dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers), losses.view(4, 25).mean(1)
+
+    def call_without_waiting(graphed):
+        torch.cuda.set_sync_debug_mode("error")
         graphed.work()
-    finally:
         torch.cuda.set_sync_debug_mode("default")
 
-
-def recorded_sampling():
-    cfg, numbers = config(timesteps=50, width=8), torch.arange(16, device=DEVICE)
-    net = dipddpm.make_unet(cfg, 1, DEVICE)
-    torch.nn.init.constant_(net.leave.weight, 0.1)
-    x = dipddpm.noise_start(cfg, (16, 1, 8, 8), numbers)
-    return dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers)
-
-
-def recorded_training():
-    cfg, x_0 = config(**TINY), tiny_images().to(DEVICE)
-    net, lr = dipddpm.make_unet(cfg, 1, DEVICE), torch.tensor(0.0, device=DEVICE)
-    adamw = torch.optim.AdamW(net.parameters(), lr, fused=True, capturable=True)
-    steps = dipddpm.train_steps(cfg, x_0, net, copy.deepcopy(net), adamw)
-    return torch.stack([loss.clone() for _, loss in steps]).view(4, 25).mean(1)
-
-
-@needs_cuda
-@pytest.mark.parametrize("work, close", [(recorded_sampling, dict(rtol=0, atol=1e-4)),
-                                         (recorded_training, dict(rtol=1e-2, atol=0))])
-def test_what_is_recorded_equals_the_eager_and_neither_waits(work, close, monkeypatch):
     recorded = work()
     monkeypatch.setattr(dipddpm.Graphed, "__call__", call_without_waiting)
-    torch.testing.assert_close(recorded, work(), **close)
+    torch.testing.assert_close(recorded, work(), rtol=1e-2, atol=1e-4)
 
 
 # ------------------------------------------------------------------ DIP
