@@ -690,7 +690,7 @@ ARCHS = {"skip": Skip}
 
 class DIPGroup:
     """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
-    to where they were saved, and leave. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
+    to where they were saved. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
     every iteration and shared. With the seed, numbers int64 [K] decide theta and z."""
 
     def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
@@ -772,26 +772,6 @@ class DIPGroup:
         """Members `which` go on from what was saved, to another target: with new averages."""
         self.rewind(which)
         self.age[which], self.low[which] = 0, math.inf
-
-    def keep(self, which):
-        """Let all members but `which` leave, as if they had never been here: they cost nothing any
-        more, and the others do not notice. Only after a first `save`."""
-        def part(x):
-            return x.view(self.K, -1, *x.shape[1:])[which].flatten(0, 1)
-        stay, memory = int(which.sum()), {}
-        for module in self.net.modules():
-            if hasattr(module, "K"):
-                module.K = stay
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(part(p.data)))
-                memory[getattr(module, name)] = {
-                    key: part(value) if value.dim() else value
-                    for key, value in self.optimizer.state[p].items()}
-        self.optimizer = self.adam()
-        self.optimizer.state.update(memory)
-        self.z, self.average, self.age, self.low, self.saved_at = (
-            x[which] for x in (self.z, self.average, self.age, self.low, self.saved_at))
-        self.saved, self.K = [x[which] for x in self.saved], stay
 
 
 def untracked(steps, *_):
@@ -1112,10 +1092,6 @@ class Halves(NamedTuple):
     judged: torch.Tensor
     variance: float
 
-    def part(self, which):
-        return Halves(self.targets[:, which], self.fitted[which], self.y_minus[which],
-                      self.judged[which], self.variance)
-
     def target(self, rung, M):
         """What is fitted by images that stand on `rung` int64 [n]: [n M, ...]."""
         return self.targets[rung.repeat_interleave(M), torch.arange(len(self.fitted)).to(rung)]
@@ -1138,7 +1114,7 @@ class Halves(NamedTuple):
         their noise is normal, so each says log p(y_minus | x) = - values R / (2 variance) + ...
         They share y's noise: more than one, fewer than M that are independent, and so, as a rule of
         thumb, sqrt(M). Where there is no noise to go by only the least counts."""
-        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0]
+        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0].clamp(min=1)
         scale = 2 * max(self.variance, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
 
@@ -1192,89 +1168,63 @@ class LikelyMean:
         self.x, self.weight = x, torch.zeros_like(x[:, 0, 0, 0])
         self.least = torch.full_like(self.weight, math.inf)
 
-    def add(self, image, x, risk, half, M):
-        """The outputs x of the images whose numbers are `image`, and their risks. Weights are in
-        units of that of the least risk: a new least makes all before it weigh less."""
-        least = torch.minimum(self.least[image], risk)
-        before = self.weight[image] * half.weights(self.least[image], least, M)
-        now = half.weights(risk, least, M)
-        share = (now / (before + now)).view(-1, 1, 1, 1)
-        self.x[image] += share * (x - self.x[image])
-        self.weight[image], self.least[image] = before + now, least
-
-
-class Standing(NamedTuple):
-    """Where the images stand that are still fitted, [n] each: which they are, their rungs,
-    iterations without a lower risk, and the least risk on this rung and on the one before."""
-
-    image: torch.Tensor
-    rung: torch.Tensor
-    since: torch.Tensor
-    best: torch.Tensor
-    last: torch.Tensor
-
-    def part(self, which):
-        return Standing(*(v[which] for v in self))
-
-    def after(self, risk, patience, rungs):
-        """The standing after a look; which images climb to the next rung, which leave: bool [n]. A
-        rung ends when the risk has not fallen for `patience` iterations; the ladder, where the rung
-        was the last or no better than the one before."""
-        since = torch.where(risk < self.best, 0, self.since + CHECK)
-        best = torch.minimum(self.best, risk)
-        ends = since >= patience
-        leaves = ends & ((self.rung == rungs - 1) | (best >= self.last))
-        climbs = ends & ~leaves
-        return Standing(self.image, self.rung + climbs, since * ~climbs,
-                        best.masked_fill(climbs, math.inf),
-                        torch.where(climbs, best, self.last)), climbs, leaves
+    def add(self, fitting, x, risk, half, M):
+        """The outputs x and risks [n] of a look, which count for the images that are `fitting`
+        (bool [n]). Weights are in units of that of the least risk: a new least makes all before it
+        weigh less."""
+        least = torch.where(fitting, torch.minimum(self.least, risk), self.least)
+        before = self.weight * half.weights(self.least, least, M)
+        now = half.weights(risk, least, M) * fitting
+        self.x += (now / (before + now)).view(-1, 1, 1, 1) * (x - self.x)
+        self.weight, self.least = before + now, least
 
 
 def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. An
-    image that ends its ladder leaves the group. One rung is an early stop alone. A replica that
-    has collapsed to a flat output goes back to the best as well.
+    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. One
+    rung is an early stop alone. A replica that has collapsed to a flat output goes back to the best
+    as well. What an image does after its ladder's end counts no more.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `look` is called at each look with the iteration and the outputs; of images
-    that have left, with their results. RuntimeError where a fit leaves the finite numbers."""
+    that have ended, with their results. RuntimeError where a fit leaves the finite numbers."""
     n, C, (H, W), M = len(known.y), known.y.shape[1], known.mask.shape[2:], cfg.replicas
-    device, dtype = known.y.device, known.y.dtype
-    replicas = replicas_of(numbers, M)
-    half = (halves if known.sigma else held_out)(cfg, known, replicas, rungs)
-    group = DIPGroup(cfg, replicas, C, H, W, dtype)
-    result = LikelyMean(torch.zeros(n, C, H, W, dtype=dtype, device=device))
-    took = torch.full((n,), cfg.budget, device=device)
-    at = Standing(torch.arange(n, device=device), *torch.zeros(2, n, dtype=torch.int64).to(device),
-                  *torch.full((2, n), math.inf, dtype=dtype, device=device))
-    target, A = half.targets[0], known.part(at.image.repeat_interleave(M)).A
+    numbers = replicas_of(numbers, M)
+    half = (halves if known.sigma else held_out)(cfg, known, numbers, rungs)
+    group = DIPGroup(cfg, numbers, C, H, W, known.y.dtype)
+    result = LikelyMean(torch.zeros_like(group.average[::M]))
+    target, A = half.targets[0], known.part(torch.arange(n).repeat_interleave(M)).A
+    best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
+    rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
+    took, fitting = torch.full_like(rung, cfg.budget), torch.ones_like(rung, dtype=torch.bool)
     for i in track(range(1, cfg.budget + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
         _, losses = group.iterate(i - 1, target, half.fitted, A)
         if i % CHECK and i < cfg.budget:
             continue
         # a look at what the replicas' mean is worth
         group.rewind(group.collapsed(losses, target, half.fitted))
+        x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
-        if torch.minimum(torch.minimum(at.best, at.last), risk).isinf().any():
+        result.add(fitting, x, risk, half, M)
+        group.save((risk < best).repeat_interleave(M))
+        since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
+        if (fitting & (risk.isinf() | best.isinf())).any():
             raise group.not_finite()
-        x = group.average.view(-1, M, C, H, W).mean(1).nan_to_num()
-        result.add(at.image, x, risk, half, M)
-        group.save((risk < at.best).repeat_interleave(M))
-        # whose rung has ended goes on from its best, or leaves
-        at, climbs, leaves = at.after(risk, cfg.patience, len(half.targets))
-        group.begin_rung(climbs.repeat_interleave(M))
-        took[at.image[leaves]], stay = i, ~leaves
+        # a rung ends without a lower risk; the ladder, where a rung was no better than the last
+        ends = fitting & (since >= cfg.patience)
+        climbs = ends & (rung < len(half.targets) - 1) & (best < last)
+        fitting = fitting & (climbs | ~ends)
+        took = torch.where(ends & ~climbs, i, took)
         if look is not None:
-            look(i, result.x.index_copy(0, at.image[stay], x[stay]))
-        if not stay.any():
+            look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
+        if not fitting.any():
             break
-        if leaves.any():
-            at, half = at.part(stay), half.part(stay.repeat_interleave(M))
-            group.keep(stay.repeat_interleave(M))
-            A = known.part(at.image.repeat_interleave(M)).A
-        target = half.target(at.rung, M)
+        # to the next rung, from this one's best
+        rung, since = rung + climbs, since * ~climbs
+        last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
+        group.begin_rung(climbs.repeat_interleave(M))
+        target = half.target(rung, M)
     return result.x, took
 
 
@@ -1511,6 +1461,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"dipddpm: {message}\n")
 
 
+def flag_name(f):
+    return "--" + f.name.replace("_", "-")
+
+
 def listed(kind):
     """A reader of lists: listed(int)("3,5") -> (3, 5)."""
     def read(text):
@@ -1537,7 +1491,7 @@ def parser():
             choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
             shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
             groups[title].add_argument(
-                "--" + f.name.replace("_", "-"), type=read, choices=choices, help=m["help"] + shown,
+                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
                 metavar=None if choices else f.name.upper())
     return p
 
@@ -1614,7 +1568,7 @@ def resolve(cfg, shape=None):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        name, m, value = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
+        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
             number = isinstance(v, (int, float))
             if isinstance(v, float) and not math.isfinite(v):

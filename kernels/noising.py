@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .rng import TRAIN_NOISE, at, blocks, elements, fused, jit, launch, normal_quads, normal_ref, tl
-
-# ------------------------------------------------------------------------------------- torch
+from .rng import TRAIN_NOISE, at, blocks, fused, jit, launch, normal_quads, normal_ref, place, tl
 
 
 def _pixels_ref(x_0, index):
@@ -40,42 +38,26 @@ def noise_loss_ref(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_N
     return loss, error.mul_(weight * (2 / out[0].numel())).to(out.dtype)
 
 
-# ------------------------------------------------------------------------------------ Triton
-
-
 @jit
-def _pixels(x):
-    if x.dtype == tl.uint8:
-        return x.to(tl.float32) * (1 / 127.5) - 1.0
-    else:
-        return x.to(tl.float32)
-
-
-@jit
-def _noised(x, eps, signal, noise):
-    return signal * x + noise * eps
-
-
-@jit
-def _error(out, x, eps, target_x0, target_eps):
-    return out - target_x0 * x - target_eps * eps
+def _pixels(x_0_ptr, index, n, i, numel):
+    """Elements i of image n of the batch, in [-1, 1]."""
+    row = n if index is None else tl.load(index + n)
+    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    return x.to(tl.float32) * (1 / 127.5) - 1.0 if x.dtype == tl.uint8 else x.to(tl.float32)
 
 
 # Reads 1 byte an element (4 if x_0 is float32), writes 4 (2 in half precision).
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, draw,
                     stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    row = n if index is None else tl.load(index + n)
+    n, quad, i = place(BLOCK)
     table_ptr += tl.load(t_ptr + n) * 5
     signal = tl.load(table_ptr)
     noise = tl.load(table_ptr + 1)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
-    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    x = _pixels(x_0_ptr, index, n, i, numel)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
-    x_t = _noised(_pixels(x), eps, signal, noise)
+    x_t = signal * x + noise * eps
 
     tl.store(x_t_ptr + n * numel + i, x_t, mask=i < numel)
 
@@ -85,19 +67,16 @@ def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, dra
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def noise_loss_kernel(grad_ptr, loss_ptr, out_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample,
                       draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    row = n if index is None else tl.load(index + n)
+    n, quad, i = place(BLOCK)
     table_ptr += tl.load(t_ptr + n) * 5
     target_x0 = tl.load(table_ptr + 2)
     target_eps = tl.load(table_ptr + 3)
     weight = tl.load(table_ptr + 4) / numel
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
-    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    x = _pixels(x_0_ptr, index, n, i, numel)
     out = tl.load(out_ptr + n * numel + i, mask=i < numel).to(tl.float32)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
-    error = _error(out, _pixels(x), eps, target_x0, target_eps)
+    error = out - target_x0 * x - target_eps * eps
     loss = weight * tl.sum(tl.where(i < numel, error * error, 0.0))
 
     tl.store(grad_ptr + n * numel + i, 2 * weight * error, mask=i < numel)
@@ -122,9 +101,6 @@ def noise_loss_triton(out, x_0, index, t, table, seed, sample, draw, stream=TRAI
     return loss.sum(1) if loss.shape[1] > 1 else loss[:, 0], gradient
 
 
-# ------------------------------------------------------------------------------------ public
-
-
 def q_sample(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE, dtype=torch.float32):
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
@@ -135,7 +111,7 @@ def q_sample(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE, dtype
     or types do not fit.
     """
     _check(x_0, index, t, table, sample)
-    return (q_sample_triton if fused(x_0) else q_sample_ref)(
+    return (q_sample_triton if fused(x_0.device) else q_sample_ref)(
         x_0, index, t, table, seed, sample, draw, stream, dtype)
 
 
@@ -156,7 +132,8 @@ def noise_loss(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE
 class _NoiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, *arguments):
-        loss, gradient = (noise_loss_triton if fused(out) else noise_loss_ref)(out, *arguments)
+        loss_and_gradient = noise_loss_triton if fused(out.device) else noise_loss_ref
+        loss, gradient = loss_and_gradient(out, *arguments)
         ctx.save_for_backward(gradient)
         return loss
 

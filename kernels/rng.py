@@ -41,9 +41,8 @@ WORD = 0xFFFFFFFF
 BLOCK, WARPS = 256, 2  # quads and warps to a program: a lane's four quads share its work on the key
 
 
-def fused(tensor_or_device) -> bool:
-    """Whether the Triton kernels serve this tensor or device."""
-    device = getattr(tensor_or_device, "device", tensor_or_device)
+def fused(device) -> bool:
+    """Whether the Triton kernels serve this device."""
     return triton is not None and torch.device(device).type == "cuda"
 
 
@@ -82,32 +81,20 @@ def _circle(u):
     """(cos 2 pi u, sin 2 pi u) to 4e-7 for u in [0, 1] turns, by one body for torch and for Triton.
 
     With x = u - 1/2 they are (x^2 - 1/16) and x (x^2 - 1/4), which hold the zeros, times minimax
-    polynomials in x^2: no quadrants and no signs. Augmented assignment is in place in torch only.
+    polynomials in x^2: no quadrants and no signs.
     """
     x = u - 0.5
     y = x * x
-    cos = y * -6.54001
-    cos += 25.567091
-    cos *= y
-    cos += -58.571854
-    cos *= y
-    cos += 81.78964
-    cos *= y
-    cos += -59.827274
-    cos *= y
-    cos += 16.0
-    cos *= y - 0.0625
-    sin = y * 12.233301
-    sin += -38.123196
-    sin *= y
-    sin += 67.0439
-    sin *= y
-    sin += -64.83468
-    sin *= y
-    sin += 25.13273
-    x *= y - 0.25
-    sin *= x
-    return cos, sin
+    cos = y * -6.54001 + 25.567091
+    cos = cos * y - 58.571854
+    cos = cos * y + 81.78964
+    cos = cos * y - 59.827274
+    cos = cos * y + 16.0
+    sin = y * 12.233301 - 38.123196
+    sin = sin * y + 67.0439
+    sin = sin * y - 64.83468
+    sin = sin * y + 25.13273
+    return cos * (y - 0.0625), sin * (x * (y - 0.25))
 
 
 def uniform_ref(shape, seed, sample, draw, stream, device="cpu"):
@@ -142,10 +129,7 @@ def normal_ref(shape, seed, sample, draw, stream, device="cpu"):
 @jit
 def at(x, n):
     """x[n] of a vector on the device, or x + n of a plain integer: a scalar is at(x, 0)."""
-    if x.dtype.is_ptr():
-        return tl.load(x + n)
-    else:
-        return x + n
+    return tl.load(x + n) if x.dtype.is_ptr() else x + n
 
 
 @jit
@@ -209,29 +193,26 @@ def normal_quads(quad, sample, draw, stream, seed):
 
 
 @jit
-def elements(quad):
-    """Positions of a block of quads' elements in the flattened sample: [BLOCK, 4]."""
-    return quad[:, None] * 4 + tl.arange(0, 4)[None, :]
-
-
-# Writes 4 bytes an element, reads nothing.
-@jit(do_not_specialize=["seed", "sample", "draw"])
-def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+def place(BLOCK: tl.constexpr):
+    """A program's sample number n, its quads [BLOCK] and their elements' positions [BLOCK, 4]."""
     n = tl.program_id(0).to(tl.int64)
     quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
+    return n, quad, quad[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+# This kernel and the next write 4 bytes an element and read nothing.
+@jit(do_not_specialize=["seed", "sample", "draw"])
+def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+    n, quad, i = place(BLOCK)
 
     z = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
 
     tl.store(z_ptr + n * numel + i, z, mask=i < numel)
 
 
-# Writes 4 bytes an element, reads nothing.
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def uniform_kernel(u_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
+    n, quad, i = place(BLOCK)
 
     w0, w1, w2, w3 = philox(quad, at(sample, n), at(draw, 0), stream, seed)
     u = (interleave(w0, w1, w2, w3) >> 8).to(tl.float32) * 2.0**-24
