@@ -43,6 +43,8 @@ import eval as measures
 import kernels
 from kernels import noising, posterior, rng
 
+HERE = Path(__file__).parent
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -2049,188 +2051,204 @@ def test_noise_level_is_found_in_flat_images():
 # ------------------------------------------------------------------ whole runs
 
 
-FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 40 --samples 8 "
-        "--dip-iters 3 --dip-width 4 --nfe 2,4 --eta 0,1 --train truncated,smoothed --snapshots 2 "
-        "--dip-source images,network,codes --dip-arch conv2")
+TINY = dict(data="digits", limit=128, epochs=2, width=8, batch=32, timesteps=40, samples=8,
+            dip_iters=3, dip_width=4, nfe="2,4", eta="0,1")
+FIT = dict(data="digits", samples=1, budget=60, dip_width=4, replicas=2, sigma=0.3)
 
 
-def assert_no_more_digits_than_promised(rows):
-    for row in rows:
-        for key, x in row.items():
-            if key.removesuffix("_std") in ("psnr", "ssim", "mse", "mae", "delta_e", "kid"):
-                places = 5
-            else:
-                places = {"iterations": 1, "recall": 4, "precision": 4, "class_gap": 4,
-                          "prior_square_error": 4}.get(key, 3)
-            assert not isinstance(x, float) or x == round(x, places), (key, x)
+def words(**flags):
+    """words(dip_iters=3) -> ["--dip-iters", "3"]"""
+    return [word for name, value in flags.items()
+            for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def run(mode, out, **flags):
+    """A run from its command line to its results.json, which has what every mode promises."""
+    dipddpm.main(words(mode=mode, out=out, **flags))
+    result = json.loads((out / "results.json").read_text())
+    assert set(result) >= {"mode", "config", "command", "data", "device", "precision", "torch",
+                           "commit", "seconds", "arms", "curves"}
+    assert set(result["data"]) == {"name", "train", "test", "sha256"}
+    # config.json says what ran: null is only what was not used
+    assert result["config"] == json.loads((out / "config.json").read_text())
+    unused = {"data_dir", "size", "crop", "limit", "resume"}
+    unused |= set() if mode in ("dip", "guide") else {"sigma"}
+    assert {name for name, value in result["config"].items() if value is None} <= unused
+    # seconds add up
+    parts, whole = result["seconds"], result["seconds"]["total"] + 0.01
+    assert set(parts) == {"dip", "train", "sample", "eval", "total"}
+    assert all(0 <= part <= whole for part in parts.values())
+    assert all(0 <= row.get("prior_seconds", 0) <= row.get("seconds", whole) <= whole
+               for row in result["arms"])
+    # every file is whole
+    assert not list(out.glob("*.tmp")) and (out / "report.html").stat().st_size > 0
+    assert all((out / picture["file"]).exists() for picture in result["pictures"])
+    return result
+
+
+def refused(capsys, status=2, **flags):
+    """The one line in which a command is refused."""
+    ended, _, err = run_main(words(**flags), capsys)
+    assert ended == status and err.count("\n") == 1, err
+    return err
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """--mode prior to its end, once, on few and small things."""
+    """--mode prior to its end, once, on few and small things: its folder."""
     folder = tmp_path_factory.mktemp("a run") / "prüfung"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DIPDDPM_DATA", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        dipddpm.main(["--mode", "prior", *FAST.split(), "--out", str(folder)])
+        run("prior", folder, **TINY)
     return folder
 
 
-def test_prior_run_leaves_results_of_every_arm(whole_run):
-    result = json.loads((whole_run / "results.json").read_text())
-    assert result["seconds"]["total"] >= result["seconds"]["train"] > 0
-    assert set(result) >= {"mode", "config", "data", "device", "precision", "torch", "commit",
-                           "parameters", "seconds", "arms", "floor", "curves"}
-    assert set(result["seconds"]) == {"dip", "train", "sample", "eval", "total"}
-    assert set(result["data"]) == {"name", "train", "test", "sha256"}
-    rows = {(r["name"], r["train"], r["nfe"], r["eta"]): r for r in result["arms"]}
-    nets = {arm: ("truncated", "smoothed") for arm in dipddpm.PRIORS} | {"ddpm": ("full",)}
-    assert set(rows) == {(a, t, n, e) for a in nets for t in nets[a] for n in (2, 4)
-                         for e in (0, 1)}
-    assert all(("own_source" in r) == ("prior_square_error" in r) for r in rows.values())
-    assert {r["name"] for r in rows.values() if "own_source" in r} == {
-        "dip-images", "dip-network", "blur"}
-    x_0 = data.load("digits", split="train", limit=128).pixels
-    sources = x_0[measures.subset(128, 8)].float() / 127.5 - 1
-    blurred = dipddpm.prior_blur(None, None, x_0[measures.subset(128, 8)], None)
-    assert rows["blur", "truncated", 2, 0]["prior_square_error"] == pytest.approx(
-        (blurred - sources).square().sum().item() / 8, abs=1e-3)
-    for series in ("ddpm, 4", "dip-codes smoothed, 4", "dip-images truncated, 4"):
-        (early, _), (late, _) = result["curves"][f"training/{series} evaluations"]
-        assert 0 < early < late
-        arm, trained, _ = (series + " full 4").replace(",", "").split(maxsplit=2)
-        prior = 0 if arm == "ddpm" else rows[arm, trained, 4, 0]["prior_seconds"]
-        assert late - early == pytest.approx(early - prior, abs=0.02)  # half of the steps each
-        assert late - prior <= 3 * result["seconds"]["train"]
-    assert result["curves"]["held-out/truncated t = 0.5 T"][1][0] == 8  # the last step
-    assert all(r["nearest"] > r["nearest_5"] >= 0 for r in rows.values()) and result["real"]
-    assert all(math.isfinite(r["fid_lenet"]) and r["seconds"] >= r["prior_seconds"] >= 0
-               for r in rows.values())
-    assert {r["t_start"] for r in rows.values()} == {40, 24}
-    assert_no_more_digits_than_promised(result["arms"])
-    assert result["floor"]["fid_lenet"] == round(result["floor"]["fid_lenet"], 3)
-    for file in ("config.json", "log.csv", "checkpoint.pt", "report.html", "priors.png"):
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_prior_run_leaves_results_of_every_arm(whole_run):
+    result = results_of(whole_run)
+    rows = {(row["name"], row["nfe"], row["eta"]): row for row in result["arms"]}
+    assert set(rows) == {(arm, nfe, eta) for arm in ["ddpm", *dipddpm.PRIORS] for nfe in (2, 4)
+                         for eta in (0, 1)}
+    assert all(math.isfinite(row["fid_lenet"]) and row["nearest"] > row["nearest_5"] >= 0
+               and row["t_start"] == (40 if name == "ddpm" else 24)
+               and ("own_source" in row) == ("prior_square_error" in row)
+               == (name in dipddpm.HAS_SOURCE) and (name != "ddpm" or not row["prior_seconds"])
+               for (name, *_), row in rows.items())
+    assert result["parameters"] > 0 and result["floor"]["fid_lenet"] > 0 and result["real"]
+    # an error that can be computed by hand
+    pixels = data.load("digits", split="train", limit=128).pixels
+    sources = pixels[measures.subset(128, 8)]
+    error = dipddpm.prior_blur(None, None, sources) - (sources.float() / 127.5 - 1)
+    assert rows["blur", 2, 0]["prior_square_error"] == pytest.approx(
+        error.square().sum().item() / 8, rel=1e-4)
+    for file in ("log.csv", "checkpoint.pt", "priors.png", "film.png", "samples-nfe4.png"):
         assert (whole_run / file).stat().st_size > 0
-    assert not list(whole_run.glob("*.tmp"))
 
 
-def test_restoring_with_a_runs_networks_leaves_the_run_as_it_is(whole_run, tmp_path, capsys):
-    before = {file: file.read_bytes() for file in whole_run.glob("*.*")}
-    out = tmp_path / "restored"
-    status, _, err = run_main(["--resume", whole_run, "--out", out, "--eta", 0, "--train",
-                               "full,truncated", "--task", ",".join(dipddpm.TASKS)], capsys)
-    assert status == 0, err
-    assert before == {file: file.read_bytes() for file in whole_run.glob("*.*")}
-    result = json.loads((out / "results.json").read_text())
-    for task in dipddpm.TASKS:
-        rows = {(r["name"], r.get("nfe")) for r in result["arms"] if r["task"] == task}
-        starts = ["ddpm", "dip-images", "pinv"] + ["ddpm-y"] * (task == "denoise")
-        assert rows == {("corrupted", None), ("dip", None)} | {
-            (name, nfe) for name in starts for nfe in (2, 4)}
-        assert (out / f"{task}.png").exists()
-        assert result["curves"][f"restored {task}/dip"][0][0] == 0
-    page = (out / "report.html").read_text()
-    assert all(f"<h2>{task}, sigma" in page for task in dipddpm.TASKS)
-    saved = [edge.load_checkpoint(folder)["networks"]["full"] for folder in (whole_run, out)]
-    assert all(torch.equal(saved[0]["ema"][k], saved[1]["ema"][k]) for k in saved[0]["ema"])
+def test_a_runs_network_serves_another_run_and_its_own_stays_as_it_is(whole_run, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.delenv("DIPDDPM_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(whole_run.parent / "cache"))
+    before = {file: file.read_bytes() for file in whole_run.iterdir()}
+    began = time.time()
+    result = run("ddpm", tmp_path / "again", resume=whole_run, nfe=4)
+    assert before == {file: file.read_bytes() for file in whole_run.iterdir()}
+    assert result["seconds"]["train"] <= results_of(whole_run)["seconds"]["train"] + 0.5
+    assert result["seconds"]["sample"] < time.time() - began
+    saved = [dipddpm.load_checkpoint(folder) for folder in (whole_run, tmp_path / "again")]
+    assert saved[0]["step"] == saved[1]["step"] == 8
+    assert all(torch.equal(w, saved[1]["ema"][k]) for k, w in saved[0]["ema"].items())
+    # sampled again it makes the same pictures
+    rows = [row for row in results_of(whole_run)["arms"]
+            if (row["name"], row["nfe"]) == ("ddpm", 4)]
+    told = ("eta", "fid_lenet", "kid", "recall", "nearest")
+    assert [[row[key] for key in told] for row in result["arms"]] == [
+        [row[key] for key in told] for row in rows]
 
 
-def test_a_sweep_over_a_runs_networks_trains_nothing(whole_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dipddpm, "denoising_loss", None)  # a training step would fail
-    status, _, err = run_main(["--resume", whole_run, "--out", tmp_path / "s", "--sweep",
-                               "dip-iters=2,3", "--dip-source", "images", "--nfe", 2, "--train",
-                               "truncated"], capsys)
-    assert status == 0, err
-    assert (tmp_path / "s" / "comparison.html").exists()
-    folders = sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir())
-    assert folders == ["dip-iters=2", "dip-iters=3"]
-
-
-def test_a_truncated_network_serves_no_later_start(whole_run, tmp_path, capsys):
-    status, _, err = run_main(["--resume", whole_run, "--t-start", 30], capsys)
-    assert status == 2 and "trained for t < 24" in err and err.count("\n") == 1
-
-
-def test_one_network_is_never_swept_as_several_seeds(whole_run, tmp_path, capsys):
-    for flag in ("seed=0,1", "predict=eps,v", "epochs=2,3"):
-        status, _, err = run_main(["--resume", whole_run, "--out", tmp_path / "s", "--sweep", flag],
-                                  capsys)
-        assert status == 2 and "cannot become" in err and err.count("\n") == 1
-        assert not (tmp_path / "s").exists()
-
-
-def test_a_setting_is_told_by_what_differs_in_its_run():
-    row = {"name": "pca", "train": "full", "t_start": 600, "eta": 1.0, "order": 2}
-    assert dipddpm.setting_of(row, config()) == "pca"
-    assert dipddpm.setting_of(row, config(eta=(0.0, 1.0), order=(1, 2))) == "pca eta 1 order 2"
-    several = config(train=("full", "truncated"), t_start=(300, 600))
-    assert dipddpm.setting_of(row, several) == "pca train full t_start 600"
-    assert dipddpm.setting_of(row | {"name": "ddpm"}, several) == "ddpm"
-
-
-def test_headlines_say_with_how_few_evaluations_and_when_a_prior_is_paid_back():
-    def row(name, nfe, fid, seconds, prior=0.0):
-        return {"name": name, "train": "full", "nfe": nfe, "t_start": 600, "eta": 0.0, "order": 1,
-                "grid": "uniform", "fid_lenet": fid, "recall": 0.5, "seconds": seconds + prior,
-                "prior_seconds": prior}
-    arms = [row("ddpm", 3, 50, 2), row("ddpm", 50, 10, 32), row("dip-codes", 3, 10.4, 2, 45),
-            row("dip-codes", 50, 9, 32, 45), row("gauss", 3, 70, 2), row("gauss", 50, 60, 32),
-            row("dip-images", 3, 10, 2, 75), row("dip-images", 50, 9, 32, 75)]
-    codes, gauss, images = dipddpm.headlines(config(nfe=(3, 50)), arms, 100)
-    assert "with 3;" in codes and "paid back from 150 images" in codes  # 45 s of 0.3 s an image
-    assert "does not reach" in gauss and "60.00" in gauss
-    assert "never paid back" in images  # each image pays for its own
-
-
-def test_class_gap_is_the_share_of_samples_in_a_wrong_class():
-    a, b = torch.tensor([5, 5]), torch.tensor([2, 4, 4])
-    assert measures.total_variation(a, b) == pytest.approx(0.4)
-    assert measures.total_variation(b, b) == 0
-
-
-def test_seconds_of_a_step_are_not_bent_by_a_pause():
-    rows = [["full", 50 * n, 0, 10.0 * n + (1000 if n > 3 else 0), 0, 0] for n in range(1, 9)]
-    assert dipddpm.median_step(rows) == pytest.approx(0.2)
-
-
-def test_sampling_from_a_run_needs_no_data(whole_run, tmp_path, monkeypatch, capsys):
+def test_the_newest_run_is_sampled_without_data_whatever_the_batch(whole_run, tmp_path,
+                                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "nothing"))
-    starts, ends, real = [], [], dipddpm.sample
-
-    def sample(cfg, net, x, *args):
-        starts.append(x.clone())
-        ends.append(real(cfg, net, x, *args))
-        return ends[-1]
-
-    monkeypatch.setattr(dipddpm, "sample", sample)
-    status, _, err = run_main(["--mode", "sample", "--resume", whole_run, "--samples", 5, "--nfe",
-                               3, "--out", tmp_path / "s"], capsys)
-    assert status == 0, err
-    assert (tmp_path / "s" / "samples-nfe3-eta-0.png").exists()
+    for age, name in (100, "old"), (0, "new"):
+        shutil.copytree(whole_run, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (time.time() - age,) * 2)
+    (tmp_path / "runs" / "old" / "checkpoint.pt").write_bytes(b"not this one")
+    os.utime(tmp_path / "runs" / "old" / "checkpoint.pt", (1, 1))
+    result = run("sample", tmp_path / "all", samples=5, nfe=3, eta=0)
+    assert result["config"]["resume"] == str(Path("runs/new"))
+    monkeypatch.setattr(dipddpm, "SAMPLE_BATCH", 2)
+    run("sample", tmp_path / "few", samples=5, nfe=3, eta=0)
+    sheets = [Image.open(tmp_path / name / "samples-nfe3.png") for name in ("all", "few")]
+    assert np.abs(np.subtract(*(np.asarray(sheet, float) for sheet in sheets))).max() <= 1
+    # they are those of the run's own network and noise
+    cfg = config(timesteps=40, width=8)
+    net = dipddpm.make_unet(cfg, 1, "cpu")
+    net.load_state_dict(dipddpm.load_checkpoint(whole_run)["ema"])
     noise = kernels.normal((5, 1, 28, 28), 0, torch.arange(5), 0, kernels.INIT_NOISE)
-    assert all(torch.equal(x, noise) for x in starts) and starts  # where the run's own began
-    sheet = measures.grid(((ends[0] + 1) / 2).clamp(0, 1), scale=measures.zoom(noise))
-    assert sheet.tobytes() == Image.open(tmp_path / "s" / "samples-nfe3-eta-0.png").tobytes()
+    x = dipddpm.sample(cfg, net, noise, 40, 3, 0, torch.arange(5))
+    sheet = measures.grid(((x + 1) / 2).clamp(0, 1), scale=measures.zoom(x))
+    assert np.abs(np.asarray(sheet, float) - np.asarray(sheets[0], float)).max() <= 1
 
 
-def test_resuming_with_other_training_flags_or_data_is_refused_in_one_line(
-        whole_run, capsys, monkeypatch):
-    status, _, err = run_main(["--resume", whole_run, "--width", 16], capsys)
-    assert status == 2 and "--width was 8" in err and err.count("\n") == 1
-    real = data.load
-    monkeypatch.setattr(data, "load", lambda *a, **b: real(*a, **b)._replace(sha256="another"))
-    status, _, err = run_main(["--resume", whole_run], capsys)
-    assert status == 2 and "the data was" in err and err.count("\n") == 1 and str(whole_run) in err
+@pytest.mark.parametrize("task, arms", [
+    ("denoise", ["corrupted", "plain", "oracle", "split", "ladder"]),
+    ("inpaint", ["corrupted", "plain", "oracle", "split"])])  # no ladder where there is no noise
+def test_guide_compares_its_arms(task, arms, tmp_path):
+    flags = FIT if task == "denoise" else {k: v for k, v in FIT.items() if k != "sigma"}
+    result = run("guide", tmp_path / "g", task=task, **flags)
+    rows = {row.pop("name"): row for row in result["arms"]}
+    assert list(rows) == arms and result["data"]["train"] == 0 and result["data"]["test"] == 1
+    for name, row in rows.items():
+        if name != "corrupted":
+            assert row["networks"] == (2 if name in ("split", "ladder") else 1)
+            assert row["network_steps"] == pytest.approx(row["networks"] * row["iterations"])
+    # of one image the best look can be read off the curve
+    for name in set(arms) - {"corrupted", "oracle"}:
+        best = max(psnr for _, psnr in result["curves"][f"psnr/{name}"])
+        assert rows[name]["own_gap"] == pytest.approx(
+            max(0, best - rows[name]["psnr"]), abs=2e-3)
+        assert rows[name]["gap"] == pytest.approx(
+            rows["plain"]["psnr_oracle"] - rows[name]["psnr"], abs=2e-3)
+    assert rows["oracle"]["psnr"] == pytest.approx(rows["plain"]["psnr_oracle"], abs=2e-3)
+    assert rows["plain"]["iterations"] == 60 >= rows["oracle"]["iterations"]
 
 
-def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
-    for content in (b"", b"not a checkpoint", (whole_run / "checkpoint.pt").read_bytes()[:5000]):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        (tmp_path / "config.json").write_text((whole_run / "config.json").read_text())
-        status, _, err = run_main(["--mode", "sample", "--resume", tmp_path, "--out",
-                                   tmp_path / "s"], capsys)
-        assert status == 2 and "checkpoint.pt" in err and err.count("\n") == 1
-        (tmp_path / "s").exists() and shutil.rmtree(tmp_path / "s")
+def test_dip_stops_by_itself_and_tells_how_well(tmp_path, capsys):
+    flags = FIT | dict(samples=3, budget=110, sigma=0.1)
+    corrupted, dip = run("dip", tmp_path / "d", **flags)["arms"]
+    assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
+    assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
+    assert dip["iterations"] <= 110 and "iteration 50: psnr " in capsys.readouterr().out
+    assert len(list((tmp_path / "d").glob("restored-*.png"))) == 3
+
+
+def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
+    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(3, 40, 48)
+    x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    measures.save_png(measures.grid(x[None]), tmp_path / "noisy.png")
+    flags = FIT | dict(data=tmp_path / "noisy.png", sigma="own", crop=32, dip_width=8)
+    corrupted, dip = run("dip", tmp_path / "d", **flags)["arms"]
+    out = capsys.readouterr().out
+    assert dip["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and "psnr" not in dip
+    assert "(estimated)" in out and "psnr" not in out
+    assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
+
+
+# ---- misuse and damage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("says, flags", [
+    ("/no/such", dict(mode="ddpm", data="/no/such")),
+    ("sizes must be multiples of 2", dict(mode="dip", data="digits", size=27, task="sr")),
+    ("no run there", dict(resume="/no/such")),
+    ("--width was 8 and cannot become 16", dict(resume="RUN", width=16)),
+    ("--seed was 0 and cannot become 1", dict(resume="RUN", seed=1)),
+    ("--data was digits and cannot become mnist", dict(resume="RUN", data="mnist")),
+    ("--timesteps was 40 and cannot become 50", dict(resume="RUN", mode="sample", timesteps=50)),
+])
+def test_what_cannot_run_leaves_no_folder(says, flags, whole_run, tmp_path, capsys):
+    flags = {name: whole_run if value == "RUN" else value for name, value in flags.items()}
+    assert says in refused(capsys, out=tmp_path / "r", **flags)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_holds_something_is_never_written_to(whole_run, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for folder in whole_run, tmp_path:
+        before = {file: file.read_bytes() for file in folder.iterdir()}
+        assert "not empty" in refused(capsys, mode="dip", out=folder, **FIT)
+        assert before == {file: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_training_does_not_go_on_with_other_images(whole_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "DIGITS", {"train": 1000, "test": 999})
+    err = refused(capsys, resume=whole_run)
+    assert "the data was" in err and str(whole_run) in err
 
 
 class Malicious:
@@ -2241,385 +2259,115 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
-    torch.save({"format": 1, "networks": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pt")
-    error_line(ValueError, lambda: edge.load_checkpoint(tmp_path), tmp_path / "checkpoint.pt")
-    assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
+    good = (whole_run / "checkpoint.pt").read_bytes()
+    saved = dipddpm.load_checkpoint(whole_run)
+    wide = dipddpm.make_unet(config(width=16), 1, "cpu").state_dict()
+    damaged = [b"", b"not a checkpoint", good[:5000], good[:-100], saved | {"format": 1}, [saved],
+               {"format": saved["format"]}, saved | {"ema": wide, "net": wide},
+               saved | {"ema": Malicious(tmp_path / "ran")}]
+    for i, content in enumerate(damaged):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        shutil.copy(whole_run / "config.json", folder)
+        if isinstance(content, bytes):
+            (folder / "checkpoint.pt").write_bytes(content)
+        else:
+            torch.save(content, folder / "checkpoint.pt")
+        for flags in dict(resume=folder), dict(resume=folder, mode="sample", out=tmp_path / "s"):
+            err = refused(capsys, **flags)
+            assert "checkpoint" in err or "architecture" in err, (i, err)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "s").exists()
+    torch.load(tmp_path / "8" / "checkpoint.pt", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
 
 
-def test_a_checkpoint_of_another_format_or_architecture_says_so(tmp_path):
-    torch.save({"format": 2, "networks": {}}, tmp_path / "checkpoint.pt")
-    error_line(ValueError, lambda: edge.load_checkpoint(tmp_path), "checkpoint of format 1")
-    wide, narrow = (dipddpm.make_unet(config(width=width), 1, "cpu") for width in (16, 8))
-    error_line(ValueError, lambda: edge.load_weights(narrow, wide.state_dict(), "there"),
-               "there: its network has another architecture")
+@pytest.mark.parametrize("damage", [
+    "", "{", "[]", '{"mode": "dip"', '"mode"', {"dip_source": ["network"]}, {"sweep": ["seed=1,2"]},
+    {"mode": "none"}, {"mode": None}, {"epochs": "2"}, {"epochs": None}, {"epochs": 2.5},
+    {"nfe": 3}, {"nfe": ["3"]}, {"width": [8]}, {"lr": "fast"}, {"data": 3}, {"seed": -1}])
+def test_a_damaged_config_is_one_line(damage, whole_run, tmp_path, capsys):
+    if isinstance(damage, dict):
+        damage = json.dumps(json.loads((whole_run / "config.json").read_text()) | damage)
+    (tmp_path / "config.json").write_text(damage)
+    shutil.copy(whole_run / "checkpoint.pt", tmp_path)
+    assert "config.json is damaged or of another version" in refused(capsys, resume=tmp_path)
 
 
-def test_the_checkpoint_before_serves_where_the_newest_is_damaged(tmp_path, capsys):
-    run = bare_run(tmp_path)
-    run.about = {"data": {}, "shape": []}
-    for step in (1, 2):
-        run.state = {"full": {"step": step}}
-        edge.save_checkpoint(run)
-    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 2
-    newest = tmp_path / "checkpoint.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
-    assert "going on from checkpoint-previous.pt" in capsys.readouterr().out
-    newest.unlink()  # killed between the two renames
-    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+@contextlib.contextmanager
+def no_file_above(size):
     import resource
-    run = bare_run(tmp_path)
-    run.about = {"data": {}, "shape": []}
-    run.state = {"full": {"step": 1}}
-    edge.save_checkpoint(run)
-    run.state = {"full": {"step": 2, "net": torch.zeros(100_000)}}
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises((OSError, RuntimeError)):
-            edge.save_checkpoint(run)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    assert edge.load_checkpoint(tmp_path)["networks"]["full"]["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_folder_is_one_processs(tmp_path):
-    held = edge.lock(tmp_path)
-    code = "import edge, pathlib, sys; edge.lock(pathlib.Path(sys.argv[1]))"
-    other = [sys.executable, "-c", code, tmp_path]
-    done = subprocess.run(other, cwd=EVAL.parent, capture_output=True, text=True)
-    assert "another run is writing there" in done.stderr
-    held.close()
-    assert subprocess.run(other, cwd=EVAL.parent).returncode == 0
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path, capsys):
+    flags, _ = little_training(tmp_path)
+    good = tmp_path / "checkpoint.pt"
+    dipddpm.save({"step": 1}, good)
+    with no_file_above(100_000):
+        refused(capsys, status=1, mode="ddpm", out=tmp_path / "r", **flags | dict(epochs=1))
+        with pytest.raises((OSError, RuntimeError)):
+            dipddpm.save({"step": 2, "net": torch.zeros(100_000)}, good)
+    assert torch.load(good) == {"step": 1}
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {"config.json"}
+    assert not list(tmp_path.glob("*.tmp"))
+    assert run_main(words(resume=tmp_path / "r"), capsys)[0] == 0
 
 
-def test_a_saved_flag_that_is_no_choice_any_more_is_one_line(whole_run, tmp_path, capsys):
-    saved = json.loads((whole_run / "config.json").read_text()) | {"dip_arch": "unet"}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    shutil.copy(whole_run / "checkpoint.pt", tmp_path)
-    status, _, err = run_main(["--resume", tmp_path], capsys)
-    assert status == 2 and "--dip-arch unet is none of skip" in err and err.count("\n") == 1
-
-
-def test_a_sweep_that_is_given_again_does_only_what_is_missing(tmp_path, capsys):
-    argv = ["--mode", "dip", "--data", "digits", "--samples", 1, "--dip-iters", 20, "--dip-width",
-            4, "--replicas", 1, "--sweep", "seed=0,1", "--sweep", "sigma=0.1,0.2", "--out",
-            tmp_path / "s"]
-    assert run_main(argv, capsys)[0] == 0
-    runs = sorted(p for p in (tmp_path / "s").iterdir() if p.is_dir())
-    assert [p.name for p in runs] == [f"seed={i}-sigma=0.{k}" for i in (0, 1) for k in (1, 2)]
-    before = [(p / "results.json").read_bytes() for p in runs]
-    (runs[2] / "results.json").unlink()
-    status, out, err = run_main(argv, capsys)
-    assert status == 0 and out.count("finished before") == 3, err
-    after = [(p / "results.json").read_bytes() for p in runs]
-    assert [a == b for a, b in zip(before, after)] == [True, True, False, True]
-    assert "| dip" in out and (tmp_path / "s" / "comparison.html").exists()
-    status, _, err = run_main([*argv, "--dip-iters", 30], capsys)
-    assert status == 2 and "another --dip-iters" in err and err.count("\n") == 1
-    shutil.rmtree(runs[0])  # and nothing is begun where a later one cannot go on
-    status, _, err = run_main([*argv, "--dip-iters", 30], capsys)
-    assert status == 2 and "another --dip-iters" in err and not runs[0].exists()
-    assert [(p / "results.json").read_bytes() for p in runs[1:]] == after[1:]
-
-
-def test_a_stopped_sweep_of_trainings_goes_on(tmp_path, capsys, monkeypatch):
-    argv = [*little_training(tmp_path)[0], "--epochs", 30, "--sweep", "seed=0,1", "--out"]
-    assert run_main([*argv, tmp_path / "whole"], capsys)[0] == 0
-    monkeypatch.setattr(dipddpm, "CHECKPOINT_SECONDS", 0)
-    real, stopped = edge.save_checkpoint, []
-
-    def stop_the_second(run):
-        real(run)
-        if run.config["seed"] == 1 and not stopped:
-            stopped.append(copy.deepcopy(run.state["full"]["rows"]))
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(edge, "save_checkpoint", stop_the_second)
-    assert run_main([*argv, tmp_path / "s"], capsys)[0] == 130
-    assert stopped[0][-1][1] == 50  # of 120 steps
-    status, out, err = run_main([*argv, tmp_path / "s"], capsys)
-    assert status == 0 and "seed=0: finished before" in out, err
-    whole, again = (edge.load_checkpoint(tmp_path / name / "seed=1")["networks"]["full"]
-                    for name in ("whole", "s"))
-    assert again["rows"][:1] == stopped[0]  # its seconds as well: it was not done again
-    assert all(torch.equal(w, again["ema"][k]) for k, w in whole["ema"].items())
-
-
-def test_only_a_run_is_overwritten_and_only_when_asked(tmp_path, capsys):
-    argv = ["--mode", "dip", "--data", "digits", "--samples", 2, "--dip-iters", 10, "--dip-width",
-            4, "--replicas", 1, "--out", tmp_path / "d"]
-    assert run_main(argv, capsys)[0] == 0
-    files = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
-    status, _, err = run_main([*argv, "--seed", 1], capsys)
-    assert status == 2 and "--overwrite" in err and err.count("\n") == 1
-    status, _, err = run_main([*argv, "--seed", 1, "--data", "nowhere", "--overwrite"], capsys)
-    assert status == 2 and "nowhere" in err
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
-    status, _, err = run_main([*argv, "--samples", 1, "--overwrite"], capsys)
-    assert status == 0 and not (tmp_path / "d" / "restored-01.png").exists(), err
-    for name, line in ("thesis.txt", "no run there"), ("config.json", "damaged or of another"):
-        (tmp_path / name[0]).mkdir()
-        (tmp_path / name[0] / name).write_text("years of work")
-        status, _, err = run_main([*argv[:-1], tmp_path / name[0], "--overwrite"], capsys)
-        assert status == 2 and line in err and (tmp_path / name[0] / name).exists()
-    for name in "d/.git", "d/seed=1":  # what is no file of the run's own stays
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kept").write_text("")
-    assert run_main([*argv, "--overwrite"], capsys)[0] == 0
-    assert (tmp_path / "d/.git/kept").exists() and (tmp_path / "d/seed=1/kept").exists()
-
-
-def test_dip_run_stops_by_itself_and_tells_how_well(tmp_path, capsys, monkeypatch):
-    rungs, real = [], dipddpm.fit_guided_in_groups
-    monkeypatch.setattr(dipddpm, "fit_guided_in_groups", lambda cfg, seen, n, run, tell: (
-        rungs.append(n), real(cfg, seen, n, run, tell))[1])
-    status, out, err = run_main([
-        "--mode", "dip", "--data", "digits", "--samples", 3, "--dip-group", 4, "--replicas", 2,
-        "--dip-iters", 110, "--dip-width", 4, "--patience", 20, "--out", tmp_path / "d"], capsys)
-    assert status == 0, err
-    result = json.loads((tmp_path / "d" / "results.json").read_text())
-    corrupted, dip = result["arms"]
-    curve, mark = dict(result["curves"]["psnr/mean over images"]), result["marks"]["psnr"]
-    assert curve[mark["best"]] == max(curve.values()) and mark["end"] == max(curve)
-    assert rungs == [1] and result["data"]["train"] == 0 and result["data"]["test"] == 3
-    assert dip["seconds"] <= result["seconds"]["total"] < 300
-    assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
-    assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
-    assert dip["iterations"] <= 110
-    assert_no_more_digits_than_promised(result["arms"])
-    assert out.count("iteration 50: psnr ") == 2  # two images a group
-    assert len(list((tmp_path / "d").glob("restored-*.png"))) == 3
-
-
-def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
-    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(3, 40, 48)
-    x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    measures.save_png(measures.grid(x[None]), tmp_path / "noisy.png")
-    status, out, err = run_main([
-        "--mode", "dip", "--data", tmp_path / "noisy.png", "--noise", "own", "--crop", 32,
-        "--dip-iters", 60, "--dip-width", 8, "--replicas", 2, "--out", tmp_path / "d"], capsys)
-    assert status == 0, err
-    corrupted, dip = json.loads((tmp_path / "d" / "results.json").read_text())["arms"]
-    assert dip["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and "psnr" not in dip
-    assert "(estimated)" in out and "psnr" not in out
-    assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
-
-
-def test_a_dip_that_answers_beyond_an_image_is_clipped_before_it_is_measured(tmp_path, capsys):
-    status, out, err = run_main([
-        "--mode", "dip", "--data", "digits", "--samples", 2, "--sigma", 0.3, "--dip-iters", 20,
-        "--dip-width", 4, "--dip-arch", "autoencoder", "--out", tmp_path / "d"], capsys)
-    assert status == 0, err
-    result = json.loads((tmp_path / "d" / "results.json").read_text())
-    assert math.isfinite(result["arms"][1]["psnr"])
-
-
-def test_guide_run_compares_its_arms_and_marks_what_leaks(tmp_path, capsys):
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--sigma",
-                               0.3, "--dip-iters", 60, "--dip-width", 4, "--patience", 20, "--out",
-                               tmp_path / "g"], capsys)
-    assert status == 0, err
-    result = json.loads((tmp_path / "g" / "results.json").read_text())
-    rows = {row["name"]: row for row in result["arms"]}
-    assert list(rows) == ["plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean",
-                          "split", "ladder", "literal", "literal-mean"]
-    assert all(row["network_steps"] == pytest.approx(row["networks"] * row["iterations"], abs=0.5)
-               for row in rows.values())
-    assert {name for name, row in rows.items() if row.get("leaks")} == {"literal", "literal-mean"}
-    assert_no_more_digits_than_promised(result["arms"])
-    assert [row["networks"] for row in rows.values()] == [1, 1, 1, 4, 4, 4, 4, 4, 1, 1]
-    assert all(abs(rows[name]["own_gap"]) < 5 for name in ("split", "ladder"))
-    assert all(row.get("seconds", 0) <= result["seconds"]["total"] for row in rows.values())
-    assert rows["es-wmv"]["seconds"] == pytest.approx(
-        rows["plain"]["seconds"] * rows["es-wmv"]["iterations"] / 60, abs=0.02)
-    assert result["seconds"]["dip"] <= result["seconds"]["total"]
-    for name in "literal", "literal-mean":
-        assert rows[name]["psnr_oracle"] >= rows[name]["psnr"] - 1e-3
-    assert result["data"]["train"] == 0 and result["data"]["test"] == 2
-    assert rows["oracle"]["gap"] == 0 and rows["plain"]["psnr"] <= rows["oracle"]["psnr"] + 1e-3
-    assert "leak" in (tmp_path / "g" / "report.html").read_text()
-
-
-def test_what_leaks_has_the_precision_of_all_its_rungs(tmp_path, capsys, monkeypatch):
-    plain, fitted, replicas = dipddpm.fit_plain, [], []
-    monkeypatch.setattr(dipddpm, "fit_plain", lambda *a: (
-        fitted.append(a[4]), replicas.append(a[3]), plain(*a))[2])
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 9, "--sigma",
-                               0.2, "--dip-iters", 10, "--dip-width", 2, "--rungs", 3, "--arms",
-                               "literal", "--out", tmp_path / "g"], capsys)
-    assert status == 0, err
-    clean = data.load("digits", split="test", limit=9).pixels.float() / 255
-    assert replicas == [1, 1]
-    levels = [(y - clean).std().item() for y in fitted[0]]
-    assert levels == pytest.approx([0.8, 0.4, 0.2], rel=0.04)
-    best = sum(level**-2 for level in (0.8, 0.4, 0.2)) ** -0.5  # of any mean of the three
-    assert [(y - clean).std().item() for y in fitted[1]] == pytest.approx([best], rel=0.03)
-
-
-def test_an_arms_own_best_is_that_of_its_looks_and_its_result(tmp_path):
-    run = bare_run(tmp_path)
-    run.begin = lambda: None
-    cfg = config(mode="dip", data="digits", samples=1, sigma=0.3, dip_iters=150, dip_width=8,
-                 replicas=1, patience=40)
-    seen = dipddpm.observe(cfg, run)
-    x, _, best, curve = dipddpm.fit_guided_in_groups(cfg, seen, 1, run)
-    result = measures.psnr(x.clamp(0, 1), seen.truth).item()
-    assert curve[-1][1] == pytest.approx(result, abs=3)  # the mean of the looks against the last
-    assert best.item() == pytest.approx(max([result] + [psnr for _, psnr in curve]), abs=2e-3)
-
-
-def test_guide_runs_the_arms_that_were_asked_for(tmp_path, capsys):
-    command = ["--mode", "guide", "--data", "digits", "--samples", 1, "--dip-iters", 20,
-               "--dip-width", 4, "--replicas", 2, "--arms"]
-    some = {"split,mean": ["plain-mean", "oracle-mean", "es-wmv-mean", "split"],
-            "plain": ["plain", "oracle", "es-wmv"]}
-    for arms, names in some.items():
-        status, _, err = run_main([*command, arms, "--out", tmp_path / arms], capsys)
-        assert status == 0, err
-        rows = json.loads((tmp_path / arms / "results.json").read_text())["arms"]
-        assert [row["name"] for row in rows] == names
-        assert all(("gap" in row) == (arms == "plain") for row in rows)  # to the plain oracle
-
-
-def test_guide_fills_what_is_missing_where_there_is_no_noise(tmp_path, capsys):
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--task",
-                               "inpaint", "--dip-iters", 40, "--dip-width", 4, "--out",
-                               tmp_path / "g"], capsys)
-    assert status == 0, err
-    rows = json.loads((tmp_path / "g" / "results.json").read_text())["arms"]
-    assert [row["name"] for row in rows] == [
-        "plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean", "split"]
-    assert all(math.isfinite(row["psnr"]) for row in rows)
-
-
-def test_an_interrupt_keeps_a_checkpoint_and_ends_with_130(tmp_path):
-    flags, here = little_training(tmp_path)
-    command = [sys.executable, "dipddpm.py", *flags, "--epochs", "100000", "--out", tmp_path / "r"]
-    process = subprocess.Popen(command, **here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for _ in range(600):
-        if (tmp_path / "r" / "config.json").exists():
-            break
-        time.sleep(0.1)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err, err
-    assert edge.load_checkpoint(tmp_path / "r")["networks"]["full"]["step"] > 0
-
-
-KILLS = int(os.environ.get("KILLS", 20))
-KILLED = """
-import os, random, signal, sys, time
-import dipddpm
-
-folder, kills, *flags = sys.argv[1:]
-dipddpm.CHECKPOINT_SECONDS, chance, moments = 0, random.Random(5), 0
-
-def start():
-    begun = os.path.exists(os.path.join(folder, "config.json"))
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(folder + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        try:
-            dipddpm.main(["--resume", folder] if begun else [*flags, "--out", folder])
-        except SystemExit as error:
-            os._exit(error.code or 0)
-        os._exit(0)
-    return pid
-
-for _ in range(int(kills)):
-    pid = start()
-    time.sleep(chance.uniform(0.1, 1.2))
-    os.kill(pid, signal.SIGKILL)
-    moments += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-status = os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1])
-print(moments, status)
-"""
+# ---- ends and new beginnings ---------------------------------------------------------------------
 
 
 def little_training(tmp_path):
-    """Flags of 600 quick steps on pictures that are quickly there, and where to run them."""
+    """600 quick steps on pictures that are quickly there: flags, and where to run them."""
     (tmp_path / "data").mkdir()
     for i in range(70):
         pixels = np.random.default_rng(i).integers(0, 256, (12, 12)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
-    flags = ("--mode ddpm --epochs 150 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
-             "--data").split()
+    flags = dict(data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40, samples=4,
+                 nfe=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    return [*flags, str(tmp_path / "data")], dict(cwd=EVAL.parent, env=environment, text=True)
+    return flags, dict(cwd=HERE, env=environment, text=True, stdout=subprocess.PIPE,
+                       stderr=subprocess.PIPE)
 
 
-def test_a_training_killed_again_and_again_ends_in_the_same_bits(tmp_path):
-    flags, here = little_training(tmp_path)
-    here["capture_output"] = True
-    whole = subprocess.run([sys.executable, "dipddpm.py", *flags, "--out", tmp_path / "whole"],
-                           **here)
-    assert whole.returncode == 0, whole.stderr
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", str(KILLS), *flags],
-                          **here)
-    assert done.returncode == 0, done.stderr
-    kills, status = map(int, done.stdout.split())
-    assert status == 0 and kills >= 0.5 * KILLS, done.stdout + done.stderr
-    logs, pictures, weights = [], [], []
-    for name in ("whole", "killed"):
-        rows = [row.split(",") for row in (tmp_path / name / "log.csv").read_text().splitlines()]
-        logs.append([row[:3] + row[4:] for row in rows])  # all but the seconds
-        pictures.append((tmp_path / name / "samples-nfe2.png").read_bytes())
-        weights.append(edge.load_checkpoint(tmp_path / name)["networks"]["full"]["ema"])
-    assert logs[0] == logs[1] and len(logs[0]) == 13 and pictures[0] == pictures[1]
-    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
+@pytest.fixture(scope="module")
+def little_run(tmp_path_factory):
+    """A little training that nothing stopped: its flags, where it ran, its folder."""
+    flags, here = little_training(tmp_path_factory.mktemp("little"))
+    folder = flags["data"].parent / "whole"
+    ended_well(one_process(mode="ddpm", out=folder, **flags), here)
+    return flags, here, folder
 
 
-def two_processes(*argv):
+def one_process(**flags):
+    return [sys.executable, "dipddpm.py", *words(**flags)]
+
+
+def two_processes(**flags):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "dipddpm.py", *map(str, argv)]
+            "dipddpm.py", *words(**flags)]
 
 
-def losses_in(folder):
-    return [float(row.split(",")[4]) for row in (folder / "log.csv").read_text().splitlines()[1:]]
-
-
-def test_two_processes_do_what_one_does(tmp_path):
-    few, here = little_training(tmp_path)
-    few += ("--mode prior --limit 62 --epochs 30 --batch 31 --samples 7 --dip-iters 3 --dip-width "
-            "4 --dip-group 4 --dip-source images --task generate,inpaint").split()
-    here["capture_output"] = True
-    done = subprocess.run(two_processes(*few, "--out", tmp_path / "two"), **here)
+def ended_well(command, here):
+    done = subprocess.run(command, **here)
     assert done.returncode == 0, done.stderr
-    one = subprocess.run([sys.executable, "dipddpm.py", *few, "--out", tmp_path / "one"], **here)
-    assert one.returncode == 0, one.stderr
-    assert done.stdout.count("data: ") == 1  # one process speaks
-    results, losses, pictures, memories = [], [], [], []
-    for name in ("one", "two"):
-        adam = edge.load_checkpoint(tmp_path / name)["networks"]["full"]["optimizer"]["state"]
-        memories.append(sum(memory["exp_avg_sq"].sum().item() for memory in adam.values()))
-        results.append(json.loads((tmp_path / name / "results.json").read_text())["arms"])
-        losses.append(losses_in(tmp_path / name))
-        pictures.append(np.asarray(Image.open(tmp_path / name / "samples-nfe2.png"), float))
-    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert memories[1] == pytest.approx(memories[0], rel=1e-3)  # Adam forgives a wrong scale
-    assert abs(pictures[0] - pictures[1]).max() <= 2
-    assert [row["name"] for row in results[0]] == [row["name"] for row in results[1]]
-    assert [row.get("psnr", 0) for row in results[1]] == pytest.approx(
-        [row.get("psnr", 0) for row in results[0]], abs=0.01)
+    return done.stdout
 
 
-def two_that_have_begun(argv, here):
-    """Two processes' launcher, once the folder after --out says that they train."""
-    process = subprocess.Popen(two_processes(*argv), **here, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+def begun(command, folder, here):
+    """A command that trains now, in this folder."""
+    said = folder / "config.json"
+    before = said.stat().st_mtime_ns if said.exists() else 0
+    process = subprocess.Popen(command, **here)
     for _ in range(600):
-        if (argv[-1] / "config.json").exists():
+        if said.exists() and said.stat().st_mtime_ns > before:
             return process
         if process.poll() is not None:
             break
@@ -2628,9 +2376,81 @@ def two_that_have_begun(argv, here):
     raise TimeoutError(process.communicate(timeout=60)[1])
 
 
+def log_of(folder):
+    """log.csv without its heading and seconds."""
+    rows = [row.split(",") for row in (folder / "log.csv").read_text().splitlines()[1:]]
+    return [row[:3] + row[4:] for row in rows]
+
+
+def losses_in(folder):
+    return [float(row[3]) for row in log_of(folder)]
+
+
+SIGNALLED = """
+import os, random, signal, sys, time
+import dipddpm
+
+folder, *words = sys.argv[1:]
+dipddpm.CHECKPOINT_SECONDS, chance, ends = 0, random.Random(5), []
+
+def start():
+    goes_on = os.path.exists(os.path.join(folder, "config.json"))
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(folder + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        try:
+            dipddpm.main(["--resume", folder] if goes_on else [*words, "--out", folder])
+        except SystemExit as error:
+            os._exit(error.code or 0)
+        os._exit(0)
+    return pid
+
+for number in [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] * 5:
+    pid = start()
+    time.sleep(chance.uniform(0.1, 1.0))
+    os.kill(pid, number)
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(*ends, os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
+"""
+
+
+def test_a_training_stopped_again_and_again_ends_in_the_same_bits(little_run, tmp_path):
+    flags, here, whole = little_run
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, tmp_path / "stopped",
+                           *words(mode="ddpm", **flags)], **here)
+    *ends, last = map(int, done.stdout.split())
+    assert last == 0 and {-signal.SIGKILL, 130, 143} <= set(ends), (ends, done.stderr)
+    assert ends.count(0) < len(ends) / 2
+    assert f"interrupted; continue with --resume {tmp_path / 'stopped'}\n" in done.stderr
+    stopped = tmp_path / "stopped"
+    assert log_of(whole) == log_of(stopped) and len(log_of(whole)) == 12
+    assert (whole / "samples-nfe2.png").read_bytes() == (stopped / "samples-nfe2.png").read_bytes()
+    weights = [dipddpm.load_checkpoint(folder)["ema"] for folder in (whole, stopped)]
+    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    flags, here = little_training(tmp_path)
+    flags |= dict(mode="prior", limit=62, epochs=30, batch=31, samples=7, dip_iters=3, dip_width=4)
+    said = ended_well(two_processes(out=tmp_path / "two", **flags), here)
+    assert said.count("data: ") == said.count("report: ") == 1  # one process speaks
+    ended_well(one_process(out=tmp_path / "one", **flags), here)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert len(losses_in(one)) == 2 and losses_in(two) == pytest.approx(losses_in(one), rel=1e-4)
+    pictures = [np.asarray(Image.open(folder / "samples-nfe2.png"), float) for folder in (one, two)]
+    assert abs(pictures[0] - pictures[1]).max() <= 2
+    told = [[(row["name"], row["nfe"]) for row in results_of(f)["arms"]] for f in (one, two)]
+    assert told[0] == told[1]
+    # Adam forgives a wrong scale of the gradient; its memory does not
+    memory = [sum(m["exp_avg_sq"].sum().item() for m in dipddpm.load_checkpoint(folder)
+                  ["optimizer"]["state"].values()) for folder in (one, two)]
+    assert memory[1] == pytest.approx(memory[0], rel=1e-3)
+
+
 def test_a_process_that_dies_ends_the_other_and_says_so(tmp_path):
     flags, here = little_training(tmp_path)
-    process = two_that_have_begun([*flags, "--epochs", 100000, "--out", tmp_path / "r"], here)
+    flags |= dict(mode="ddpm", epochs=100_000, out=tmp_path / "r")
+    process = begun(two_processes(**flags), tmp_path / "r", here)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
@@ -2640,66 +2460,127 @@ def test_a_process_that_dies_ends_the_other_and_says_so(tmp_path):
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path):
-    flags, here = little_training(tmp_path)
-    flags += ["--epochs", "100"]  # 400 steps
-    process = two_that_have_begun([*flags, "--out", tmp_path / "r"], here)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    state = edge.load_checkpoint(tmp_path / "r")["networks"]["full"]
-    assert 0 < state["step"] < 400 and state["step"] % 50 == 0 and not state["tally"].any()
-    for last in ["--resume", tmp_path / "r"], [*flags, "--out", tmp_path / "whole"]:
-        done = subprocess.run([sys.executable, "dipddpm.py", *map(str, last)], **here,
-                              capture_output=True)
-        assert done.returncode == 0, done.stderr
-    losses = [losses_in(tmp_path / name) for name in ("r", "whole")]
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=0.02)
+def test_one_process_stops_two_go_on_and_stop_and_one_ends(little_run, tmp_path):
+    flags, here, whole = little_run
+    first, second, steps = tmp_path / "1", tmp_path / "2", [0]
+    for command, folder, number in (
+            (one_process(mode="ddpm", out=first, **flags), first, signal.SIGINT),
+            (two_processes(resume=first, out=second), second, signal.SIGTERM)):
+        process = begun(command, folder, here)
+        time.sleep(0.5)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        steps.append(dipddpm.load_checkpoint(folder)["step"])
+    assert 0 < steps[1] < steps[2] < 600 and steps[2] % 50 == 0  # two stop together
+    ended_well(one_process(resume=second), here)
+    assert len(losses_in(second)) == 12
+    assert losses_in(second) == pytest.approx(losses_in(whole), rel=0.02)
 
 
-def test_modes_that_no_process_can_help_say_so(monkeypatch, capsys):
+def test_what_many_processes_cannot_do_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, err = run_main("--mode guide --data digits".split(), capsys)
-    assert status == 2 and "runs in one process" in err and err.count("\n") == 1
+    assert "runs in one process" in refused(capsys, mode="guide", data="digits")
+    assert "several processes need --out" in refused(capsys, mode="ddpm", data="digits")
 
 
-def test_seconds_add_up(whole_run):
-    result = json.loads((whole_run / "results.json").read_text())
-    whole = result["seconds"]["total"]
-    assert all(0 <= part <= whole + 0.01 for part in result["seconds"].values())
-    for row in result["arms"]:
-        assert 0 <= row["prior_seconds"] <= row["seconds"] <= whole + 0.01
-        assert row["name"] != "ddpm" or row["prior_seconds"] == 0
-    n = min(result["config"]["samples"], result["data"]["train"])
-    for row in result["arms"]:
-        if "fid_lenet" in row:
-            points = [x for name, points in result["curves"].items()
-                      if name.startswith(f"seconds/{row['name']}") for x, _ in points]
-            assert any(x == pytest.approx(row["seconds"] * 1000 / n) for x in points)
+# ---- golden numbers ------------------------------------------------------------------------------
+#
+# `python test_dipddpm.py` prints this table anew. A number that changes without a reason that you
+# can name is a fault.
+
+GOLDEN = {
+    "losses of 8 training steps": (0.243, 0.2428, 0.2157, 0.2321, 0.2424, 0.2577, 0.2367, 0.2454),
+    "eps: DDIM, 2M, DDPM": (0.8233, 0.834, 0.8412),
+    "v: DDIM, 2M, DDPM": (0.6674, 0.6827, 0.739),
+    "x0: DDIM, 2M, DDPM": (0.5651, 0.5799, 0.6127),
+    "a DIP after 20 iterations": 0.1261,
+    "codes: decoded, new, new decoded": (0.1627, 1.029, 0.3235),
+    "noise level": (0.1863, 0.1977),
+    "y+ of each rung, y-": (1.042, 0.8168, 0.6972, 0.9161),
+    "risk of a flat output": (0.1537, 0.09205),
+    "split, and iterations": (0.09638, 30, 100),
+    "ladder, and iterations": (0.09949, 120, 90),
+    "t_start": (600, 600, 600, 600),
+    "samples": (1000, 16, 16, 64),
+    "dip_width": (16, 16, 128, 16),
+    "sigma": (None, 0.1, 0.1, None),
+    "budget": (1000, 1000, 3000, 1000),
+    "dip_lr": (0.01, 0.05, 0.01, 0.01),
+    "patience": (50, 50, 200, 50),
+}
+RUNS = (("prior", 28), ("dip", 28), ("guide", 100), ("sample", 28))  # modes and sizes of images
 
 
-def test_without_noise_the_guide_has_no_ladder_and_its_stop_costs_no_more(tmp_path, capsys):
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 2, "--task",
-                               "inpaint", "--dip-iters", 20, "--dip-width", 4, "--replicas", 2,
-                               "--out", tmp_path / "g"], capsys)
-    assert status == 0, err
-    result = json.loads((tmp_path / "g" / "results.json").read_text())
-    rows = {row["name"]: row for row in result["arms"]}
-    assert rows["plain"]["seconds"] <= result["seconds"]["total"]
-    assert list(rows) == ["plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "es-wmv-mean",
-                          "split"]
-    assert 0 < rows["es-wmv"]["seconds"] <= rows["plain"]["seconds"]
-    assert rows["es-wmv"]["iterations"] == 20 and "seconds" not in rows["oracle"]
+def little_images(n, size=12):
+    """The same on every machine: waves and noise, uint8 [n, 1, size, size]."""
+    i, y, x = torch.meshgrid(torch.arange(n), *[torch.arange(size)] * 2, indexing="ij")
+    wave = 0.5 + 0.5 * torch.sin((x * (1 + i % 4) + y * (1 + i // 4)) / 5)
+    noise = kernels.uniform((n, size, size), 0, 0, 0, kernels.INIT_NOISE)
+    return (255 * (0.8 * wave + 0.2 * noise)).byte()[:, None]
 
 
-def test_split_is_a_ladder_of_one_rung(tmp_path, capsys, monkeypatch):
-    asked, real = [], dipddpm.fit_guided_in_groups
-    monkeypatch.setattr(dipddpm, "fit_guided_in_groups", lambda cfg, seen, rungs, run: (
-        asked.append(rungs), real(cfg, seen, rungs, run))[1])
-    status, _, err = run_main(["--mode", "guide", "--data", "digits", "--samples", 1, "--arms",
-                               "split,ladder", "--dip-iters", 10, "--dip-width", 2, "--rungs", 3,
-                               "--out", tmp_path / "g"], capsys)
-    assert status == 0 and asked == [1, 3], err
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+def golden():
+    """What the method gives for little images: {what: number or numbers}."""
+    cfg = config(width=8, batch=20, epochs=4, timesteps=40, dip_width=4, dip_lr=0.05, patience=10,
+                 budget=150, rungs=3, replicas=2, code_epochs=20)
+    pixels, numbers, found = little_images(40), torch.arange(2), {}
+    x = pixels[:2].double() / 255
+    # training, and three evaluations of a network that anybody can write down
+    net = dipddpm.make_unet(cfg, 1, "cpu")
+    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), betas=(0.9, 0.99),
+                             weight_decay=0.01, fused=True)
+    steps = dipddpm.train_steps(cfg, pixels, net, copy.deepcopy(net), adam)
+    found["losses of 8 training steps"] = [loss.item() for _, loss in steps]
+    start = dipddpm.start_from_prior(cfg, 2 * x.float() - 1, 24, numbers)
+    for predict in dipddpm.PREDICTIONS:
+        found[f"{predict}: DDIM, 2M, DDPM"] = [rms(dipddpm.sample(
+            dataclasses.replace(cfg, predict=predict, order=order),
+            lambda x_t, t: torch.sin(3 * x_t + t[:, None, None, None]) / 2, start, 24, 3, eta,
+            numbers) - 2 * x + 1) for order, eta in ((1, 0), (2, 0), (1, 1))]
+    # a DIP, codes, and new ones
+    found["a DIP after 20 iterations"] = rms(
+        dipddpm.fit_dips(cfg, dipddpm.exact(x), numbers, 20) - x)
+    decoder, codes = dipddpm.fit_codes(cfg, pixels)
+    new = dipddpm.draw_codes(dipddpm.fit_mixture(codes, 0), 40, 0)
+    found["codes: decoded, new, new decoded"] = [
+        rms(decoder(codes) - pixels / 255), rms(new), rms(decoder(new) - pixels / 255)]
+    # halves of noisy images, and the fits that they stop
+    known = dipddpm.corrupt(cfg, "denoise", x, 0.2, numbers)
+    half = dipddpm.halves(cfg, known, dipddpm.replicas_of(numbers, 2), 3)
+    flat = torch.full_like(half.y_minus, 0.5)
+    found["noise level"] = dipddpm.noise_level(known.y).tolist()
+    found["y+ of each rung, y-"] = [*map(rms, half.targets), rms(half.y_minus)]
+    found["risk of a flat output"] = half.risk(flat, 2).tolist()
+    for name, rungs in ("split", 1), ("ladder", 3):
+        end, took = dipddpm.fit_guided(cfg, known, numbers, rungs)
+        found[f"{name}, and iterations"] = [rms(end - x), *took.tolist()]
+    # what a run takes where nothing is said
+    asked = [config(mode=mode) for mode, _ in RUNS]
+    given = [dipddpm.resolve(cfg, (5000, 1, size, size)) for cfg, (_, size) in zip(asked, RUNS)]
+    for f in dataclasses.fields(dipddpm.Config):
+        values = [getattr(cfg, f.name) for cfg in given]
+        if any(getattr(cfg, f.name) is None for cfg in asked) and any(values):
+            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values]
+    return found
+
+
+@pytest.fixture(scope="module")
+def today():
+    return golden()
+
+
+@pytest.mark.parametrize("what", GOLDEN)
+def test_golden_numbers(what, today):
+    assert today[what] == pytest.approx(GOLDEN[what], rel=0.01)
+
+
+def test_every_number_is_golden(today):
+    assert list(today) == list(GOLDEN)
 
 
 # ================================================================== eval
@@ -3625,31 +3506,88 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
     assert reproduce.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
 
 
-# ------------------------------------------------------------------ README
+# ------------------------------------------------------------------ README, and the shape
 
 
-def test_the_readme_quotes_the_code_and_its_links_lead_somewhere():
-    here = Path(__file__).parent
-    code = "".join((here / name).read_text() for name in ("dipddpm.py", "kernels/posterior.py"))
-    texts = {name: (here / name).read_text() for name in ("README.md", "RESULTS.md")}
-    quotes = re.findall(r"```python\n(.*?)```", texts["README.md"], re.DOTALL)
+TEXTS = [name for name in ("README.md", "studies/RESULTS.md") if (HERE / name).exists()]
+needs_studies = pytest.mark.skipif(not (HERE / "studies").is_dir(), reason="no studies/")
+
+
+def commands_in(text, folder):
+    """The commands of a text's blocks and inline code as lists of words, each as a shell expands
+    it: bash runs them in an empty folder where no program is found, and is asked what it missed."""
+    blocks = [block for block in re.findall(r"(?ms)^```\n(.*?)^```", text)
+              if not block.startswith("# at 006ea6a")]
+    pieces = [*blocks, *re.findall(r"`([^`\n]+)`", text)]
+    shell = "command_not_found_handle() { printf '%s\\037' \"$@\"; printf '\\036'; }\n"
+    found = []
+    for piece in pieces:
+        if re.search(r"(?m)(^|[\"=] *)(python|torchrun|make) ", piece):
+            done = subprocess.run(["/bin/bash", "-c", shell + piece], cwd=folder, text=True,
+                                  capture_output=True, env={"PATH": "/nowhere", "DIPDDPM_DATA": "data"})
+            assert "syntax error" not in done.stderr, piece
+            found += [line.split("\037")[:-1] for line in done.stdout.split("\036")[:-1]]
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_that_is_told_can_be_given(name, tmp_path):
+    commands = commands_in((HERE / name).read_text(), tmp_path)
+    targets = re.findall(r"(?m)^([a-z%-]+):", (HERE / "Makefile").read_text())
+    ours = 0
+    for command in commands:
+        said = " ".join(command)
+        if "dipddpm.py" in command:
+            flags = command[command.index("dipddpm.py") + 1:]
+            if "--help" not in flags:
+                cfg = vars(dipddpm.parser().parse_args(flags))  # SystemExit where it does not parse
+                assert {"mode", "resume"} & set(cfg), said
+            ours += 1
+        elif command[:2] == ["python", "-m"] and command[2].startswith("studies"):
+            assert not (HERE / "studies").is_dir() or (
+                HERE / f"{command[2].replace('.', '/')}.py").exists(), said
+        elif command[0] == "make":
+            assert set(command[1:]) <= set(targets), said
+        elif command[0] == "python" and command[1].endswith(".py"):
+            assert (HERE / command[1]).exists(), said
+    assert ours > 5
+
+
+def test_the_readme_is_short_and_quotes_the_code():
+    text = (HERE / "README.md").read_text()
+    assert len(text.encode()) <= 12_000
+    code = "".join(path.read_text() for path in [HERE / "dipddpm.py", *HERE.glob("kernels/*.py")])
+    quotes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(quotes) >= 3 and all(quote in code for quote in quotes)
-    anchors = {name: {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-                      for title in re.findall(r"(?m)^## (.*)$", text)}
-               for name, text in texts.items()}
-    links = [(name, link) for name, text in texts.items()
-             for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert len(links) > 10
-    for name, link in links:
-        file, _, anchor = link.partition("#")
-        assert not file or (here / file).exists(), link
-        assert not anchor or anchor in anchors[file or name], link
+    known = set(re.findall(r"(?<![\w-])--[a-z-]+", dipddpm.parser().format_help()))
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert len(told) > 5 and told <= known | {"--nproc-per-node"}
 
 
-def test_every_flag_in_the_readme_exists():
-    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(dipddpm.Config)}
-    known |= {"--help", "--full", "--standalone", "--nproc-per-node"}
-    for name in ("README.md", "RESULTS.md"):
-        text = (Path(__file__).parent / name).read_text()
-        flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
-        assert len(flags) > 10 and not flags - known
+@needs_studies
+def test_links_lead_somewhere():
+    count = 0
+    for name in TEXTS:
+        for link in re.findall(r"\]\(([^)]+)\)", (HERE / name).read_text()):
+            file, _, anchor = link.partition("#")
+            target = (HERE / name).parent / file if file else HERE / name
+            if "://" not in link:
+                assert target.exists(), link
+                titles = re.findall(r"(?m)^##* (.*)$", target.read_text()) if anchor else ()
+                anchors = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+                assert not anchor or anchor in anchors, link
+                count += 1
+    assert count > 10
+
+
+def test_nothing_needs_the_studies():
+    for path in [*HERE.glob("*.py"), *HERE.glob("kernels/*.py")]:
+        assert not re.search(r"(?m)^\s*(import|from)\s+studies\b", path.read_text()), path.name
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for what, number in golden().items():
+        numbers = number if isinstance(number, list) else [number]
+        told = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers]
+        print(f'    "{what}": ' + (f"({', '.join(told)})," if number is numbers else f"{told[0]},"))
