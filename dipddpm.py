@@ -41,6 +41,7 @@ import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -689,7 +690,7 @@ ARCHS = {"skip": Skip}
 
 class DIPGroup:
     """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
-    to where they were saved, and leave. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
+    to where they were saved. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
     every iteration and shared. With the seed, numbers int64 [K] decide theta and z."""
 
     def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
@@ -771,26 +772,6 @@ class DIPGroup:
         """Members `which` go on from what was saved, to another target: with new averages."""
         self.rewind(which)
         self.age[which], self.low[which] = 0, math.inf
-
-    def keep(self, which):
-        """Let all members but `which` leave, as if they had never been here: they cost nothing any
-        more, and the others do not notice. Only after a first `save`."""
-        def part(x):
-            return x.view(self.K, -1, *x.shape[1:])[which].flatten(0, 1)
-        stay, memory = int(which.sum()), {}
-        for module in self.net.modules():
-            if hasattr(module, "K"):
-                module.K = stay
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(part(p.data)))
-                memory[getattr(module, name)] = {
-                    key: part(value) if value.dim() else value
-                    for key, value in self.optimizer.state[p].items()}
-        self.optimizer = self.adam()
-        self.optimizer.state.update(memory)
-        self.z, self.average, self.age, self.low, self.saved_at = (
-            x[which] for x in (self.z, self.average, self.age, self.low, self.saved_at))
-        self.saved, self.K = [x[which] for x in self.saved], stay
 
 
 def untracked(steps, *_):
@@ -1008,7 +989,8 @@ def run_prior(cfg, run):
     if processes()[0]:
         return  # the first process alone samples, measures and writes
     write_log(run, rows)
-    judge = measure.Judge(train, pixels, test, cfg.samples, run.caches())
+    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
+    judge = measure.Judge(train, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
     arms, priors, pictures = generate(cfg, run, net, pixels, judge)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
@@ -1110,10 +1092,6 @@ class Halves(NamedTuple):
     judged: torch.Tensor
     variance: float
 
-    def part(self, which):
-        return Halves(self.targets[:, which], self.fitted[which], self.y_minus[which],
-                      self.judged[which], self.variance)
-
     def target(self, rung, M):
         """What is fitted by images that stand on `rung` int64 [n]: [n M, ...]."""
         return self.targets[rung.repeat_interleave(M), torch.arange(len(self.fitted)).to(rung)]
@@ -1190,89 +1168,63 @@ class LikelyMean:
         self.x, self.weight = x, torch.zeros_like(x[:, 0, 0, 0])
         self.least = torch.full_like(self.weight, math.inf)
 
-    def add(self, image, x, risk, half, M):
-        """The outputs x of the images whose numbers are `image`, and their risks. Weights are in
-        units of that of the least risk: a new least makes all before it weigh less."""
-        least = torch.minimum(self.least[image], risk)
-        before = self.weight[image] * half.weights(self.least[image], least, M)
-        now = half.weights(risk, least, M)
-        share = (now / (before + now)).view(-1, 1, 1, 1)
-        self.x[image] += share * (x - self.x[image])
-        self.weight[image], self.least[image] = before + now, least
-
-
-class Standing(NamedTuple):
-    """Where the images stand that are still fitted, [n] each: which they are, their rungs,
-    iterations without a lower risk, and the least risk on this rung and on the one before."""
-
-    image: torch.Tensor
-    rung: torch.Tensor
-    since: torch.Tensor
-    best: torch.Tensor
-    last: torch.Tensor
-
-    def part(self, which):
-        return Standing(*(v[which] for v in self))
-
-    def after(self, risk, patience, rungs):
-        """The standing after a look; which images climb to the next rung, which leave: bool [n]. A
-        rung ends when the risk has not fallen for `patience` iterations; the ladder, where the rung
-        was the last or no better than the one before."""
-        since = torch.where(risk < self.best, 0, self.since + CHECK)
-        best = torch.minimum(self.best, risk)
-        ends = since >= patience
-        leaves = ends & ((self.rung == rungs - 1) | (best >= self.last))
-        climbs = ends & ~leaves
-        return Standing(self.image, self.rung + climbs, since * ~climbs,
-                        best.masked_fill(climbs, math.inf),
-                        torch.where(climbs, best, self.last)), climbs, leaves
+    def add(self, fitting, x, risk, half, M):
+        """The outputs x and risks [n] of a look, which count for the images that are `fitting`
+        (bool [n]). Weights are in units of that of the least risk: a new least makes all before it
+        weigh less."""
+        least = torch.where(fitting, torch.minimum(self.least, risk), self.least)
+        before = self.weight * half.weights(self.least, least, M)
+        now = half.weights(risk, least, M) * fitting
+        self.x += (now / (before + now)).view(-1, 1, 1, 1) * (x - self.x)
+        self.weight, self.least = before + now, least
 
 
 def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. An
-    image that ends its ladder leaves the group. One rung is an early stop alone. A replica that
-    has collapsed to a flat output goes back to the best as well.
+    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. One
+    rung is an early stop alone. A replica that has collapsed to a flat output goes back to the best
+    as well. What an image does after its ladder's end counts no more.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `look` is called at each look with the iteration and the outputs; of images
-    that have left, with their results. RuntimeError where a fit leaves the finite numbers."""
+    that have ended, with their results. RuntimeError where a fit leaves the finite numbers."""
     n, C, (H, W), M = len(known.y), known.y.shape[1], known.mask.shape[2:], cfg.replicas
-    device, dtype = known.y.device, known.y.dtype
-    replicas = replicas_of(numbers, M)
-    half = (halves if known.sigma else held_out)(cfg, known, replicas, rungs)
-    group = DIPGroup(cfg, replicas, C, H, W, dtype)
-    result = LikelyMean(torch.zeros(n, C, H, W, dtype=dtype, device=device))
-    took = torch.full((n,), cfg.budget, device=device)
-    at = Standing(torch.arange(n, device=device), *torch.zeros(2, n, dtype=torch.int64).to(device),
-                  *torch.full((2, n), math.inf, dtype=dtype, device=device))
-    target, A = half.targets[0], known.part(at.image.repeat_interleave(M)).A
+    numbers = replicas_of(numbers, M)
+    half = (halves if known.sigma else held_out)(cfg, known, numbers, rungs)
+    group = DIPGroup(cfg, numbers, C, H, W, known.y.dtype)
+    result = LikelyMean(torch.zeros_like(group.average[::M]))
+    target, A = half.targets[0], known.part(torch.arange(n).repeat_interleave(M)).A
+    best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
+    rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
+    took, fitting = torch.full_like(rung, cfg.budget), torch.ones_like(rung, dtype=torch.bool)
     for i in track(range(1, cfg.budget + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
         _, losses = group.iterate(i - 1, target, half.fitted, A)
         if i % CHECK and i < cfg.budget:
             continue
         # a look at what the replicas' mean is worth
         group.rewind(group.collapsed(losses, target, half.fitted))
+        x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
-        if torch.minimum(torch.minimum(at.best, at.last), risk).isinf().any():
+        result.add(fitting, x, risk, half, M)
+        group.save((risk < best).repeat_interleave(M))
+        since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
+        if (fitting & (risk.isinf() | best.isinf())).any():
             raise group.not_finite()
-        x = group.average.view(-1, M, C, H, W).mean(1).nan_to_num()
-        result.add(at.image, x, risk, half, M)
-        group.save((risk < at.best).repeat_interleave(M))
-        # whose rung has ended goes on from its best, or leaves
-        at, climbs, leaves = at.after(risk, cfg.patience, len(half.targets))
-        group.begin_rung(climbs.repeat_interleave(M))
-        took[at.image[leaves]], stay = i, ~leaves
+        # a rung ends without a lower risk; the ladder, where a rung was no better than the last
+        ends = fitting & (since >= cfg.patience)
+        climbs = ends & (rung < len(half.targets) - 1) & (best < last)
+        fitting = fitting & (climbs | ~ends)
+        took = torch.where(ends & ~climbs, i, took)
         if look is not None:
-            look(i, result.x.index_copy(0, at.image[stay], x[stay]))
-        if not stay.any():
+            look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
+        if not fitting.any():
             break
-        if leaves.any():
-            at, half = at.part(stay), half.part(stay.repeat_interleave(M))
-            group.keep(stay.repeat_interleave(M))
-            A = known.part(at.image.repeat_interleave(M)).A
-        target = half.target(at.rung, M)
+        # to the next rung, from this one's best
+        rung, since = rung + climbs, since * ~climbs
+        last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
+        group.begin_rung(climbs.repeat_interleave(M))
+        target = half.target(rung, M)
     return result.x, took
 
 
@@ -1314,15 +1266,15 @@ class Follow:
 
 
 class Observed(NamedTuple):
-    """What --mode dip and guide start from: the test split; the truth [n, C, H, W] in [0, 1] if
-    there is one; the images' Measurement, whose sigma is what the fit believes; the images' numbers
-    int64 [n]; and what a row says of all this."""
+    """What --mode dip and guide start from: the truth [n, C, H, W] in [0, 1] if there is one; the
+    images' Measurement, whose sigma is what the fit believes; the images' numbers int64 [n]; what a
+    row says of this, and results.json of the data."""
 
-    images: data.Images
     truth: torch.Tensor | None
     known: Measurement
     numbers: torch.Tensor
     about: dict
+    data: dict
 
 
 def observe(cfg, run):
@@ -1344,7 +1296,8 @@ def observe(cfg, run):
     say(f"data: {test.name}, {n} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}, sigma "
         f"{known.sigma:.3g}{' (estimated)' * (truth is None)}; at most {cfg.budget} iterations; "
         f"{run.device}")
-    return cfg, Observed(test, truth, known, numbers, about)
+    return cfg, Observed(truth, known, numbers, about, {"name": test.name, "train": 0, "test": n,
+                                                        "sha256": test.sha256})
 
 
 def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
@@ -1359,81 +1312,65 @@ def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
     return x.clamp(0, 1), took
 
 
-def run_guide(cfg, run):
-    """--mode guide: test images with noise, fitted by every arm for equally many iterations at
-    most. `plain` and `oracle` are one fit of one network an image: its end, and its best moment,
-    which only the truth can tell. `split` is `ladder` with one rung: all that is left of it where
-    there is no noise."""
-    cfg, seen = observe(cfg, run)
-    rows, curves = [], {}
-    shown = {"truth": seen.truth, "corrupted": seen.known.back(seen.known.y)}
+FITS = {"dip": {"dip": (fit_guided, False)},  # of each mode {arm: (how it is fitted, on a ladder?)}
+        "guide": {"plain": (fit_plain, False), "split": (fit_guided, False),
+                  "ladder": (fit_guided, True)}}
 
-    def add(name, x, took, networks, best, own=None, seconds=None):
-        """A row: the measures, and what the oracle of one network, `best`, has more than it."""
-        psnr, mean = measure.psnr(x.clamp(0, 1), seen.truth), took.double().mean().item()
-        gap = best - psnr
-        rows.append({"name": name} | seen.about | measure.measures(x.clamp(0, 1), seen.truth) | {
-            "iterations": mean, "networks": networks, "network_steps": networks * mean,
-            "gap": gap.mean().item(), "gap_worst": gap.max().item()})
-        if own is not None:
-            gap = torch.maximum(own, psnr) - psnr
-            rows[-1] |= {"own_gap": gap.mean().item(), "own_gap_worst": gap.max().item()}
-        if seconds is not None:
-            rows[-1]["seconds"] = seconds
-        shown[name] = x
+
+def run_fits(cfg, run):
+    """--mode dip: test images, or one's own, each fitted and stopped where the risk says so.
+    --mode guide: that, `split`, and the `ladder` (where there is noise to make rungs of) beside a
+    DIP that nothing stops, `plain`, and its best moment, `oracle`. Where the truth is known PSNR is
+    followed: it rises, peaks, and falls back as a network learns the noise (Ulyanov et al. 2018,
+    section 3)."""
+    cfg, seen = observe(cfg, run)
+    truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
+    rows, curves, shown = [], {}, {} if truth is None else {"truth": truth[:16]}
+
+    def add(name, x, **more):
+        compared = {} if truth is None else measure.measures(x, truth)
+        rows.append({"name": name} | seen.about | compared | more)
+        shown[name] = x[:16]
         say(describe(rows[-1]))
 
-    fits = [("plain", fit_plain, 1, 1), ("split", fit_guided, 1, cfg.replicas)]
-    if seen.known.sigma:
-        fits.append(("ladder", fit_guided, cfg.rungs, cfg.replicas))
-    for name, fit, rungs, networks in fits:
-        follow = Follow(seen.truth)
+    add("corrupted", corrupted)
+    bound = None  # PSNR of each image at the best moment of a plain DIP
+    for name, (fit, ladder) in FITS[cfg.mode].items():
+        if ladder and not seen.known.sigma:
+            continue
+        follow = None if truth is None else Follow(truth, tell=cfg.mode == "dip")
+        networks = 1 if fit is fit_plain else cfg.replicas
         with run.timed("dip") as took:
-            x, iterations = fit_in_groups(cfg, seen, run, fit, rungs, networks, follow)
-        curves[f"psnr/{name}"] = follow.curve()
+            x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
+                                          networks, follow)
+        cost = steps_taken(iterations, networks) | {"seconds": took.seconds}
+        if follow:  # what stopping elsewhere would have gained
+            psnr = measure.psnr(x, truth)
+            best = torch.maximum(follow.psnr, psnr)
+            bound = best if fit is fit_plain else bound
+            cost |= {"psnr_oracle": best.mean().item()} | lack("own_gap", best - psnr)
+            cost |= {} if bound is None else lack("gap", bound - psnr)
+            curves[f"psnr/{name}"] = follow.curve()
+        add(name, x, **cost)
         if name == "plain":
-            best = follow.psnr
-            add(name, x, iterations, networks, best, seconds=took.seconds)
-            add("oracle", follow.best, follow.when, networks, best)
-        else:
-            add(name, x, iterations, networks, best, follow.psnr, took.seconds)
-    n = len(seen.truth)
-    picture = measure.draw(run.folder / "guide.png", f"{cfg.task}, sigma = {cfg.sigma:g}",
-                           {name: x[:16].clamp(0, 1) for name, x in shown.items()})
-    run.finish({"data": {"name": seen.images.name, "train": 0, "test": n,
-                         "sha256": seen.images.sha256},
-                "arms": rows, "curves": curves, "pictures": [picture]}, ("psnr", "ssim"))
-
-
-def run_dip(cfg, run):
-    """--mode dip: fit DIPs to test images with noise and stop each where the risk says so, as the
-    guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
-    fall back as the network learns the noise (Ulyanov et al. 2018, section 3)."""
-    cfg, seen = observe(cfg, run)
-    test, truth, known, _, about = seen
-    follow = None if truth is None else Follow(truth, tell=True)
-    with run.timed("dip") as took:
-        x, iterations = fit_in_groups(cfg, seen, run, fit_guided, 1, cfg.replicas, follow)
-    corrupted = known.back(known.y).clamp(0, 1)
-    arms = [{"name": name} | about for name in ("corrupted", "dip")]
-    arms[1] |= {"seconds": took.seconds, "networks": cfg.replicas,
-                "iterations": iterations.float().mean().item()}
-    shown, curves, marks = {"corrupted": corrupted[:16], "dip": x[:16]}, {}, {}
-    if truth is not None:
-        best = torch.maximum(follow.psnr, measure.psnr(x, truth)).mean().item()
-        arms[0] |= measure.measures(corrupted, truth)
-        arms[1] |= measure.measures(x, truth) | {"psnr_oracle": best}
-        curves["psnr/mean over images"] = curve = follow.curve()
-        marks["psnr"] = {"best": max(curve, key=lambda point: point[1])[0], "end": curve[-1][0]}
-        shown = {"truth": truth[:16]} | shown
-    for row in arms:
-        say(describe(row))
-    for k, image in enumerate(x[:16]):
+            add("oracle", follow.best.clamp(0, 1), **steps_taken(follow.when, 1))
+    for k, image in enumerate(x[:16]) if cfg.mode == "dip" else ():
         measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
-    picture = measure.draw(run.folder / "dip.png", f"{cfg.task}, sigma = {known.sigma:.3g}", shown)
-    run.finish({"data": {"name": test.name, "train": 0, "test": len(x), "sha256": test.sha256},
-                "arms": arms, "curves": curves, "pictures": [picture], "marks": marks},
+    picture = measure.draw(run.folder / f"{cfg.mode}.png",
+                           f"{cfg.task}, sigma = {seen.known.sigma:.3g}", shown)
+    run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture]},
                ("psnr", "ssim"))
+
+
+def steps_taken(iterations, networks):
+    """What a fit of [n] iterations took, of so many networks an image."""
+    mean = iterations.double().mean().item()
+    return {"iterations": mean, "networks": networks, "network_steps": networks * mean}
+
+
+def lack(name, gap):
+    """A gap in dB [n], in the mean and at worst."""
+    return {name: gap.mean().item(), f"{name}_worst": gap.max().item()}
 
 
 # ================================================================== 10 the edge
@@ -1469,7 +1406,7 @@ def run_sample(cfg, run):
                 "parameters": sum(p.numel() for p in net.parameters())})
 
 
-MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "guide": run_guide,
+MODES = {"dip": run_fits, "ddpm": run_prior, "prior": run_prior, "guide": run_fits,
          "sample": run_sample}
 
 
@@ -1523,49 +1460,40 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"dipddpm: {message}\n")
 
 
-def flag_name(f):
-    return "--" + f.name.replace("_", "-")
-
-
-def show(value):
-    """(3, 5) -> '3,5': a list as it is written on the command line."""
-    if isinstance(value, tuple):
-        return ",".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def reader(f):
-    """What turns a flag's text into its value; a list's is separated by commas."""
-    if f.name == "sigma":
-        return lambda text: text if text == "own" else float(text)
-    kind = f.metadata.get("of")
-
+def listed(kind):
+    """A reader of lists: listed(int)("3,5") -> (3, 5)."""
     def read(text):
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of {kind.__name__}") from None
-    return read if kind else f.type
+        return tuple(kind(part) for part in text.split(","))
+    read.__name__ = f"list of {kind.__name__}"  # which an error says
+    return read
+
+
+def sigma(text):
+    return text if text == "own" else float(text)
 
 
 def parser():
     """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
     so that the caller can tell a flag that was given from one that was not."""
     p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                      description=__doc__.split("\n")[0].replace(" Its contents, from", ""
-                                                                 ).replace(" top to bottom:", ""))
+                      description="Deep Image Prior, DDPM and two ways of combining them.")
     groups = {}
     for f in fields(Config):
-        if not f.metadata:
-            continue
-        m, title = f.metadata, f.metadata["group"]
-        groups[title] = groups.get(title) or p.add_argument_group(title)
-        choices = None if m.get("of") else m.get("choices")
-        shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
-        groups[title].add_argument(flag_name(f), type=reader(f), choices=choices,
-                                   help=m["help"] + shown,
-                                   metavar=None if choices else f.name.upper())
+        if f.metadata:
+            m, title = f.metadata, f.metadata["group"]
+            groups[title] = groups.get(title) or p.add_argument_group(title)
+            read = sigma if f.name == "sigma" else listed(m["of"]) if "of" in m else f.type
+            choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
+            shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
+            groups[title].add_argument(
+                "--" + f.name.replace("_", "-"), type=read, choices=choices, help=m["help"] + shown,
+                metavar=None if choices else f.name.upper())
     return p
+
+
+def show(value):
+    """(3, 5) -> '3,5': a list as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # What a network's meaning, and what its training depends on: resuming may not change these.
@@ -1629,19 +1557,17 @@ def resolve(cfg, shape=None):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        value, m = getattr(cfg, f.name), f.metadata
+        name, m, value = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
-            if isinstance(v, float) and not math.isfinite(v):
-                raise ValueError(f"{flag_name(f)} must be a finite number, not {v}")
             number = isinstance(v, (int, float))
+            if isinstance(v, float) and not math.isfinite(v):
+                raise ValueError(f"{name} must be a finite number, not {v}")
             if number and v < m.get("low", v):
-                raise ValueError(f"{flag_name(f)} must be at least {m['low']}, not {v}")
-            if isinstance(v, int) and v >= 2**63:
-                raise ValueError(f"{flag_name(f)} must be below 2^63, not {v}")
-            if number and v > m.get("high", v):
-                raise ValueError(f"{flag_name(f)} must be at most {m['high']}, not {v}")
+                raise ValueError(f"{name} must be at least {m['low']}, not {v}")
+            if number and v > min(m.get("high", v), 2**63 - 1):
+                raise ValueError(f"{name} must be at most {m.get('high', 2**63 - 1)}, not {v}")
             if v not in m.get("choices", (v,)):
-                raise ValueError(f"{flag_name(f)} {v} is none of {', '.join(m['choices'])}")
+                raise ValueError(f"{name} {v} is none of {', '.join(m['choices'])}")
     if cfg.lr == 0:
         raise ValueError("--lr must be above 0")
     if cfg.width % 8:
@@ -1664,24 +1590,6 @@ def load_images(cfg, split, name=None, limit=None):
 
 
 # ------------------------------------------------------------------ a run, its folder, checkpoints
-
-
-class Timed:
-    """`with run.timed("dip") as took: ...; took.seconds`, which are added to the run's."""
-
-    def __init__(self, run, part):
-        self.run, self.part = run, part
-
-    def __enter__(self):
-        self.began = time.time()
-        return self
-
-    def __exit__(self, *_):
-        synchronize(self.run.device)
-        self.seconds = time.time() - self.began
-        if self.part:
-            self.run.seconds[self.part] += self.seconds
-        self.run.heed()
 
 
 class Run:
@@ -1723,8 +1631,16 @@ class Run:
         """bf16 inside the networks where asked for; the mathematics around them stays float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
 
-    def timed(self, part):
-        return Timed(self, part)
+    @contextlib.contextmanager
+    def timed(self, part=None):
+        """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to."""
+        took, began = SimpleNamespace(), time.time()
+        yield took
+        synchronize(self.device)
+        took.seconds = time.time() - began
+        if part:
+            self.seconds[part] += took.seconds
+        self.heed()
 
     def heed(self):
         """KeyboardInterrupt if somebody asked to stop."""
@@ -1738,11 +1654,6 @@ class Run:
             yield step
             progress(done)
             self.heed()
-
-    def caches(self):
-        """Folders where the LeNet judge may lie, the first that can be written being written."""
-        root = Path(self.cfg.data_dir) if self.cfg.data_dir else data.default_root()
-        return [root, data.cache_root(), self.folder]
 
     def continue_training(self, parts):
         """Give the network, its average and the optimiser what a checkpoint holds of them, or leave
@@ -2025,6 +1936,7 @@ def main(argv=None):
         if stopped:
             raise KeyboardInterrupt
 
+    status = 0
     try:
         cfg = read_config(argv)
         run = Run(cfg, argv)
@@ -2038,31 +1950,23 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (MemoryError, RuntimeError) as error:
-        said = "out of memory", "allocate memory", "enough memory"
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-                words in str(error) for words in said):
-            error = "out of memory: lower --batch in training, --samples after it"
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            error = f"another process ended{how_to_go_on(run)}"
-        sys.exit(fail(error, 1))
+        status, said = 1, str(error)
+        full = "out of memory", "allocate memory", "enough memory"
+        if isinstance(error, MemoryError) or any(words in said for words in full):
+            said = "out of memory: lower --batch in training, --samples after it"
+        elif isinstance(error, dist.DistError) or "gloo" in said:
+            said = "another process ended"
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        sys.exit(fail(error, 1 if full or run and run.begun else 2))
+        status, said = 1 if full or run and run.begun else 2, str(error)
     except KeyboardInterrupt:
-        fail(f"interrupted{how_to_go_on(run)}", 0)
-        sys.exit(128 + (run.stop if run and run.stop else signal.SIGINT))
-
-
-def how_to_go_on(run):
-    """What to say of a run that did not end: a training goes on, from its checkpoint or anew."""
-    resumes = run and run.begun and run.cfg.mode in ("ddpm", "prior")
-    return f"; continue with --resume {run.folder}" if resumes else ""
-
-
-def fail(error, status):
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"dipddpm: {first}", file=sys.stderr)
-    return status
+        status, said = 128 + (run.stop if run and run.stop else signal.SIGINT), "interrupted"
+    if status:
+        goes_on = run and run.begun and run.cfg.mode in ("ddpm", "prior")
+        if goes_on and said in ("interrupted", "another process ended"):
+            said += f"; continue with --resume {run.folder}"
+        print("dipddpm:", (said.splitlines() or ["failed"])[0], file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

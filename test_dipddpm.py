@@ -1090,17 +1090,36 @@ def config(**changes):
     return dipddpm.Config(**{"mode": "prior", "data": "digits"} | changes)
 
 
-def bare_run(folder):
-    """What train_ddpm needs of a Run, without a command line."""
-    return SimpleNamespace(folder=Path(folder), device=torch.device("cpu"), stop=False, state={},
-                           about={}, autocast=contextlib.nullcontext,
-                           seconds=dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0))
+def bare_run(folder, **changes):
+    """A Run that has begun with these settings, or goes on where the folder holds one."""
+    goes_on = (Path(folder) / "config.json").exists()
+    where = {"resume" if goes_on else "out": str(folder)}
+    run = dipddpm.Run(config(device="cpu", precision="fp32", **changes | where), [])
+    run.begin(run.cfg)
+    return run
 
 
-def test_every_field_of_config_is_a_flag():
-    shown = dipddpm.parser().format_help()
+def test_every_setting_of_a_group_is_a_flag_and_the_help_shows_what_it_reads():
+    parser = dipddpm.parser()
+    shown = parser.format_help().split()
     for f in dataclasses.fields(dipddpm.Config):
-        assert "--" + f.name.replace("_", "-") in shown
+        assert (dipddpm.flag_name(f) in shown) == bool(f.metadata)
+        if f.metadata and f.default not in (None, dataclasses.MISSING):
+            given = parser.parse_args([dipddpm.flag_name(f), dipddpm.show(f.default)])
+            assert vars(given) == {f.name: f.default}
+
+
+@pytest.mark.parametrize("size", [28, 96])
+@pytest.mark.parametrize("mode", dipddpm.MODES)
+def test_a_resolved_config_holds_every_value_that_is_used(mode, size):
+    cfg = dipddpm.resolve(dipddpm.resolve(config(mode=mode)), (5, 1, size, size))
+    unset = {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) is None}
+    unused = set() if mode in ("dip", "guide") else {"sigma"}
+    assert unset == {"data_dir", "size", "crop", "limit", "out", "resume"} | unused
+    assert cfg.samples == 5 and dipddpm.resolve(cfg) == cfg
+    given = dict(budget=7, dip_width=3, dip_lr=0.5, patience=9, samples=2, sigma=0.3, t_start=(4,))
+    kept = dipddpm.resolve(config(mode=mode, **given), (5, 1, size, size))
+    assert {name: getattr(kept, name) for name in given} == given
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -1111,44 +1130,35 @@ def test_every_field_of_config_is_a_flag():
     ("--mode prior --lr nan", "--lr"),
     ("--mode prior --lr 0", "--lr"),
     ("--mode prior --width 20", "--width"),
-    ("--mode guide --alpha 0", "--alpha must be at least 0.01, not 0"),
-    ("--mode guide --window 1", "--window must be below 1"),
-    ("--mode guide --data digits --task sr,inpaint", "--mode guide takes one task"),
-    ("--mode dip --data digits --dip-arch resnet18", "resnet18 makes one pixel of 28x28"),
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
-    ("--mode prior --order 3", "--order must be at most 2, not 3"),
-    ("--mode prior --grid banana", "banana is none of uniform"),
-    ("--mode guide --data digits --noise own", "--noise own is for --mode dip"),
-    ("--mode dip --data digits --noise own --sigma 0.1", "--noise own is for --mode dip without"),
-    ("--mode dip --data digits --noise estimated --task sr", "no noise level can be told from sr"),
-    ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
-    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 33554432 pixels"),
-    ("--mode guide --data digits --arms split,es-wmv", "es-wmv is none of plain, mean, split"),
-    ("--mode guide --data digits --sigma 0 --arms ladder", "--arms ladder: there is no noise"),
-    ("--mode prior --dip-source code", "code is none of images, network"),
-    ("--mode prior --task deblur", "deblur is none of generate, denoise"),
-    ("--mode prior --train smoothed --dip-source codes", "smoothed needs --dip-source network"),
     ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
     ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe: '3,,5' is no list of int"),
+    ("--mode prior --dip-source code", "code is none of images, codes"),
+    ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
+    ("--mode guide --task deblur", "deblur"),
+    ("--mode guide --sigma banana", "banana"),
+    ("--mode guide --sigma 101", "--sigma must be at most 100, not 101"),
+    ("--mode guide --data digits --sigma own", "--sigma own is for --mode dip"),
+    ("--mode dip --data digits --sigma own --task sr", "--sigma own is for --mode dip"),
+    ("--mode dip --data digits --size 9 --task sr", "9x9 pixels; sizes must be multiples of 2"),
+    ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
+    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 33554432 pixels"),
     ("--mode prior --no-such-flag", "--no-such-flag"),
+    ("--mode prior --epoch 3", "--epoch"),
     ("--mode prior --device tpu9", "tpu9"),
     ("--mode prior --data /no/such/folder", "/no/such/folder"),
     ("--mode prior --data mnist --data-dir {tmp}/damaged", "train-images-idx3-ubyte"),
     ("--mode ddpm --resume {tmp}", "no run there"),
     ("--mode sample --resume {tmp}", "no run there"),
+    ("--mode sample", "needs a trained network: none in runs/"),
     ("--mode ddpm --out {tmp}", "not empty"),
-    ("--mode ddpm --sweep banana=1,2", "banana"),
-    ("--mode ddpm --sweep seed=1,2 --sweep banana=1", "banana"),
-    ("--mode ddpm --overwrite", "--overwrite needs --out"),
-    ("--mode ddpm --sweep seed=0,1 --sweep seed=2", "with NAME a flag's name, once"),
-    ("--mode guide --arms mean --replicas 1", "--arms mean needs --replicas of at least 2"),
-    ("--mode prior --sweep train=full,banana", "banana is none of"),
-    ("--mode prior --sweep epochs=1,0", "--epochs must be at least 1"),
+    ("--mode ddpm --out {tmp}/file", "not empty"),
 ])
 def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "damaged" / "mnist").mkdir(parents=True)
+    (tmp_path / "file").touch()
     for file in data.DIGESTS["mnist"]:
         (tmp_path / "damaged" / "mnist" / file).write_bytes(b"\0\0\x08\x03\0\0")  # a cut header
     monkeypatch.chdir(tmp_path)
@@ -1165,24 +1175,25 @@ EXTREME = {int: ["0", "-1", "1", "1000000000000", str(10**25), "nan", "1.5", ""]
 def extreme_flags():
     """Every number of the command line at each of its extremes, with short runs that use it."""
     runs = ("--mode prior --epochs 1 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
-            "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --dip-iters 20 "
+            "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --budget 20 "
             "--dip-width 4 --replicas 2")
-    numbers = [(f.name, f.type) for f in dataclasses.fields(dipddpm.Config)
-               if f.type in (int, float)]
-    numbers += [("eta", float), ("order", int), ("nfe", int), ("t_start", int)]
-    return [(run, f"--{name.replace('_', '-')}={value}") for run in runs for name, kind in numbers
-            for value in EXTREME[kind]]
+    numbers = [(dipddpm.flag_name(f), kind) for f in dataclasses.fields(dipddpm.Config)
+               if f.metadata and (kind := f.metadata.get("of", f.type)) in (int, float)]
+    return [(run, f"{flag}={value}") for run in runs
+            for flag, kind in [*numbers, ("--sigma", float)] for value in EXTREME[kind]]
 
 
 def test_a_number_beyond_all_bounds_is_obeyed_or_refused_in_one_line(tmp_path, capsys):
-    pictures, _ = little_training(tmp_path)
+    (tmp_path / "data").mkdir()
+    for i in range(70):
+        picture(tmp_path / "data" / f"{i:02}.png", (12, 12), "L", i)
     cases = extreme_flags()
     chosen = random.Random(6).sample(cases, min(FLAGS, len(cases)))
     old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         for i, (run, flag) in enumerate(chosen):
             signal.setitimer(signal.ITIMER_REAL, 3, 2)  # who asks for a trillion waits for ever
-            status, _, err = run_main([*run.split(), "--data", pictures[-1], flag, "--out",
+            status, _, err = run_main([*run.split(), "--data", tmp_path / "data", flag, "--out",
                                        tmp_path / str(i)], capsys)
             signal.setitimer(signal.ITIMER_REAL, 0)
             assert status in (0, 1, 2, 130), (run, flag, status)
@@ -1193,25 +1204,14 @@ def test_a_number_beyond_all_bounds_is_obeyed_or_refused_in_one_line(tmp_path, c
         signal.signal(signal.SIGALRM, old)
 
 
-def test_sweep_gives_one_config_for_each_value():
-    swept = dipddpm.configs("--mode prior --sweep seed=0,1,2 --out here".split())
-    assert [(c.seed, c.out, c.sweep) for c in swept] == [
-        (i, str(Path("here") / f"seed={i}"), ()) for i in range(3)]
-    swept = dipddpm.configs("--mode dip --sweep dip-lr=0.1,0.2 --sweep seed=3,4 --out here".split())
-    assert [(c.dip_lr, c.seed, c.out) for c in swept] == [
-        (lr, i, str(Path("here") / f"dip-lr={lr}-seed={i}")) for lr in (0.1, 0.2) for i in (3, 4)]
-
-
 # ------------------------------------------------------------------ schedule and tables
 
 
-def test_linear_schedule_is_the_papers():
-    ab = dipddpm.linear_schedule(1000).alpha_bar
-    beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
-    torch.testing.assert_close(beta, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-    ab = dipddpm.linear_schedule(100).alpha_bar  # as much noise in fewer steps
-    beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
-    torch.testing.assert_close(beta, torch.linspace(1e-3, 0.2, 100, dtype=torch.float64))
+def test_linear_schedule_is_the_papers_with_as_much_noise_in_fewer_steps():
+    for T in (1000, 100):
+        ab = dipddpm.linear_schedule(T).alpha_bar
+        beta = 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+        torch.testing.assert_close(beta, torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64))
 
 
 def test_cosine_schedule_is_f_of_t_until_beta_is_clipped():
@@ -1224,31 +1224,25 @@ def test_cosine_schedule_is_f_of_t_until_beta_is_clipped():
 @pytest.mark.parametrize("T", [2, 100, 1000])
 @pytest.mark.parametrize("name", dipddpm.SCHEDULES)
 def test_alpha_bar_falls_from_nearly_one_to_nearly_zero(name, T):
-    ab = dipddpm.SCHEDULES[name](T).alpha_bar
+    ab = dipddpm.schedule_of(config(schedule=name, timesteps=T)).alpha_bar
     assert ab.dtype == torch.float64 and len(ab) == T and (ab.diff() < 0).all() and (ab > 0).all()
     assert ab[0] > 0.3 and ab[-1] < 2e-3 or T == 2
 
 
 def test_tables_keep_precision_where_alpha_bar_is_nearly_one():
-    table = dipddpm.forward_table(dipddpm.linear_schedule(1000), "eps")
+    table = dipddpm.forward_table(config(schedule="linear", predict="eps"))
     assert table[0, 1].item() == pytest.approx(0.01, rel=1e-6)  # sqrt(1 - alpha_bar) = sqrt(1e-4)
 
 
-@pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
-def test_every_prediction_gives_back_x_0(predict):
-    schedule = dipddpm.cosine_schedule(50)
+@pytest.mark.parametrize("predict, target", [("eps", (0, 1)), ("v", (-0.8, 0.6)), ("x0", (1, 0))])
+def test_every_prediction_is_the_published_one_and_gives_back_x_0(predict, target):
+    published, _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(0.36, dtype=torch.float64))
+    assert [v.item() for v in published] == pytest.approx(target)
     x_0, eps = torch.linspace(-1, 1, 9).double(), torch.linspace(2, -2, 9).double()
-    for t in (0, 7, 30, 48):
-        ab = schedule.alpha_bar[t]
+    for ab in dipddpm.cosine_schedule(50).alpha_bar[[0, 7, 30, 48]]:
         (p, q), (a, b), _ = dipddpm.PREDICTIONS[predict](ab)
         x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
         torch.testing.assert_close(a * x_t + b * (p * x_0 + q * eps), x_0)
-
-
-def test_v_is_the_published_combination():
-    ab = torch.tensor(0.36, dtype=torch.float64)
-    (p, q), _, _ = dipddpm.predict_v(ab)
-    assert (p.item(), q.item()) == pytest.approx((-0.8, 0.6))  # v = 0.6 eps - 0.8 x_0
 
 
 def test_min_snr_weights_are_one_objective_in_three_scales():
@@ -1260,14 +1254,13 @@ def test_min_snr_weights_are_one_objective_in_three_scales():
         torch.testing.assert_close(weight / b**2, S.clamp(max=5))
 
 
-@pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
-def test_posterior_at_eta_one_is_ddpm(predict):
-    schedule = dipddpm.linear_schedule(200)
-    ab = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar])
-    rows = dipddpm.reverse_table(schedule, predict, list(range(200, -1, -1)), eta=1)
+def test_posterior_at_eta_one_is_ddpm():
+    cfg = config(schedule="linear", timesteps=200)
+    ab = torch.cat([torch.ones(1, dtype=torch.float64), dipddpm.schedule_of(cfg).alpha_bar])
+    rows = dipddpm.reverse_table(cfg, list(range(200, -1, -1)), eta=1)
     for tau in (200, 77, 2, 1):
         alpha, beta = ab[tau] / ab[tau - 1], 1 - ab[tau] / ab[tau - 1]
-        _, _, c0, ct, sigma, _, _ = rows[200 - tau].double()
+        _, _, c0, ct, sigma, _ = rows[200 - tau].double()
         # Ho et al. 2020, eq. 7
         assert c0 == pytest.approx((ab[tau - 1].sqrt() * beta / (1 - ab[tau])).item(), rel=2e-5)
         assert ct == pytest.approx((alpha.sqrt() * (1 - ab[tau - 1]) / (1 - ab[tau])).item(),
@@ -1276,60 +1269,38 @@ def test_posterior_at_eta_one_is_ddpm(predict):
                                          rel=2e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_reverse_step_has_the_marginal_of_the_forward_process(eta):
+def test_reverse_step_has_the_marginal_of_the_forward_process(eta, predict):
     # With x0_hat = x_0: the signal's share is sqrt(ab_s), the noise's variance 1 - ab_s.
-    schedule = dipddpm.cosine_schedule(100)
-    taus = dipddpm.time_grid(schedule, 90, 7)
-    rows = dipddpm.reverse_table(schedule, "x0", taus, eta).double()
-    for row, tau, next_tau in zip(rows, taus, taus[1:]):
+    cfg = config(timesteps=100, predict=predict)
+    schedule, taus = dipddpm.schedule_of(cfg), dipddpm.time_grid(90, 7)
+    rows = dipddpm.reverse_table(cfg, taus, eta).double()
+    for (a, b, c0, ct, sigma, _), tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
-        _, _, c0, ct, sigma, _, w = row
-        assert w == pytest.approx(math.sqrt(ab_s), rel=1e-6)
-        assert c0 + ct * math.sqrt(ab_t) == pytest.approx(math.sqrt(ab_s), rel=1e-6)
+        (p, q), _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(ab_t).double())
+        signal, noise = math.sqrt(ab_t), math.sqrt(1 - ab_t)
+        assert [a * signal + b * p, a * noise + b * q] == pytest.approx([1, 0], abs=1e-6)
+        assert c0 + ct * signal == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
+    assert rows[-1, 2:].tolist() == [1, 0, 0, 0]  # the last step adds no noise
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_last_step_adds_no_noise(eta):
-    rows = dipddpm.reverse_table(dipddpm.cosine_schedule(100), "v", [60, 20, 0], eta)
-    assert rows[-1, 2:].tolist() == [1, 0, 0, 0, 1]
+def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
+    cfg, taus = config(), [900, 700, 400, 150, 0]
+    table, ab = dipddpm.reverse_table(cfg, taus, 0.0), dipddpm.schedule_of(cfg).at
+    h = np.diff([0.5 * math.log(ab(tau) / (1 - ab(tau))) for tau in taus[:-1]])
+    np.testing.assert_allclose(table[:, 5], [0, h[1] / (2 * h[0]), h[2] / (2 * h[1]), 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("grid", dipddpm.GRIDS)
-def test_time_grid_holds_both_ends_and_never_stands_still(grid):
-    schedule = dipddpm.cosine_schedule(1000)
+def test_time_grid_is_uniform_holds_both_ends_and_never_stands_still():
+    assert dipddpm.time_grid(1000, 4) == [1000, 750, 500, 250, 0]
     for t_start in (1, 2, 7, 600, 1000):
         for nfe in {1, 2, 3, 5, 50, t_start} & set(range(1, t_start + 1)):
-            taus = dipddpm.time_grid(schedule, t_start, nfe, grid)
+            taus = dipddpm.time_grid(t_start, nfe)
             assert (taus[0], taus[-1], len(taus)) == (t_start, 0, nfe + 1)
             assert all(s < t for t, s in zip(taus, taus[1:]))
-
-
-def test_time_grids_are_even_in_what_they_are_named_for():
-    schedule = dipddpm.cosine_schedule(1000)
-    quadratic = np.sqrt(dipddpm.time_grid(schedule, 900, 10, "quadratic"))
-    assert np.diff(quadratic) == pytest.approx(-3, abs=0.1)
-    taus = dipddpm.time_grid(schedule, 900, 10, "logsnr")[:-1]
-    snr = torch.tensor([schedule.at(tau) for tau in taus]).logit()
-    assert taus[-1] == 1 and snr.diff().std() < 0.05 * snr.diff().mean()
-    snr = schedule.alpha_bar.logit().numpy()  # from the last step's, which lies far below the rest
-    even = np.linspace(snr[999], snr[0], 5)
-    assert dipddpm.time_grid(schedule, 1000, 5, "logsnr")[:-1] == [
-        1 + np.abs(snr - v).argmin() for v in even]
-
-
-@pytest.mark.parametrize("grid", dipddpm.GRIDS)
-def test_a_grid_takes_what_it_asks_for_wherever_that_is_free(grid):
-    schedule, taken = dipddpm.cosine_schedule(60), 0
-    for t_start, nfe in itertools.product((60, 52), (2, 5, 12, 20, 40, 50)):
-        wanted = [round(tau) for tau in dipddpm.GRIDS[grid](schedule, t_start, nfe)]
-        taus = dipddpm.time_grid(schedule, t_start, nfe, grid)
-        for i in range(1, nfe):
-            if nfe - i <= wanted[i] < taus[i - 1]:
-                assert taus[i] == wanted[i]
-                taken += nfe - i < taus[i] == taus[i - 1] - 1
-    assert taken or grid == "quadratic"  # some of them just free
+            assert np.abs(taus - np.linspace(t_start, 0, nfe + 1)).max() <= 0.5
 
 
 # ------------------------------------------------------------------ U-Net
@@ -1341,17 +1312,6 @@ def test_unet_keeps_shape_and_starts_at_zero(shape):
     net = dipddpm.make_unet(config(width=8), shape[1], "cpu")
     out = net(torch.randn(shape), torch.arange(shape[0]))
     assert out.shape == shape and (out == 0).all()
-
-
-def test_unet_hears_the_time_in_every_block():
-    torch.manual_seed(0)
-    net = dipddpm.UNet(1, width=8)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    x = torch.randn(2, 1, 8, 8)
-    net(x, torch.tensor([3, 800])).square().sum().backward()
-    assert not torch.equal(net(x, torch.tensor([3, 3])), net(x, torch.tensor([800, 800])))
-    assert all(p.grad.abs().max() > 0 for p in net.parameters())
 
 
 def test_unet_weights_depend_on_the_seed_and_leave_global_state_alone():
@@ -1405,8 +1365,7 @@ def residual_block(x, emb, block):
 
 def test_the_time_embedding_has_geometric_frequencies():
     t, net = torch.tensor([0, 1, 250, 999]), dipddpm.UNet(1, 16)
-    k = torch.arange(8)
-    angle = t[:, None] * 10_000.0 ** (-k / 8)
+    angle = t[:, None] * 10_000.0 ** (-torch.arange(8) / 8)
     torch.testing.assert_close(net.time_embedding(t),
                                torch.cat([angle.sin(), angle.cos()], 1).float())
 
@@ -1451,79 +1410,20 @@ def test_epoch_order_is_a_new_permutation_each_epoch():
     assert (orders[0] == orders[1]).float().mean() < 0.02
 
 
-def test_a_logs_rows_are_its_steps_mean_loss_and_rate(tmp_path, monkeypatch):
-    cfg, losses = config(epochs=14, batch=8, width=8, timesteps=20, lr=1e-3), []
-    real = dipddpm.denoising_loss
-
-    def told(*args):
-        loss = real(*args)
-        losses.append(loss.sum().item() / 8)
-        return loss
-
-    monkeypatch.setattr(dipddpm, "denoising_loss", told)
-    x_0 = pixels(70, 1, 8, 8).cpu()  # 8 steps an epoch, 112 in all
-    _, rows, seconds = dipddpm.train_ddpm(cfg, x_0, 20, bare_run(tmp_path), "full")
-    assert [row[1:3] for row in rows] == [[50, 6.25], [100, 12.5], [112, 14.0]]
-    begin = 0
-    for _, step, _, at, loss, lr in rows:
-        assert loss == pytest.approx(np.mean(losses[begin:step]), rel=1e-5)
-        assert lr == dipddpm.learning_rate(cfg, step - 1, 112)
-        assert 0 < at <= seconds + 0.01
-        begin = step
+def test_timesteps_put_one_draw_in_each_stratum_and_reach_both_ends():
+    numbers, cfg = torch.arange(100), config(timesteps=500)
+    t = torch.stack([dipddpm.draw_t(cfg, numbers, 100, step) for step in range(40)])
+    assert torch.equal(t // 5, numbers.expand(40, -1))
+    assert t.unique().tolist() == list(range(500))
 
 
-def test_training_steps_are_adamws_with_a_clipped_gradient(tmp_path, monkeypatch):
-    cfg, x_0 = config(epochs=3, batch=6, width=8, timesteps=20, lr=0.1), pixels(6, 1, 8, 8).cpu()
-    run, net, real = bare_run(tmp_path), dipddpm.make_unet(cfg, 1, "cpu"), dipddpm.denoising_loss
-    monkeypatch.setattr(dipddpm, "denoising_loss", lambda *a: real(*a) * (1, 30, 3)[a[8].item()])
-    dipddpm.train_ddpm(cfg, x_0, 20, run, "full")
-    coef = dipddpm.forward_table(dipddpm.cosine_schedule(20), cfg.predict)
-    mean, square, norms = {}, {}, []
-    for n in range(3):
-        net.zero_grad()
-        index = dipddpm.epoch_order(cfg, 6, n, "cpu")
-        dipddpm.denoising_loss(cfg, net, x_0, index, torch.arange(6), 6, 20, coef, torch.tensor(n),
-                               contextlib.nullcontext).mean().backward()
-        norms.append(sum(p.grad.square().sum() for p in net.parameters()) ** 0.5)
-        lr = dipddpm.learning_rate(cfg, n, 3)
-        for name, p in net.named_parameters():
-            g = p.grad / max(1, norms[-1])
-            mean[name] = 0.9 * mean.get(name, 0) + 0.1 * g
-            square[name] = 0.99 * square.get(name, 0) + 0.01 * g**2
-            m, v = mean[name] / (1 - 0.9**(n + 1)), square[name] / (1 - 0.99**(n + 1))
-            p.data = p.data * (1 - lr * 0.01) - lr * m / (v.sqrt() + 1e-8)
-    assert norms[0] < 1 < norms[1]
-    for name in "leave.weight", "leave.bias":  # a bias before a norm has rounding for a gradient
-        torch.testing.assert_close(run.state["full"]["net"][name], net.get_parameter(name),
-                                   rtol=1e-4, atol=1e-5)
-
-
-def test_an_epoch_of_training_sees_every_image_once(tmp_path, monkeypatch):
-    seen, real = [], dipddpm.denoising_loss
-    monkeypatch.setattr(dipddpm, "denoising_loss", lambda cfg, net, x_0, index, *a: (
-        seen.append(index.tolist()), real(cfg, net, x_0, index, *a))[1])
-    cfg = config(epochs=3, batch=5, width=8, timesteps=20)
-    dipddpm.train_ddpm(cfg, pixels(20, 1, 8, 8).cpu(), 20, bare_run(tmp_path), "full")
-    epochs = [sum(seen[k:k + 4], []) for k in (0, 4, 8)]
-    assert epochs == [dipddpm.epoch_order(cfg, 20, e, "cpu").tolist() for e in range(3)]
-
-
-def test_timesteps_put_one_draw_in_each_stratum():
-    position = torch.arange(100)
-    for step in range(20):
-        t = dipddpm.draw_t(config(), position, 100, 500, step)
-        assert torch.equal(t // 5, position)
-
-
-def test_timesteps_reach_both_ends():
-    t = torch.stack([dipddpm.draw_t(config(), torch.arange(4), 4, 12, s) for s in range(100)])
-    assert t.unique().tolist() == list(range(12))
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    cfg = config(lr=1.0)
-    rates = [dipddpm.learning_rate(cfg, s, 1000) for s in range(1000)]
-    assert rates[0] < 0.04 and max(rates) > 0.99 and rates[-1] < 1e-5
+def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
+    cfg, steps = config(lr=0.5), 200  # 6 of them warm up
+    for step in (0, 2, 5, 6, 7, 100, 199):
+        ramp = min(1, (step + 1) / 6)
+        assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
+            0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
+    assert dipddpm.learning_rate(cfg, 0, 10) == 0.5  # at least one step of warm-up
 
 
 def test_average_follows_closely_at_first_and_slowly_later():
@@ -1532,6 +1432,73 @@ def test_average_follows_closely_at_first_and_slowly_later():
         torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(net.weight)
         dipddpm.update_average(ema, net, torch.tensor(n))
         assert ema.weight.item() == pytest.approx(share, rel=1e-4)
+
+
+class Gain(torch.nn.Module):
+    """out = gain x_t, for every t, and what it was last asked."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x_t, t):
+        self.asked = x_t, t
+        return self.gain * x_t
+
+
+@pytest.mark.parametrize("predict", dipddpm.PREDICTIONS)
+def test_a_training_step_is_algorithm_1_with_a_clipped_gradient_and_an_average(predict):
+    cfg = config(epochs=3, batch=5, timesteps=20, lr=1.0, predict=predict)
+    x_0, numbers, slopes = pixels(22, 1, 8, 8).cpu(), torch.arange(5), []
+    net, ema, gain, average = Gain(9.0), Gain(9.0), 9.0, 9.0
+    sgd = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.0))
+    for n, (done, loss) in enumerate(dipddpm.train_steps(cfg, x_0, net, ema, sgd)):
+        # the images of this step, each noised to its t
+        index = dipddpm.epoch_order(cfg, 22, n // 4, "cpu")[n % 4 * 5:][:5]
+        t = dipddpm.draw_t(cfg, numbers, 5, n)
+        ab = dipddpm.cosine_schedule(20).alpha_bar[t].view(5, 1, 1, 1)
+        x = x_0[index] / 127.5 - 1
+        eps = kernels.normal(x.shape, 0, numbers, n, kernels.TRAIN_NOISE)
+        x_t = ab.sqrt() * x + (1 - ab).sqrt() * eps
+        torch.testing.assert_close(net.asked, (x_t.float(), t))
+        # the loss and one step down its slope
+        (p, q), _, weight = dipddpm.PREDICTIONS[predict](ab)
+        error = gain * x_t - p * x - q * eps
+        slopes.append((2 * weight * error * x_t).mean().item())
+        gain -= dipddpm.learning_rate(cfg, n, 12) * slopes[-1] / max(1, abs(slopes[-1]))
+        average += (1 - (1 + n) / (10 + n)) * (gain - average)
+        assert loss.item() == pytest.approx((weight * error.square()).mean().item(), rel=1e-4)
+        assert (net.gain.item(), ema.gain.item()) == pytest.approx((gain, average), rel=1e-4)
+    assert done == 12 and min(map(abs, slopes)) < 1 < max(map(abs, slopes))
+
+
+class AdamW(torch.optim.Optimizer):
+    """Loshchilov & Hutter 2019, algorithm 2, with the constants of a training."""
+
+    def step(self):
+        for group, p in [(g, p) for g in self.param_groups for p in g["params"]]:
+            s = self.state[p]
+            n = s["n"] = s.get("n", 0) + 1
+            s["mean"] = 0.9 * s.get("mean", 0) + 0.1 * p.grad
+            s["square"] = 0.99 * s.get("square", 0) + 0.01 * p.grad**2
+            change = s["mean"] / (1 - 0.9**n) / ((s["square"] / (1 - 0.99**n)).sqrt() + 1e-8)
+            p.data -= group["lr"] * (change + 0.01 * p.data)
+
+
+def test_a_training_is_steps_of_adamw_and_its_log_their_mean_loss_and_rate(tmp_path):
+    run = bare_run(tmp_path, epochs=14, batch=8, width=8, timesteps=20, lr=1e-3)
+    x_0, cfg = pixels(70, 1, 8, 8).cpu(), run.cfg  # 8 steps an epoch, 112 in all
+    net = dipddpm.make_unet(cfg, 1, "cpu")
+    ema, adamw = copy.deepcopy(net), AdamW(net.parameters(), dict(lr=torch.tensor(0.0)))
+    losses = [loss.item() for _, loss in dipddpm.train_steps(cfg, x_0, net, ema, adamw)]
+    trained, rows, seconds = dipddpm.train_ddpm(cfg, x_0, run)
+    assert [row[1:3] for row in rows] == [[50, 6.25], [100, 12.5], [112, 14.0]]
+    for begin, (_, step, _, at, loss, lr) in zip((0, 50, 100), rows):
+        assert loss == pytest.approx(np.mean(losses[begin:step]), rel=1e-3)
+        assert lr == dipddpm.learning_rate(cfg, step - 1, 112) and 0 < at <= seconds + 0.01
+    for name in "leave.weight", "leave.bias":  # a bias before a norm has rounding for a gradient
+        torch.testing.assert_close(trained.get_parameter(name), ema.get_parameter(name), rtol=1e-2,
+                                   atol=1e-3)
 
 
 def tiny_images(n=64):
@@ -1545,174 +1512,77 @@ def tiny_images(n=64):
 TINY = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
 
 
+def train(folder, each=None, **changes):
+    """A training on tiny images, begun or continued in the folder: `train_ddpm`'s result."""
+    run = bare_run(folder, **TINY | changes)
+    return dipddpm.train_ddpm(run.cfg, tiny_images(), run, each and functools.partial(each, run))
+
+
+def stop_at_step_38(run, done, ema, seconds):
+    run.stop = signal.SIGINT if done == 38 else 0
+
+
 def test_training_learns_and_sampling_returns_the_data(tmp_path):
     cfg = config(**TINY | dict(epochs=100))
-    net, rows, _ = dipddpm.train_ddpm(cfg, tiny_images(), 50, bare_run(tmp_path), "full")
+    net, rows, _ = train(tmp_path, epochs=100)
     assert rows[-1][4] < 0.5 * rows[0][4]
     numbers = torch.arange(32)
-    x = kernels.normal((32, 1, 8, 8), 0, numbers, 0, kernels.INIT_NOISE)
-    x = dipddpm.sample(cfg, net, x, 50, 25, 0.0, numbers, contextlib.nullcontext)
+    x = dipddpm.noise_start(cfg, (32, 1, 8, 8), numbers)
+    x = dipddpm.sample(cfg, net, x, 50, 25, 0.0, numbers)
     nearest = torch.cdist(x.flatten(1), tiny_images(4).flatten(1) / 127.5 - 1).min(1)
     assert nearest.values.median() < 3  # two unrelated ones are 11.3 apart, noise is 8 from any
     assert len(nearest.indices.unique()) == 4
 
 
-def test_truncated_training_never_asks_about_larger_t(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(dipddpm.UNet, "time_embedding",
-                        lambda self, t: asked.append(t) or torch.zeros(len(t), self.width))
-    cfg = config(**TINY | dict(epochs=5))
-    dipddpm.train_ddpm(cfg, tiny_images(), 30, bare_run(tmp_path), "truncated")
-    assert 25 <= torch.cat(asked).max() < 30
-
-
-def test_a_stopped_and_continued_training_ends_in_the_same_bits(tmp_path):
-    cfg, x = config(**TINY), tiny_images()
-    whole, rows, _ = dipddpm.train_ddpm(cfg, x, 50, bare_run(tmp_path), "full")
-
-    run = bare_run(tmp_path / "stopped")
-    run.folder.mkdir()
-    real = kernels.q_sample
-
-    def stop_at_step_37(*args):
-        run.stop = args[6] == 37
-        return real(*args)
-
-    dipddpm.kernels.q_sample = stop_at_step_37
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            dipddpm.train_ddpm(cfg, x, 50, run, "full")
-    finally:
-        dipddpm.kernels.q_sample = real
-    again = bare_run(run.folder)
-    again.state = edge.load_checkpoint(run.folder)["networks"]
-    assert again.state["full"]["step"] == 38
-    continued, log, _ = dipddpm.train_ddpm(cfg, x, 50, again, "full")
+def test_a_stopped_and_continued_training_ends_in_the_same_bits_and_log(tmp_path):
+    whole, rows, _ = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", stop_at_step_38)  # between two rows
+    assert dipddpm.load_checkpoint(tmp_path / "stopped")["step"] == 38
+    continued, log, _ = train(tmp_path / "stopped")
     for p, q in zip(whole.parameters(), continued.parameters()):
         assert torch.equal(p, q)
     assert [row[:3] + row[4:] for row in rows] == [row[:3] + row[4:] for row in log]  # but seconds
 
 
-SPLIT = """
-import contextlib, sys
-import torch
-import torch.distributed as dist
-import dipddpm, test_dipddpm
+def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stop_at_step_38)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    for stops in (None, lambda run, *_: setattr(run, "stop", signal.SIGINT)):
+        error_line(RuntimeError, lambda: train(tmp_path, stops, lr=1e30), "not finite", "1e+30")
+        assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
-rank, world = int(sys.argv[1]), int(sys.argv[2])
+
+def sgd_steps():
+    """A hundred steps by SGD, or this process's part of them: losses and weights."""
+    cfg = config(**TINY | dict(lr=0.1))
+    net = dipddpm.make_unet(cfg, 1, "cpu")
+    sgd = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.0), momentum=0.9)
+    steps = dipddpm.train_steps(cfg, tiny_images(), net, copy.deepcopy(net), sgd)
+    return [torch.stack([loss.clone() for _, loss in steps]), *net.state_dict().values()]
+
+
+PROCESS = """
+import sys, torch, torch.distributed, test_dipddpm
 torch.set_num_threads(1)
-cfg, x_0 = test_dipddpm.config(**test_dipddpm.TINY), test_dipddpm.tiny_images()
-B, coef = 16, dipddpm.forward_table(dipddpm.cosine_schedule(50), "v")
-net = dipddpm.make_unet(cfg, 1, "cpu")
-if world > 1:
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank,
-                            world_size=world)
-    net = torch.nn.parallel.DistributedDataParallel(net)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-position, losses = torch.arange(B).chunk(world)[rank], []
-for step in range(100):
-    order = dipddpm.epoch_order(cfg, len(x_0), step // 4, "cpu")
-    loss = dipddpm.denoising_loss(cfg, net, x_0, order[step % 4 * B + position], position, B, 50,
-                                  coef, step, contextlib.nullcontext)
-    optimizer.zero_grad()
-    loss.mean().backward()
-    optimizer.step()
-    losses.append(loss.detach())
-torch.save([torch.stack(losses), *net.parameters()], sys.argv[4])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1],
+                                     rank=int(sys.argv[2]), world_size=2)
+torch.save(test_dipddpm.sgd_steps(), sys.argv[3])
 """
 
 
 def test_a_hundred_steps_split_over_two_processes_are_those_of_one(tmp_path):
-    results = {}
-    for world in (1, 2):
-        store = str(tmp_path / f"store{world}")
-        files = [tmp_path / f"{world}-{rank}.pt" for rank in range(world)]
-        workers = [subprocess.Popen([sys.executable, "-c", SPLIT, str(rank), str(world), store,
-                                     str(files[rank])], cwd=Path(__file__).parent)
-                   for rank in range(world)]
-        assert [w.wait(timeout=120) for w in workers] == [0] * world
-        results[world] = [torch.load(file) for file in files]
-    (alone,), (half, other) = results[1], results[2]
-    losses = torch.cat([half[0], other[0]], dim=1)  # [step, position]
-    torch.testing.assert_close(losses, alone[0], rtol=1e-4, atol=1e-5)
-    for p, q, r in zip(alone[1:], half[1:], other[1:]):
+    files = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    workers = [subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path / "store", str(rank),
+                                 files[rank]], cwd=Path(__file__).parent) for rank in (0, 1)]
+    losses, *weights = sgd_steps()
+    assert [w.wait(timeout=120) for w in workers] == [0, 0]
+    (half, *these), (other, *those) = map(torch.load, files)
+    torch.testing.assert_close(half + other, losses, rtol=1e-4, atol=1e-5)
+    for p, q, r in zip(weights, these, those):
         assert torch.equal(q, r)
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-
-
-def test_snapshots_are_the_averages_of_their_moments(tmp_path):
-    net, _, _ = dipddpm.train_ddpm(config(**TINY | dict(epochs=3, snapshots=4)), tiny_images(), 50,
-                                   bare_run(tmp_path), "full")
-    files = sorted((tmp_path / "snapshots").glob("*.pt"))
-    assert [f.name for f in files] == [f"full-{n:06d}.pt" for n in (3, 6, 9, 12)]
-    last = torch.load(files[-1])
-    assert last["step"] == 12
-    assert all(torch.equal(v, last["ema"][k]) for k, v in net.state_dict().items())
-
-
-def test_a_training_stopped_between_two_rows_logs_what_it_would_have(tmp_path, monkeypatch):
-    cfg, steps, real = config(**TINY), itertools.count(1), dipddpm.denoising_loss
-    _, whole, _ = dipddpm.train_ddpm(cfg, tiny_images(), 50, bare_run(tmp_path), "full")
-    run = bare_run(tmp_path)
-
-    def stopping(*args):
-        run.stop = next(steps) == 30
-        return real(*args)
-
-    monkeypatch.setattr(dipddpm, "denoising_loss", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        dipddpm.train_ddpm(cfg, tiny_images(), 50, run, "full")
-    _, rows, _ = dipddpm.train_ddpm(cfg, tiny_images(), 50, run, "full")
-    assert [row[:3] + row[4:] for row in rows] == [row[:3] + row[4:] for row in whole]
-
-
-def test_gradients_that_are_never_finite_end_the_run_and_say_so(tmp_path):
-    with pytest.raises(RuntimeError, match="no finite gradient in 50 steps .* --lr 1e\\+30"):
-        dipddpm.train_ddpm(config(**TINY | dict(lr=1e30)), tiny_images(), 50, bare_run(tmp_path),
-                           "full")
-
-
-def test_gradients_that_are_no_longer_finite_end_the_run_at_the_next_row(tmp_path, monkeypatch):
-    real, steps = dipddpm.denoising_loss, itertools.count(1)
-    monkeypatch.setattr(dipddpm, "denoising_loss", lambda *a: real(*a) * (
-        math.nan if next(steps) > 50 else 1))
-    with pytest.raises(RuntimeError, match="no finite gradient in 50 steps up to 100"):
-        dipddpm.train_ddpm(config(**TINY | dict(epochs=40)), tiny_images(), 50,
-                           bare_run(tmp_path), "full")
-
-
-def test_a_step_without_a_finite_gradient_changes_nothing_and_is_told(tmp_path, monkeypatch,
-                                                                      capsys):
-    real, weights = dipddpm.denoising_loss, []
-
-    def spoiled(cfg, net, *a):
-        weights.append(copy.deepcopy(net.state_dict()))
-        return real(cfg, net, *a) * (math.nan if len(weights) in (30, 31) else 1)
-
-    monkeypatch.setattr(dipddpm, "denoising_loss", spoiled)
-    _, rows, _ = dipddpm.train_ddpm(config(**TINY), tiny_images(), 50, bare_run(tmp_path), "full")
-    same = [all(torch.equal(v, after[k]) for k, v in before.items())
-            for before, after in zip(weights, weights[1:])]
-    assert [i for i, unchanged in enumerate(same, 1) if unchanged] == [30, 31]
-    assert "2 steps before 50 skipped" in capsys.readouterr().out
-    assert all(math.isfinite(row[4]) for row in rows)
-
-
-def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
-    cfg, steps = config(lr=0.5), 200  # 6 of them warm up
-    for step in (0, 2, 5, 6, 7, 100, 199):
-        ramp = min(1, (step + 1) / 6)
-        assert dipddpm.learning_rate(cfg, step, steps) == pytest.approx(
-            0.5 * ramp * (1 + math.cos(math.pi * step / steps)) / 2)
-    assert dipddpm.learning_rate(cfg, 0, 10) == 0.5  # at least one step of warm-up
-
-
-def test_every_batch_is_whole():
-    some = list(itertools.islice(dipddpm.batches(config(batch=4), 10, "cpu"), 6))
-    assert [len(index) for index in some] == [4] * 6
-    for epoch in range(3):  # two batches each, of different images
-        assert torch.cat(some[2 * epoch:2 * epoch + 2]).unique().numel() == 8
-    assert [len(i) for i in itertools.islice(dipddpm.batches(config(), 10, "cpu"), 2)] == [10, 10]
 
 
 # ------------------------------------------------------------------ sampling
@@ -1721,9 +1591,9 @@ def test_every_batch_is_whole():
 class Oracle(torch.nn.Module):
     """E[x_0 | x_t] for x_0 ~ N(0, s^2), in closed form, as an x_0 prediction."""
 
-    def __init__(self, schedule, s):
+    def __init__(self, cfg, s):
         super().__init__()
-        ab = schedule.alpha_bar
+        ab = dipddpm.schedule_of(cfg).alpha_bar
         self.gain = (ab.sqrt() * s**2 / (ab * s**2 + 1 - ab)).float()
 
     def forward(self, x_t, t):
@@ -1732,51 +1602,39 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_exact_denoiser_of_a_gaussian_samples_that_gaussian(eta):
-    cfg = config(predict="x0", timesteps=200)
-    numbers = torch.arange(500)
-    x = kernels.normal((500, 1, 4, 4), 0, numbers, 0, kernels.INIT_NOISE)
-    net = Oracle(dipddpm.cosine_schedule(200), 0.2)
-    x = dipddpm.sample(cfg, net, x, 200, 200, eta, numbers, contextlib.nullcontext)
+    cfg, numbers = config(predict="x0", timesteps=200), torch.arange(500)
+    x = dipddpm.noise_start(cfg, (500, 1, 4, 4), numbers)
+    x = dipddpm.sample(cfg, Oracle(cfg, 0.2), x, 200, 200, eta, numbers)
     assert x.std().item() == pytest.approx(0.2, rel=0.05) and abs(x.mean()) < 0.01
 
 
-def test_a_sample_does_not_depend_on_its_batch():
-    cfg, net = config(timesteps=20, width=8), Oracle(dipddpm.cosine_schedule(20), 0.5)
-    numbers = torch.arange(300)
-    x = kernels.normal((300, 1, 4, 4), 0, numbers, 0, kernels.INIT_NOISE)
-    many = dipddpm.sample(cfg, net, x, 20, 5, 1.0, numbers, contextlib.nullcontext)
-    one = dipddpm.sample(cfg, net, x[270:271], 20, 5, 1.0, numbers[270:271],
-                         contextlib.nullcontext)
-    torch.testing.assert_close(many[270:271], one)
-
-
-def test_second_order_is_for_steps_without_noise():
-    cfg = dipddpm.Config("prior", eta=(0.0, 1.0), order=(1, 2))
-    assert dipddpm.samplers(cfg) == [(0, 1, "uniform"), (0, 2, "uniform"), (1, 1, "uniform")]
-    assert dipddpm.samplers(cfg, noisy=True) == [(0, 1, "uniform"), (1, 1, "uniform")]
+def test_a_sample_is_the_end_of_its_way_and_does_not_depend_on_its_batch():
+    cfg, numbers = config(timesteps=20), torch.arange(300)
+    net, x = Oracle(cfg, 0.5), dipddpm.noise_start(cfg, (300, 1, 4, 4), numbers)
+    x_T = x.clone()
+    many = dipddpm.sample(cfg, net, x, 20, 5, 1.0, numbers)
+    assert torch.equal(x, x_T)  # what it was given is left alone
+    way = [x_t.clone() for x_t in dipddpm.reverse(cfg, net, x[270:271].clone(), 20, 5, 1.0,
+                                                  numbers[270:271])]
+    assert len(way) == 6 and torch.equal(way[0], x[270:271])
+    torch.testing.assert_close(way[-1], many[270:271])
 
 
 def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_second():
-    schedule = dipddpm.cosine_schedule(1000)
-    cfg, net = config(predict="x0"), Oracle(schedule, 0.2)
-    numbers = torch.arange(64)
+    cfg, numbers = config(predict="x0"), torch.arange(64)
+    net, ab = Oracle(cfg, 0.2), dipddpm.schedule_of(cfg).at(900)
     x = kernels.normal((64, 1, 4, 4), 5, numbers, 0, kernels.INIT_NOISE)
-    exact = x * 0.2 / math.sqrt(schedule.at(900) * 0.2**2 + 1 - schedule.at(900))
+    exact = x * 0.2 / math.sqrt(ab * 0.2**2 + 1 - ab)
+
+    def ends(nfe, order, eta=0.0):
+        return dipddpm.sample(dataclasses.replace(cfg, order=order), net, x, 900, nfe, eta, numbers)
 
     def error(nfe, order):
-        x_0 = dipddpm.sample(cfg, net, x, 900, nfe, 0.0, numbers, contextlib.nullcontext, order)
-        return (x_0 - exact).square().mean().sqrt().item()
+        return (ends(nfe, order) - exact).square().mean().sqrt().item()
 
     assert error(40, 1) == pytest.approx(2 * error(80, 1), rel=0.1)
     assert error(20, 2) > 4 * error(40, 2) > 16 * error(80, 2)
-
-
-def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
-    schedule, taus = dipddpm.cosine_schedule(1000), [900, 700, 400, 150, 0]
-    coef = dipddpm.reverse_table(schedule, "v", taus, 0.0)
-    half_log_snr = [0.5 * math.log(schedule.at(tau) / (1 - schedule.at(tau))) for tau in taus[:-1]]
-    h = np.diff(half_log_snr)
-    np.testing.assert_allclose(coef[:, 5], [0, h[1] / (2 * h[0]), h[2] / (2 * h[1]), 0], rtol=1e-6)
+    assert torch.equal(ends(20, 1, eta=1.0), ends(20, 2, eta=1.0))  # for steps without noise only
 
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
@@ -1791,29 +1649,29 @@ def call_without_waiting(graphed):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_cuda
-def test_recorded_sampling_equals_the_eager_one_and_neither_waits(monkeypatch):
+def recorded_sampling():
     cfg, numbers = config(timesteps=50, width=8), torch.arange(16, device=DEVICE)
     net = dipddpm.make_unet(cfg, 1, DEVICE)
-    torch.nn.init.normal_(net.leave.weight, std=0.1)
-    x = kernels.normal((16, 1, 8, 8), 0, numbers, 0, kernels.INIT_NOISE, DEVICE)
-    arguments = cfg, net, x, 50, 20, 1.0, numbers, contextlib.nullcontext
-    recorded = dipddpm.sample(*arguments)
-    monkeypatch.setattr(edge.Graphed, "__call__", call_without_waiting)
-    assert (recorded - dipddpm.sample(*arguments)).abs().max() < 1e-4
+    torch.nn.init.constant_(net.leave.weight, 0.1)
+    x = dipddpm.noise_start(cfg, (16, 1, 8, 8), numbers)
+    return dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers)
+
+
+def recorded_training():
+    cfg, x_0 = config(**TINY), tiny_images().to(DEVICE)
+    net, lr = dipddpm.make_unet(cfg, 1, DEVICE), torch.tensor(0.0, device=DEVICE)
+    adamw = torch.optim.AdamW(net.parameters(), lr, fused=True, capturable=True)
+    steps = dipddpm.train_steps(cfg, x_0, net, copy.deepcopy(net), adamw)
+    return torch.stack([loss.clone() for _, loss in steps]).view(4, 25).mean(1)
 
 
 @needs_cuda
-def test_recorded_training_equals_the_eager_one_and_neither_waits(tmp_path, monkeypatch):
-    def losses():
-        run = bare_run(tmp_path)
-        run.device = torch.device(DEVICE)
-        _, rows, _ = dipddpm.train_ddpm(config(**TINY), tiny_images().to(DEVICE), 50, run, "full")
-        return [row[4] for row in rows]
-
-    recorded = losses()
-    monkeypatch.setattr(edge.Graphed, "__call__", call_without_waiting)
-    np.testing.assert_allclose(recorded, losses(), rtol=1e-2)
+@pytest.mark.parametrize("work, close", [(recorded_sampling, dict(rtol=0, atol=1e-4)),
+                                         (recorded_training, dict(rtol=1e-2, atol=0))])
+def test_what_is_recorded_equals_the_eager_and_neither_waits(work, close, monkeypatch):
+    recorded = work()
+    monkeypatch.setattr(dipddpm.Graphed, "__call__", call_without_waiting)
+    torch.testing.assert_close(recorded, work(), **close)
 
 
 # ------------------------------------------------------------------ DIP

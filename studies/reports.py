@@ -1,22 +1,23 @@
 """The five student reports, done again: their numbers beside ours, and the experiments that show
 why they differ.
 
-    python reproduce.py A          MNIST: an image-to-image DIP, and denoising
-    python reproduce.py B          Fashion-MNIST: a DIP's iterations, its cost and its loss
-    python reproduce.py C          small colour pictures: five measures, and what they are taken of
-    python reproduce.py D          one photo: a ladder of noised clean images against plain DIP
-    python reproduce.py E          CIFAR-10: FID during training on a DIP's outputs
-    python reproduce.py A B C D E  all; --full: the reports' sizes, for a GPU
+    python -m studies.reports A          MNIST: an image-to-image DIP, and denoising
+    python -m studies.reports B          Fashion-MNIST: a DIP's iterations, its cost and its loss
+    python -m studies.reports C          small colour pictures: five measures, and what they are of
+    python -m studies.reports D          one photo: a ladder of noised clean images against a DIP
+    python -m studies.reports E          CIFAR-10: FID during training on a DIP's outputs
+    python -m studies.reports A B C D E  all; --full: the reports' sizes, for a GPU
 
-A study trains by the command line of dipddpm.py, in runs/reproduce/STUDY (given again, only the
-runs that are missing are done), measures what that does not, and writes table.md there: what was
-measured, what the report says, what is found here (mean ± standard deviation over seeds).
+A study trains by the command lines of dipddpm.py and studies.arms, in runs/reports/STUDY (given
+again, only the runs that are missing are done), measures what these do not, and writes table.md
+there: what was measured, what the report says, what is found here (mean ± standard deviation over
+seeds).
 """
 
-import contextlib
 import json
 import math
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -29,9 +30,10 @@ from PIL import Image
 
 import data
 import dipddpm
-import edge
 import eval as measure
 import kernels
+from studies import arms
+from studies.restore import start_from_noisy
 
 # What each study takes. Small is for two cores; noise levels are ours, no report tells its own.
 SMALL = {
@@ -60,14 +62,33 @@ SHARE = "t = 0.3 T"  # where losses on test images are compared
 # ------------------------------------------------------------------ commands, numbers, networks
 
 
-def run(out, seeds, *flags):
-    """`python dipddpm.py FLAGS --out OUT --sweep seed=...`: [(folder, results.json)], one a seed;
-    flags are a name and a value in turn, as on the command line."""
-    flags = [*map(str, flags), "--out", str(out), "--sweep", f"seed={','.join(map(str, seeds))}"]
-    print(f"\npython dipddpm.py {shlex.join(flags)}", flush=True)
-    dipddpm.main(flags)
-    folders = [out / f"seed={seed}" for seed in seeds]
-    return [(folder, json.loads((folder / "results.json").read_text())) for folder in folders]
+ALONE, BOTH = ("dipddpm.py", "--mode", "ddpm"), ("-m", "studies.arms", "prior")
+GUIDE = "-m", "studies.arms", "guide"
+
+
+def run(out, seeds, command, *flags):
+    """`python COMMAND FLAGS --seed SEED --out OUT/seed=SEED`: [(folder, results.json)], one a seed;
+    flags are a name and a value in turn, as on the command line. What is finished is not done
+    again; a training that was interrupted goes on."""
+    found = []
+    for seed in seeds:
+        folder = out / f"seed={seed}"
+        words = ["python", *command, *map(str, flags), "--seed", str(seed)]
+        if not (folder / "results.json").exists():
+            begun = (folder / dipddpm.CHECKPOINT).exists()
+            if (folder / "config.json").exists() and not begun:
+                shutil.rmtree(folder)  # it had hardly begun
+            words += ["--resume" if begun else "--out", str(folder)]
+            print("\n" + shlex.join(words), flush=True)
+            dipddpm.main(words[2:]) if command == ALONE else arms.main(words[3:])
+        else:
+            print(f"{folder}: finished before", flush=True)
+        results = json.loads((folder / "results.json").read_text())
+        if shlex.split(results["command"])[:-2] != words[:len(command) + len(flags) + 3]:
+            raise ValueError(f"{folder} is a run with other flags: remove it, or name another "
+                             f"--out ({results['command']})")
+        found.append((folder, results))
+    return found
 
 
 def spread(values):
@@ -119,12 +140,17 @@ def dip_cost(results, arm, pixels):
 def networks(folder, weights="ema"):
     """A finished run -> its Config, and its networks by name: their averaged weights, "ema", or
     those of the last step, "net"."""
-    cfg = dipddpm.Config(**dipddpm.read_saved_flags(folder))
-    saved, nets = edge.load_checkpoint(folder), {}
-    for name, state in saved["networks"].items():
-        nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], edge.pick_device(None)).eval()
-        edge.load_weights(nets[name], state[weights], folder)
+    cfg, nets = dipddpm.saved_config(folder), {}
+    for name, home in ("full", folder), ("smoothed", folder / "smoothed"):
+        if (home / dipddpm.CHECKPOINT).exists():
+            saved = dipddpm.load_checkpoint(home)
+            nets[name] = dipddpm.make_unet(cfg, saved["shape"][0], device()).eval()
+            dipddpm.load_weights(nets[name], saved[weights], home)
     return cfg, nets
+
+
+def device():
+    return dipddpm.pick_device("auto")
 
 
 def where(pictures):
@@ -137,21 +163,21 @@ def some(pictures, split, n, size=None):
     """n images of a data set's split, float32 [n, C, H, W] in [0, 1]: the same for each seed."""
     pixels = data.load(where(pictures), None, split, size=size).pixels
     chosen = pixels[measure.subset(len(pixels), min(n, len(pixels)))]
-    return chosen.to(edge.pick_device(None)).float() / 255
+    return chosen.to(device()).float() / 255
 
 
 def noised(cfg, truth, sigma):
     """The Measurement y = truth + sigma eps, of images [n, C, H, W] in [0, 1]."""
-    numbers = torch.arange(len(truth), device=truth.device)
-    return dipddpm.corrupt(replace(cfg, sigma=sigma), "denoise", truth, numbers)
+    return dipddpm.corrupt(cfg, "denoise", truth, sigma, torch.arange(len(truth)).to(truth.device))
 
 
-def denoised(cfg, net, measured, nfe=1):
+@torch.no_grad()
+def denoised(cfg, net, known, nfe=1):
     """What nfe evaluations make of y (DDIM, Song et al. 2021, eq. 12), [n, C, H, W] in [0, 1]: with
     one, the single forward pass that some reports took for the reverse process."""
-    x_t, t_start = dipddpm.start_from_noisy(cfg, measured)
+    x_t, t_start = start_from_noisy(cfg, known)
     numbers = torch.arange(len(x_t), device=x_t.device)
-    x = dipddpm.sample(cfg, net, x_t, t_start, nfe, 0.0, numbers, contextlib.nullcontext)
+    x = dipddpm.sample(replace(cfg, order=1), net, x_t, t_start, nfe, 0.0, numbers)
     return ((x + 1) / 2).clamp(0, 1)
 
 
@@ -160,16 +186,21 @@ def quality(x, truth):
     return measure.psnr(x, truth).mean().item(), measure.ssim(x, truth).mean().item()
 
 
-def looks(cfg, targets, members, iters, every, look):
-    """Fit plain DIPs to targets (see `fit_dips`): [look(averaged outputs)] every so many
+def dip_settings(truth, mode="prior", **settings):
+    """A Config for DIPs of images [n, C, H, W]."""
+    return dipddpm.resolve(dipddpm.Config(mode=mode, **settings), truth.shape)
+
+
+def looks(cfg, targets, numbers, iters, every, look):
+    """Fit plain DIPs to targets [n, C, H, W] in turn: [look(averaged outputs)] every so many
     iterations."""
     seen = []
 
     def watch(i, _, average):
-        if (i + 1) % every == 0:
+        if i % every == 0:
             seen.append(look(average.clamp(0, 1)))
 
-    dipddpm.fit_dips(cfg, targets, members, iters, lambda done: None, watch=watch)
+    arms.fit_targets(cfg, dipddpm.exact(targets[0]), targets, numbers, iters, look=watch)
     return seen
 
 
@@ -181,14 +212,13 @@ def study_a(home, seeds, pictures, epochs, width, dip_width, dip_iters, sigma, n
     what the report trained with and without its DIP, and one on the DIP's outputs, which it meant
     to. The report measured all pictures on one sheet, shrunk to the size of one."""
     few, many = epochs
-    alone = ["--mode", "ddpm"]
-    both = ["--mode", "prior", "--train", "full,smoothed", "--dip-source", "network", "--dip-arch",
-            "autoencoder", "--dip-width", dip_width, "--dip-iters", dip_iters, "--snapshots", 1]
-    runs = {name: run(home / name, seeds, *how, "--data", where(pictures), "--width", width,
+    dip = ["--network-arch", "autoencoder", "--network-width", dip_width, "--network-iters",
+           dip_iters, "--snapshots", 1]
+    runs = {name: run(home / name, seeds, how, *more, "--data", where(pictures), "--width", width,
                       "--samples", n, "--nfe", 10, "--epochs", e, "--lr", lr, "--timesteps", T)
-            for name, how, e, lr, T in (
-                ("base", both, few, 1e-3, 1000), ("long", alone, many, 1e-3, 1000),
-                ("T", alone, few, 1e-3, 500), ("lr", alone, few, 1e-4, 1000))}
+            for name, how, more, e, lr, T in (
+                ("base", BOTH, dip, few, 1e-3, 1000), ("long", ALONE, (), many, 1e-3, 1000),
+                ("T", ALONE, (), few, 1e-3, 500), ("lr", ALONE, (), few, 1e-4, 1000))}
     truth = some(pictures, "test", n)
 
     def sheet(x):
@@ -252,15 +282,15 @@ def study_b(home, seeds, pictures, epochs, width, dip_iters, dip_width, skip_wid
             measure.psnr(fit.expand_as(truth), truth)[other].mean().item()
             for fit, other in zip(x, others)))
 
-    curves = [looks(dipddpm.Config(mode="prior", seed=seed, dip_width=skip_width), truth[:fits],
+    curves = [looks(dip_settings(truth, seed=seed, dip_width=skip_width), [truth[:fits]],
                     torch.arange(fits, device=truth.device), steps, steps // 8, own_and_others)
               for seed in seeds]
     own, strange = ([[look[i] for look in curve] for curve in curves] for i in (0, 1))
-    flags = ["--mode", "prior", "--data", where(pictures), "--epochs", epochs, "--width", width,
-             "--train", "full,smoothed", "--dip-source", "images", "--dip-width", dip_width,
-             "--samples", n, "--nfe", ",".join(map(str, nfe)), "--t-start", 600, "--snapshots", 1]
+    flags = ["--data", where(pictures), "--epochs", epochs, "--width", width, "--dip-source",
+             "images", "--dip-width", dip_width, "--samples", n, "--nfe",
+             ",".join(map(str, nfe)), "--t-start", 600, "--snapshots", 1]
     runs = [[results | {"folder": folder} for folder, results in run(
-        home / f"iterations={i}", seeds, *flags, "--dip-iters", i)] for i in dip_iters]
+        home / f"iterations={i}", seeds, BOTH, *flags, "--dip-iters", i)] for i in dip_iters]
 
     def by_iterations(number):
         """number(results) for each number of iterations, of each seed."""
@@ -310,8 +340,8 @@ def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, sigma, 
     """One forward pass on noised pictures by the five measures: of training pictures, each first
     stretched to its own range, as the report did it; as they are; of test pictures; and from DIP
     outputs instead of pictures, for two widths of the DIP."""
-    runs = run(home / "ddpm", seeds, "--mode", "ddpm", "--data", where(pictures), "--size", 32,
-               "--epochs", epochs, "--width", width, "--samples", n, "--nfe", 10)
+    runs = run(home / "ddpm", seeds, ALONE, "--data", where(pictures), "--size", 32, "--epochs",
+               epochs, "--width", width, "--samples", n, "--nfe", 10)
     test, train = (some(pictures, split, n, 32) for split in ("test", "train"))
 
     def five(x, truth):
@@ -328,9 +358,9 @@ def study_c(home, seeds, pictures, epochs, width, dip_widths, dip_iters, sigma, 
                 "ten": (denoised(cfg, nets["full"], y, 10), test), "noisy": (y.y, test),
                 "little": (noised(cfg, test, 0.034).y, test)}
         for wide in dip_widths:
-            members = torch.arange(n, device=train.device)
-            x_dip = dipddpm.fit_dips(dipddpm.Config(mode="prior", seed=seed, dip_width=wide), train,
-                                     members, dip_iters, lambda done: None).clamp(0, 1)
+            x_dip = dipddpm.fit_dips(
+                dip_settings(train, seed=seed, dip_width=wide), dipddpm.exact(train),
+                torch.arange(n, device=train.device), dip_iters).clamp(0, 1)
             made["dip", wide] = x_dip, train
             x = denoised(cfg, nets["full"], noised(cfg, x_dip, sigma))
             made["from dip", wide] = stretched(x), stretched(train)
@@ -373,7 +403,7 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
     against plain DIP on the clean photo, as the report had it; the same ladder with one noise for
     all rungs, and plain DIP on its last rung alone. Then the guide, on a photo that has noise."""
     photo = data.load(where(pictures), split="test", limit=1, size=pixels, crop=pixels).pixels
-    photo = photo.to(edge.pick_device(None)).float() / 255
+    photo = photo.to(device()).float() / 255
     truth = photo.expand(len(seeds), -1, -1, -1).contiguous()  # a seed is a member of one group
     members = torch.tensor(seeds, device=truth.device)
 
@@ -385,7 +415,7 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
             ("plain DIP on the last rung", "–", fresh[-1:]))
     rows = []
     for rate in rates:
-        cfg = dipddpm.Config(mode="guide", dip_lr=rate)
+        cfg = dip_settings(truth, "guide", dip_lr=rate)
         for name, reported, y in fits:
             curve = looks(cfg, y, members, rungs * steps, 10, lambda x: torch.stack(
                 [measure.psnr(x, truth), measure.ssim(x, truth)], 1))
@@ -395,9 +425,8 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
                 *curve[:, -1].T.tolist(), best.values.tolist(),
                 (10 * best.indices + 10).tolist()))))
     guide = [results for _, results in run(
-        home / "guide", seeds, "--mode", "guide", "--data", where(pictures), "--size", pixels,
-        "--crop", pixels, "--samples", 1, "--sigma", sigma, "--rungs", rungs, "--dip-iters",
-        guide_iters)]
+        home / "guide", seeds, GUIDE, "--data", where(pictures), "--size", pixels, "--crop", pixels,
+        "--samples", 1, "--sigma", sigma, "--set", f"rungs={rungs}", "--budget", guide_iters)]
     for name in ("plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "split", "ladder",
                  "literal", "literal-mean"):
         found = [row_of(results, name) for results in guide]
@@ -418,10 +447,10 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
         raise ValueError(f"study E needs labels for its LeNet: {pictures} has none")
     rows = []
     for arch in archs:
-        runs = run(home / arch, seeds, "--mode", "prior", "--data", where(pictures), "--epochs",
-                   epochs, "--width", width, "--train", "full,smoothed", "--dip-source", "network",
-                   "--dip-arch", arch, "--dip-width", dip_width, "--dip-iters", dip_iters,
-                   "--snapshots", snapshots, "--samples", n, "--nfe", 10)
+        runs = run(home / arch, seeds, BOTH, "--data", where(pictures), "--epochs", epochs,
+                   "--width", width, "--network-arch", arch, "--network-width", dip_width,
+                   "--network-iters", dip_iters, "--snapshots", snapshots, "--samples", n, "--nfe",
+                   10)
         noise, full, smoothed = ([[y for _, y in r["curves"][f"training/{key}, 10 evaluations"]]
                                   for _, r in runs]
                                  for key in ("ddpm", "dip-network full", "dip-network smoothed"))
@@ -435,8 +464,7 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
              "lowest first, then rising; ResNet-18 below 140, the two within 5", each(smoothed)),
             ("— trained on images, from DIP outputs at 0.6 T", "–", each(full))]
     lenet = measure.feature_network(train.pixels, train.labels, train.name, [
-        data.default_root(), data.cache_root(), home], device=edge.pick_device(None),
-        test=(test.pixels, test.labels))
+        data.default_root(), data.cache_root(), home], device=device())
     real = measure.features(lenet, test.pixels)
 
     def distance(x):
@@ -449,11 +477,9 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
         found = []
         for weights in "net", "ema":
             cfg, nets = networks(folder, weights)
-            numbers = torch.arange(n, device=edge.pick_device(None))
-            eps = kernels.normal((n, *x.shape[1:]), seed, numbers, 0, kernels.INIT_NOISE,
-                                 numbers.device)
-            x_0 = dipddpm.sample(cfg, nets["full"], eps, cfg.timesteps, 10, 0.0, numbers,
-                                 contextlib.nullcontext, order=2)
+            numbers = torch.arange(n, device=device())
+            eps = dipddpm.noise_start(cfg, (n, *x.shape[1:]), numbers)
+            x_0 = dipddpm.sample(cfg, nets["full"], eps, cfg.timesteps, 10, 0.0, numbers)
             found.append(distance((x_0 + 1) / 2))
         samples.append((*found, distance((x_0[:30] + 1) / 2)))
     return [*rows,
@@ -471,9 +497,8 @@ def study(name, home, seeds, size):
     began = time.time()
     rows = STUDIES[name](home, seeds, **size)
     told = ", ".join(f"{key} {dipddpm.show(value)}" for key, value in size.items())
-    device = edge.device_name(edge.pick_device(None))
-    text = (f"{name}: {told}; seeds {dipddpm.show(seeds)}; {device}, torch "
-            f"{torch.__version__}, commit {edge.commit()}; {(time.time() - began) / 60:.1f} "
+    text = (f"{name}: {told}; seeds {dipddpm.show(seeds)}; {dipddpm.device_name(device())}, torch "
+            f"{torch.__version__}, commit {dipddpm.commit()}; {(time.time() - began) / 60:.1f} "
             "minutes, without runs that were there\n\n"
             f"{measure.markdown([('', 'reported', 'here'), *rows])}\n")
     measure.write_text(text, home / "table.md")
@@ -482,14 +507,14 @@ def study(name, home, seeds, size):
 
 def main(argv=None):
     """The command line -> exit status: 0 done, else dipddpm.py's of the last study that failed."""
-    p = dipddpm.OneLineParser(prog="reproduce.py", allow_abbrev=False,
+    p = dipddpm.OneLineParser(prog="python -m studies.reports", allow_abbrev=False,
                               description=__doc__.split("\n\n")[0])
     p.add_argument("studies", nargs="+", choices=STUDIES)
     p.add_argument("--full", action="store_true", help="the reports' sizes, for a GPU")
     p.add_argument("--data", help="other pictures than a study's own, as dipddpm.py's --data")
     p.add_argument("--seeds", type=dipddpm.listed(int), default=(0, 1, 2),
                    help="mean and deviation are over these")
-    p.add_argument("--out", default="runs/reproduce", help="folder of all runs")
+    p.add_argument("--out", default="runs/reports", help="folder of all runs")
     args = p.parse_args(argv)
     status = 0
     for name in args.studies:
@@ -499,16 +524,15 @@ def main(argv=None):
             size, home = size | {"pictures": args.data}, f"{home}-{Path(args.data).stem}"
         try:
             study(name, Path(args.out) / home, args.seeds, size)
-        except (ValueError, OSError) as error:
-            status = dipddpm.fail(error, 2)
-        except RuntimeError as error:
-            status = dipddpm.fail(error, 1)
+        except (ValueError, OSError, RuntimeError) as error:
+            print("reports:", (str(error).splitlines() or ["failed"])[0], file=sys.stderr)
+            status = 1 if isinstance(error, RuntimeError) else 2
         except SystemExit as failed:  # of dipddpm.py, which has said why
             if failed.code not in (1, 2):
                 raise
             status = failed.code
         except KeyboardInterrupt:
-            print("reproduce: interrupted; the same command goes on", file=sys.stderr)
+            print("reports: interrupted; the same command goes on", file=sys.stderr)
             return 130
     return status
 

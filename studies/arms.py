@@ -1,0 +1,383 @@
+"""Further arms of both methods, and curves of their training.
+
+    python -m studies.arms guide --sigma 0.2                      plain DIPs' other ends; what leaks
+    python -m studies.arms prior --train full,smoothed --snapshots 6     a second network, curves
+
+Flags are those of `dipddpm.py --mode guide` and `--mode prior`, and the few of `parser` below;
+`--set rungs=3` changes a setting of Config that has no flag.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import math
+import shlex
+import statistics
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+import data
+import dipddpm
+import eval as measure
+import kernels
+from studies import networks
+from studies.restore import instead, some_of
+
+# ------------------------------------------------------------------ method 2: more arms
+
+
+class WindowedVariance:
+    """ES-WMV (Wang, Li et al. 2023, algorithm 1): stop where the variance of the last W outputs,
+    summed over pixels, has had its minimum and not fallen below it for `patience` iterations. The
+    window's sums are kept, so an iteration costs a few passes over the pixels whatever W is. Call
+    it with each iteration, from 1 on, its outputs and what would be returned [K, C, H, W]; then `x`
+    holds what it would have returned, `stopped` after how many iterations [K], inf where it has
+    not."""
+
+    def __init__(self, window, patience):
+        self.W, self.patience, self.outputs = window, patience, []
+
+    def __call__(self, i, output, x):
+        if not self.outputs:
+            self.sum, self.squares = torch.zeros(2, *x.shape, dtype=torch.float64, device=x.device)
+            self.x, self.least = x.clone(), torch.full_like(self.sum[:, 0, 0, 0], math.inf)
+            self.best = torch.zeros_like(self.least)
+            self.stopped = torch.full_like(self.least, math.inf)
+        # the window moves on
+        self.outputs.append(output)
+        self.sum += output
+        self.squares += output.square()
+        if len(self.outputs) > self.W:
+            old = self.outputs.pop(0)
+            self.sum -= old
+            self.squares -= old.square()
+        # its variance, once it is whole
+        if len(self.outputs) == self.W:
+            variance = (self.squares / self.W - (self.sum / self.W) ** 2).sum(dim=(1, 2, 3))
+            better = (variance < self.least) & self.stopped.isinf()
+            self.x[better], self.least[better], self.best[better] = x[better], variance[better], i
+            done = self.stopped.isinf() & (i - self.best >= self.patience)
+            self.stopped[done] = i
+
+
+def fit_targets(cfg, known, targets, numbers, iters, track=dipddpm.untracked, look=None):
+    """`dipddpm.fit_dips` to a list of targets of y's shape, one after the other, for equally many
+    iterations each."""
+    given = known.given()
+    share = given / given.sum(dim=(1, 2, 3), keepdim=True)
+    shape = targets[0].shape[1], *known.mask.shape[2:]
+    group = dipddpm.DIPGroup(cfg, numbers, *shape, targets[0].dtype)
+    for i in track(range(1, iters + 1), "fit DIPs", len(numbers)):
+        x, _ = group.iterate(i - 1, targets[(i - 1) * len(targets) // iters], share, known.A)
+        if look is not None:
+            look(i, x, group.average)
+    if not group.average.isfinite().all():
+        raise group.not_finite()
+    return group.average
+
+
+def fit_plain(cfg, seen, run, M, targets):
+    """DIPs that nothing stops, of M networks an image, averaged, fitted to `targets` in turn. ->
+    {arm: (outputs [n, C, H, W], iterations [n])}: their end, `plain`; their best moment, which only
+    the truth can tell, `oracle`; and where the variance of their outputs stops, `es-wmv`; and the
+    `dipddpm.Follow` of their PSNR."""
+    follow, stops = dipddpm.Follow(seen.truth), []
+
+    def fit(cfg, known, rows, rungs, track, look):
+        stops.append(WindowedVariance(*((30, 300) if max(known.mask.shape[2:]) <= 32
+                                        else (100, 1000))))
+
+        def mean(x):
+            return x.view(-1, M, *x.shape[1:]).mean(1)
+
+        def watch(i, x, average):
+            stops[-1](i, mean(x), mean(average))
+            if i % dipddpm.CHECK == 0 or i == cfg.budget:
+                look(i, mean(average))
+
+        each = [y[rows].repeat_interleave(M, 0) for y in targets]
+        known = known.part(torch.arange(len(rows), device=rows.device).repeat_interleave(M))
+        x = fit_targets(cfg, known, each, dipddpm.replicas_of(rows, M), cfg.budget, track, watch)
+        return mean(x), torch.full((len(rows),), cfg.budget, device=rows.device)
+
+    x, took = dipddpm.fit_in_groups(cfg, seen, run, fit, 1, M, follow)
+    early = torch.cat([stop.x for stop in stops])
+    stopped = torch.cat([stop.stopped for stop in stops]).clamp(max=cfg.budget)
+    return {"plain": (x, took), "oracle": (follow.best, follow.when),
+            "es-wmv": (early, stopped)}, follow
+
+
+def leaking_rungs(cfg, known, truth, numbers):
+    """What `literal` is fitted to: the clean image under the noise of each rung, drawn afresh; and
+    the mean of these by their precisions, which is all that they tell of it. -> a list of y's shape
+    for each rung, and y's shape."""
+    clean, given, levels = known.A(truth), known.given(), dipddpm.rung_levels(cfg.rungs)
+    rungs = [clean + given * (known.sigma * level) * kernels.normal(
+        clean.shape, cfg.seed, numbers, dipddpm.RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
+        clean.device) for k, level in enumerate(levels)]
+    weights = [level**-2 for level in levels]
+    return rungs, sum(w * y for w, y in zip(weights, rungs)) / sum(weights)
+
+
+GUIDE_ARMS = ("plain", "mean", "split", "ladder", "literal")
+
+
+def run_guide(own, cfg, run):
+    """As `dipddpm.run_fits`, with more arms. `es-wmv` is a third look at the fit of `plain` and
+    `oracle`; `-mean` is the same of as many networks, averaged, as `split` and `ladder` have.
+    `literal` fits noised copies of the *clean* image and `literal-mean` one DIP to their
+    precision-weighted mean: both are handed the truth, and say so."""
+    cfg, seen = dipddpm.observe(with_settings(cfg, own.set), run)
+    known, truth, M = seen.known, seen.truth, cfg.replicas
+    rows, curves, bound = [], {}, None  # bound: PSNR of each image at the oracle of one network
+    shown = {"truth": truth[:16], "corrupted": known.back(known.y)[:16]}
+
+    def add(name, x, iterations, networks, **more):
+        x = x.clamp(0, 1)
+        gap = {} if bound is None else dipddpm.lack("gap", bound - measure.psnr(x, truth))
+        rows.append({"name": name} | seen.about | measure.measures(x, truth)
+                    | dipddpm.steps_taken(iterations, networks) | gap | more)
+        shown[name] = x[:16]
+        dipddpm.say(dipddpm.describe(rows[-1]))
+
+    # nothing stops them: three looks at each fit
+    for arm, suffix, each in ("plain", "", 1), ("mean", "-mean", M):
+        if arm not in own.arms or suffix and M == 1:
+            continue
+        with run.timed("dip") as took:
+            looks, follow = fit_plain(cfg, seen, run, each, [known.y])
+        curves[f"psnr/plain{suffix}"] = follow.curve()
+        bound = bound if suffix else follow.psnr
+        for look, (x, iterations) in looks.items():
+            share = iterations.double().mean().item() / cfg.budget  # of the fit's seconds
+            add(look + suffix, x, iterations, each,
+                **({} if look == "oracle" else {"seconds": share * took.seconds}))
+    # the method's own
+    for arm, rungs in (("split", 1), ("ladder", cfg.rungs))[:2 if known.sigma else 1]:
+        if arm not in own.arms:
+            continue
+        follow = dipddpm.Follow(truth)
+        with run.timed("dip") as took:
+            x, iterations = dipddpm.fit_in_groups(cfg, seen, run, dipddpm.fit_guided, rungs, M,
+                                                  follow)
+        gap = (follow.psnr - measure.psnr(x, truth)).clamp(min=0)
+        curves[f"psnr/{arm}"] = follow.curve()
+        add(arm, x, iterations, M, seconds=took.seconds, **dipddpm.lack("own_gap", gap))
+    # what leaks
+    leaks = known.sigma > 0 and "literal" in own.arms
+    leaking, mean = leaking_rungs(cfg, known, truth, seen.numbers) if leaks else (None, None)
+    for arm, targets in (("literal", leaking), ("literal-mean", [mean])) if leaks else ():
+        with run.timed("dip") as took:
+            looks, follow = fit_plain(cfg, seen, run, 1, targets)
+        curves[f"psnr/{arm}"] = follow.curve()
+        add(arm, *looks["plain"], 1, seconds=took.seconds, leaks=True,
+            psnr_oracle=follow.psnr.mean().item())
+    note = "literal and literal-mean were fitted to noised copies of the clean image: they leak it"
+    picture = measure.draw(run.folder / "guide.png", f"{cfg.task}, sigma = {cfg.sigma:g}", shown)
+    run.finish({"notes": [note] * leaks, "data": seen.data, "arms": rows, "curves": curves,
+                "pictures": [picture]}, ("psnr", "ssim"))
+
+
+# ------------------------------------------------------------------ method 1: two networks, curves
+
+SMOOTHERS = ("dip-images", "dip-network")  # priors that turn a training image into a DIP's output
+
+
+def smoothed(cfg, pixels, run):
+    """The training images, each replaced by a DIP's output: uint8 [N, C, H, W]."""
+    arm = next((arm for arm in SMOOTHERS if arm.removeprefix("dip-") in cfg.dip_source), None)
+    if arm is None:
+        raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
+                         "DIP makes of the training images")
+    with run.timed("dip"):
+        x = dipddpm.PRIORS[arm](cfg, pixels, pixels, run.track)
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def train(cfg, pixels, run, name, snapshots):
+    """`dipddpm.train_ddpm`, with the averaged weights kept `snapshots` times, in
+    snapshots/NAME-STEP.pt. Networks but `full` have a folder of their own, for their checkpoint."""
+    steps = cfg.epochs * dipddpm.steps_of(cfg, len(pixels))[1]
+    home, kept = run.folder, run.folder / "snapshots"
+
+    def each(done, ema, seconds):
+        if done * snapshots // steps > (done - 1) * snapshots // steps:
+            kept.mkdir(exist_ok=True)
+            dipddpm.save({"step": done, "ema": ema.state_dict()}, kept / f"{name}-{done:06d}.pt")
+
+    if name != "full":
+        run.folder = home / name
+        run.folder.mkdir(exist_ok=True)
+        there = (run.folder / dipddpm.CHECKPOINT).exists()
+        run.saved = dipddpm.load_checkpoint(run.folder) if there else None
+    try:
+        net, rows, seconds = dipddpm.train_ddpm(cfg, pixels, run, each)
+    finally:
+        run.folder = home
+    run.seconds["train"] += seconds
+    return net, [[name, *row[1:]] for row in rows]
+
+
+@torch.no_grad()
+def held_out_losses(cfg, net, pixels, run, n=1000):
+    """Mean of (out - target)^2, not weighted, on n test images at five t: {"t = 0.1 T": loss}."""
+    table = dipddpm.forward_table(cfg)
+    table[:, 4] = 1
+    table, pixels = table.to(run.device), pixels[:n].to(run.device)
+    numbers, losses = torch.arange(len(pixels), device=run.device), {}
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        tau, loss = max(1, round(share * cfg.timesteps)), 0.0
+        for index in numbers.split(dipddpm.SAMPLE_BATCH):
+            t = torch.full_like(index, tau - 1)
+            x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, index, 0, kernels.HELD_OUT)
+            with run.autocast():
+                out = net(x_t, t)
+            loss += kernels.noise_loss(out, pixels, index, t, table, cfg.seed, index, 0,
+                                       kernels.HELD_OUT).sum().item()
+        losses[f"t = {share:g} T"] = loss / len(pixels)
+    return losses
+
+
+def median_step(rows):
+    """Seconds of a training step: the median over the log's rows."""
+    steps, seconds = [[0, *(row[i] for row in rows)] for i in (1, 3)]
+    return statistics.median((s - r) / (n - m) for m, n, r, s in
+                             zip(steps, steps[1:], seconds, seconds[1:]))
+
+
+def convergence(cfg, run, name, net, rows, begun, numbers, judge, test):
+    """Curves over a training's snapshots: fid_lenet of the noise start and of each DIP arm that
+    sample with this network, against training seconds plus the DIP's; and the loss on held-out
+    images against steps, each at a fixed t. The arms begin where they began, `begun` {arm: (x_init,
+    t_start, seconds)}. Seconds of training are steps times the median step's, so that neither a
+    pause nor a busy minute bends the curve. The noise start is also shown at the most evaluations
+    of the run: its best, where the DIPs' is early."""
+    curves, net, pace = {}, copy.deepcopy(net), median_step(rows)
+    few, most = min(cfg.nfe, key=lambda nfe: abs(nfe - 10)), max(cfg.nfe)
+    arms = [arm for arm in begun if arm.startswith("dip-") or (arm, name) == ("ddpm", "full")]
+    for file in sorted((run.folder / "snapshots").glob(f"{name}-*.pt")):
+        saved = torch.load(file, map_location=run.device, weights_only=True)
+        dipddpm.load_weights(net, saved["ema"], file)
+        for label, loss in held_out_losses(cfg, net, test.pixels, run).items():
+            curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
+        for arm in arms:
+            x_init, t_start, seconds = begun[arm]
+            for nfe in sorted({few, most} if arm == "ddpm" else {few}):
+                with run.timed("sample"):
+                    x = dipddpm.sample(cfg, net, x_init, t_start, nfe, cfg.eta[0], numbers,
+                                       run.autocast)
+                of = arm if arm == "ddpm" else f"{arm} {name}"
+                curves.setdefault(f"training/{of}, {nfe} evaluations", []).append(
+                    [saved["step"] * pace + seconds, judge(x).get("fid_lenet")])
+    return curves
+
+
+def run_prior(own, cfg, run):
+    """As `dipddpm.run_prior`, with the networks that --train lists: `full`, on images, from which
+    the noise start samples; `smoothed`, on DIP outputs. Every prior arm samples with each."""
+    # the data, and what is asked for
+    settings = {"arch": own.network_arch, "width": own.network_width, "iters": own.network_iters}
+    dipddpm.PRIORS["dip-network"] = functools.partial(networks.prior_dip_network, **settings)
+    cfg = replace(with_settings(cfg, own.set), dip_source=own.dip_source)
+    images = dipddpm.load_images(cfg, "train")
+    test = dipddpm.load_images(cfg, "test", images.name if cfg.data == "auto" else None)
+    pixels = images.pixels[:cfg.limit].to(run.device)
+    about = {"name": images.name, "train": len(pixels), "test": len(test.pixels),
+             "sha256": images.sha256}
+    cfg = run.begin(dipddpm.resolve(cfg, pixels.shape), about, list(pixels.shape[1:]))
+    # training: the noise start's network first
+    nets, logs = {}, {}
+    for name in dict.fromkeys(("full", *own.train)):
+        seen = pixels if name == "full" else smoothed(cfg, pixels, run)
+        nets[name], logs[name] = train(cfg, seen, run, name, own.snapshots)
+    dipddpm.write_log(run, [row for rows in logs.values() for row in rows])
+    # sampling
+    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
+    judge = measure.Judge(images, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
+    numbers = torch.arange(cfg.samples, device=run.device)
+    sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
+    arms, begun = [], {}
+    for arm, x_init, t_start, prior, seconds in dipddpm.starts(cfg, run, pixels, sources, numbers):
+        begun.setdefault(arm, (x_init, t_start, seconds))
+        used = ("full",) if arm == "ddpm" else own.train
+        for name, nfe, eta in itertools.product(used, cfg.nfe, cfg.eta):
+            with run.timed("sample") as took:
+                x = dipddpm.sample(cfg, nets[name], x_init, t_start, nfe, eta, numbers,
+                                   run.autocast)
+            has_source = arm in dipddpm.HAS_SOURCE
+            row = {"name": arm, "seed": cfg.seed, "train": name, "nfe": nfe, "t_start": t_start,
+                   "eta": eta, "seconds": took.seconds + seconds, "prior_seconds": seconds}
+            arms.append(row | judge(x, sources if has_source else None))
+            if has_source:
+                square = (prior - sources.float() / 127.5 + 1).square()
+                arms[-1]["prior_square_error"] = square.sum().item() / len(x)
+            dipddpm.say(dipddpm.describe(arms[-1]))
+    # curves
+    curves = {f"loss/{name}": next(iter(dipddpm.loss_curve(rows).values()))
+              for name, rows in logs.items()}
+    for name, net in nets.items():
+        curves |= convergence(cfg, run, name, net, logs[name], begun, numbers, judge, test)
+    run.seconds["eval"] = judge.seconds
+    run.finish({"data": about, "parameters": sum(p.numel() for p in nets["full"].parameters()),
+                "arms": arms, "curves": curves, "pictures": []} | judge.summary())
+
+
+# ------------------------------------------------------------------ command line
+
+
+def with_settings(cfg, pairs):
+    """Config with settings that have no flag, from NAME=VALUE; ValueError if there is no such."""
+    known = {f.name: f.type for f in fields(cfg) if not f.metadata}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            cfg = replace(cfg, **{name: known[name](value)})
+        except (KeyError, ValueError):
+            raise ValueError(f"--set {pair}: want NAME=VALUE, NAME one of "
+                             f"{', '.join(known)}") from None
+    if cfg.arch not in dipddpm.ARCHS:
+        raise ValueError(f"--set arch={cfg.arch}: none of {', '.join(dipddpm.ARCHS)}")
+    return cfg
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def parser():
+    p = dipddpm.OneLineParser(
+        prog="python -m studies.arms", allow_abbrev=False, description=__doc__.split("\n")[0],
+        epilog="Other flags are those of dipddpm.py.")
+    p.add_argument("mode", choices=("guide", "prior"))
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                   help="a setting of Config without a flag: rungs, alpha, dip_lr, arch, ...")
+    p.add_argument("--arms", type=some_of(GUIDE_ARMS), default=GUIDE_ARMS,
+                   help=f"guide: a list of {', '.join(GUIDE_ARMS)}")
+    p.add_argument("--train", type=some_of(("full", "smoothed")), default=("full", "smoothed"),
+                   help="prior: networks of the arms with a prior, a list. full: on images; "
+                   "smoothed: on DIP outputs")
+    p.add_argument("--snapshots", type=int, default=0,
+                   help="prior: averaged weights kept so many times, for curves")
+    p.add_argument("--dip-source", type=some_of(("images", "network", "codes")),
+                   default=("network",), help="prior: a list of images, network, codes")
+    p.add_argument("--network-arch", choices=dipddpm.ARCHS, default="autoencoder")
+    p.add_argument("--network-width", type=positive, default=64)
+    p.add_argument("--network-iters", type=positive, default=300)
+    return p
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    own, rest = parser().parse_known_args(argv)
+    work = functools.partial(run_guide if own.mode == "guide" else run_prior, own)
+    instead(own.mode, work, rest, f"python -m studies.arms {shlex.join(argv)}")
+
+
+if __name__ == "__main__":
+    main()
