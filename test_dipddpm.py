@@ -984,10 +984,12 @@ def bare_run(folder, **changes):
     return run
 
 
+FIELDS = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(dipddpm.Config)}
+
+
 def test_settings_are_flags_and_the_help_shows_their_values_as_they_are_read():
     parser = dipddpm.parser()
-    for f in dataclasses.fields(dipddpm.Config):
-        flag = dipddpm.flag_name(f)
+    for flag, f in FIELDS.items():
         assert (flag in parser.format_help().split()) == bool(f.metadata)
         if f.metadata and f.default not in (None, dataclasses.MISSING):
             given = parser.parse_args([flag, dipddpm.show(f.default)])
@@ -1060,9 +1062,9 @@ def test_a_number_beyond_all_bounds_is_obeyed_or_refused_in_one_line(tmp_path, c
     (tmp_path / "data").mkdir()
     for i in range(70):
         picture(tmp_path / "data" / f"{i:02}.png", (12, 12), "L", i)
-    kinds = {dipddpm.flag_name(f): f.metadata.get("of", f.type)
-             for f in dataclasses.fields(dipddpm.Config) if f.metadata} | {"--sigma": float}
-    cases = [(run, f"{flag}={value}") for run in SHORT for flag, kind in kinds.items()
+    kinds = {flag: f.metadata.get("of", f.type) for flag, f in FIELDS.items() if f.metadata}
+    cases = [(run, f"{flag}={value}") for run in SHORT
+             for flag, kind in (kinds | {"--sigma": float}).items()
              for value in EXTREME.get(kind, ())]
     for i, (run, flag) in enumerate(random.Random(6).sample(cases, min(FLAGS, len(cases)))):
         argv = [*run.split(), "--data", tmp_path / "data", flag, "--out", tmp_path / str(i)]
@@ -1182,10 +1184,9 @@ def test_unet_weights_are_drawn_from_the_seed_with_the_default_distribution():
 
 def shaken(net):
     """The network with small random numbers in every weight: none is at its first value."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    torch.manual_seed(0)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
     return net
 
 
