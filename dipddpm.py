@@ -1376,6 +1376,7 @@ def lack(name, gap):
 # ================================================================== 10 the edge
 
 CHECKPOINT, CHECKPOINT_FORMAT, CHECKPOINT_SECONDS = "checkpoint.pt", 2, 60.0
+CHECKPOINT_KEYS = {"data", "shape", "step", "seconds", "rows", "losses", "net", "ema", "optimizer"}
 SAMPLE_BATCH, SAMPLE_BATCH_CUDA = 250, 2000  # images at once: a CPU's cache holds no more
 
 # ------------------------------------------------------------------ pictures and rows
@@ -1460,6 +1461,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"dipddpm: {message}\n")
 
 
+def flag_name(f):
+    return "--" + f.name.replace("_", "-")
+
+
 def listed(kind):
     """A reader of lists: listed(int)("3,5") -> (3, 5)."""
     def read(text):
@@ -1486,7 +1491,7 @@ def parser():
             choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
             shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
             groups[title].add_argument(
-                "--" + f.name.replace("_", "-"), type=read, choices=choices, help=m["help"] + shown,
+                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
                 metavar=None if choices else f.name.upper())
     return p
 
@@ -1528,7 +1533,13 @@ def saved_config(folder):
     try:
         saved = {k: tuple(v) if isinstance(v, list) else v
                  for k, v in json.loads(path.read_text()).items()}
-        return check(resolve(Config(**saved)))
+        cfg = Config(**saved)
+        for f in fields(cfg):
+            value, kinds = getattr(cfg, f.name), {float: (float, int)}.get(f.type, f.type)
+            kinds = (float, int, str) if f.name == "sigma" else kinds
+            if value != f.default and not isinstance(value, kinds):
+                raise ValueError(f"{f.name} cannot be {value!r}")
+        return check(resolve(cfg))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error}") from error
 
@@ -1557,7 +1568,7 @@ def resolve(cfg, shape=None):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        name, m, value = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
+        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
             number = isinstance(v, (int, float))
             if isinstance(v, float) and not math.isfinite(v):
@@ -1664,7 +1675,8 @@ class Run:
             load_weights(parts["net"], saved["net"], "checkpoint")
             load_weights(parts["ema"], saved["ema"], "checkpoint")
             parts["optimizer"].load_state_dict(saved["optimizer"])
-        losses = [loss.to(self.device) for loss in saved["losses"]]
+        # they are the first process's: several would add them up
+        losses = [loss.to(self.device) for loss in saved["losses"] if processes()[0] == 0]
         return saved["step"], list(saved["rows"]), losses, lambda: time.time() - began
 
     def save_training(self, parts, step, rows, losses, seconds):
@@ -1741,7 +1753,8 @@ def load_checkpoint(folder):
     except Exception as error:  # torch.load raises whatever a broken file leads it into
         raise ValueError(f"{path}: not a readable checkpoint "
                          f"({type(error).__name__})") from error
-    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
+    known = isinstance(saved, dict) and saved.get("format") == CHECKPOINT_FORMAT
+    if not known or not saved.keys() >= CHECKPOINT_KEYS:
         raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
     return saved
 
