@@ -19,7 +19,7 @@ reproduce-%: .venv/run
 	$(BIN)/python reproduce.py $*
 
 figures: .venv/run  ## draw the README's figures again from figures/*.json
-	$(BIN)/python eval.py figures/*.json
+	$(BIN)/python -m studies.figures figures/*.json
 
 soak: .venv/dev  ## the hard tests at full size: 200 kills, 110,000 damaged files, every number of the command line at every extreme
 	KILLS=200 FUZZED=10000 FLAGS=1000 $(BIN)/python -m pytest -q -k "killed or mutated or beyond_all" test_dipddpm.py
