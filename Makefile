@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTS := test_dipddpm.py $(wildcard studies/test_studies.py)
 
-.PHONY: help run test reproduce lint clean
+.PHONY: help run test reproduce figures lint clean
 
 help:  ## explain the targets (default)
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ reproduce: .venv/run  ## five student reports, done again (one of them: make rep
 	$(BIN)/python -m studies.reports A B C D E
 reproduce-%: .venv/run
 	$(BIN)/python -m studies.reports $*
+
+figures: .venv/run  ## draw the README's figures again from studies/figures/*.json
+	$(BIN)/python -m studies.figures studies/figures/*.json
 
 lint: .venv/dev  ## ruff over all files
 	$(BIN)/ruff check .

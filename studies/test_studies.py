@@ -1,8 +1,12 @@
 """Properties of the studies: networks, restoration, arms, reports."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import signal
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +23,7 @@ import data
 import dipddpm
 import eval as measures
 import kernels
-from studies import networks, restore
+from studies import arms, networks, reports, restore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,13 +45,8 @@ def few_digits():
 
 def config(shape=(1, 8, 8), **changes):
     """A Config for images of a shape [C, H, W], with nothing left open."""
-    return dipddpm.resolve(dipddpm.Config(**{"mode": "prior", "data": "digits"} | changes), shape)
-
-
-def bare_run():
-    """What the methods need of a Run, without a command line."""
-    return SimpleNamespace(device=torch.device("cpu"), stop=0, autocast=contextlib.nullcontext,
-                           timed=lambda part: contextlib.nullcontext(SimpleNamespace(seconds=0.0)))
+    cfg = dipddpm.Config(**{"mode": "prior", "data": "digits"} | changes)
+    return dipddpm.resolve(cfg, (1000, *shape))
 
 
 def tiny_images(n=64):
@@ -91,7 +90,7 @@ def test_batched_dips_of_every_network_equal_separate_fits(arch):
     if arch == "resnet18":  # which narrows what is smaller to one pixel
         y = y.repeat(1, 1, 5, 5)[..., :36, :33]
     cfg, numbers = config(y.shape[1:], dip_width=4, arch=arch), torch.tensor([0, 1, 2, 17])
-    known = dipddpm.Measurement("denoise", y, torch.ones_like(y), 0.0)
+    known = dipddpm.exact(y)
     together = dipddpm.fit_dips(cfg, known, numbers, 5)
     for k in range(4):
         alone = dipddpm.fit_dips(cfg, known.part(slice(k, k + 1)), numbers[k:k + 1], 5)
@@ -173,17 +172,17 @@ def test_a_network_dip_sees_pixels_in_0_to_1_and_answers_in_minus_1_to_1(monkeyp
             return x + 0 * self.weight.sum()
 
     monkeypatch.setitem(dipddpm.ARCHS, "copies", lambda make, *_: Copies(1, 1, 1))
-    prior = networks.prior_dip_network(config(batch=1), x, x, bare_run(), arch="copies", iters=1)
+    prior = networks.prior_dip_network(config(batch=1), x, x, arch="copies", iters=1)
     torch.testing.assert_close(prior.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
     assert len(seen) == 2 and all(torch.equal(s, x / 255) for s in seen)
 
 
 @pytest.mark.parametrize("arch", [*ARCHS, "skip"])
 def test_a_network_dip_learns_its_data_set_and_is_a_function_of_the_seed(arch):
-    cfg, x, run, size = config(batch=16), tiny_images(64), bare_run(), dict(arch=arch, width=8)
-    prior = networks.prior_dip_network(cfg, x, x, run, iters=200, **size)
-    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, run, iters=200, **size))
-    start = networks.prior_dip_network(cfg, x, x, run, iters=1, **size)
+    cfg, x, size = config(batch=16), tiny_images(64), dict(arch=arch, width=8)
+    prior = networks.prior_dip_network(cfg, x, x, iters=200, **size)
+    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, iters=200, **size))
+    start = networks.prior_dip_network(cfg, x, x, iters=1, **size)
     real = x / 127.5 - 1
     assert prior.abs().max() <= 1
     assert (prior - real).square().mean() < 0.8 * (start - real).square().mean()
@@ -196,8 +195,11 @@ def measured(task, n=3, sigma=0.0, size=8):
     """Drawn images and what a restoration of them knows."""
     images = data.load("digits", limit=n).pixels if size == 28 else tiny_images(n)
     truth = images.float() / 255
-    cfg = config((1, size, size), sigma=sigma)
-    return truth, dipddpm.corrupt(cfg, task, truth, torch.arange(n))
+    return truth, corrupted(truth, task, sigma)
+
+
+def corrupted(truth, task="denoise", sigma=0.0, cfg=None):
+    return dipddpm.corrupt(cfg or config(), task, truth, sigma, torch.arange(len(truth)))
 
 
 @pytest.mark.parametrize("task", dipddpm.TASKS)
@@ -214,8 +216,8 @@ def test_what_is_known_exactly_is_kept_and_what_is_not_is_left(task):
 @pytest.mark.parametrize("taus", [(700, 500), (300, 100), (60, 0)])
 @pytest.mark.parametrize("task", ["denoise", "inpaint"])
 def test_a_step_from_a_noisy_y_leaves_no_more_noise_than_its_level(task, taus, eta):
-    truth, cfg = torch.full((400, 1, 8, 8), 0.7), config(sigma=0.25)
-    known = dipddpm.corrupt(cfg, task, truth, torch.arange(400))
+    truth, cfg = torch.full((400, 1, 8, 8), 0.7), config()
+    known = corrupted(truth, task, 0.25)
     ab_t, ab_s = (torch.tensor(dipddpm.schedule_of(cfg).at(tau)) for tau in taus)
     sigma = dipddpm.reverse_table(cfg, taus, eta)[0, 4]
     eps, z = (kernels.normal(truth.shape, 5, torch.arange(400), draw, 0) for draw in (0, 1))
@@ -245,7 +247,7 @@ def test_a_restored_image_agrees_with_what_was_measured(task, eta):
     cfg, numbers = config(timesteps=40, width=8), torch.arange(3)
     net = dipddpm.make_unet(cfg, 1, "cpu").eval()
     x_init = kernels.normal((3, 1, 8, 8), 0, numbers, 0, kernels.INIT_NOISE)
-    x = restore.restored(cfg, net, x_init, 40, 5, eta, numbers, known, contextlib.nullcontext)
+    x = restore.restored(cfg, net, x_init, 40, 5, eta, numbers, known)
     torch.testing.assert_close(known.A((x + 1) / 2), known.y)
 
 
@@ -258,7 +260,7 @@ def test_a_restoring_step_takes_the_known_image_and_the_networks_noise():
         asked.append(x.clone())
         return 0.3 * x
 
-    restore.restored(cfg, net, x_t, 40, 2, 0.0, numbers, known, contextlib.nullcontext)
+    restore.restored(cfg, net, x_t, 40, 2, 0.0, numbers, known)
     x0_hat = (0.3 * x_t).clamp(-1, 1)
     ab_t, ab_s = (dipddpm.schedule_of(cfg).at(tau) for tau in (40, 20))
     eps_hat = (x_t - ab_t**0.5 * x0_hat) / (1 - ab_t) ** 0.5
@@ -276,37 +278,31 @@ def test_with_nothing_known_a_restoration_is_a_sample():
     known = dipddpm.Measurement("inpaint", nothing, nothing, 0.0)
     for eta in (0.0, 1.0):
         settings = cfg, net, x_init, 40, 6, eta, numbers
-        torch.testing.assert_close(
-            restore.restored(*settings, known, contextlib.nullcontext),
-            dipddpm.sample(*settings, contextlib.nullcontext), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(restore.restored(*settings, known), dipddpm.sample(*settings),
+                                   rtol=1e-4, atol=1e-5)
 
 
 def test_a_restoring_step_clips_as_others_do():
-    cfg, numbers = config((1, 6, 6), timesteps=20, predict="x0", sigma=0.0), torch.arange(2)
-    known = dipddpm.corrupt(cfg, "inpaint", torch.full((2, 1, 6, 6), 0.5), numbers)
+    cfg, numbers = config((1, 6, 6), timesteps=20, predict="x0"), torch.arange(2)
+    known = corrupted(torch.full((2, 1, 6, 6), 0.5), "inpaint")
     for level, expected in (5.0, 1.0), (-5.0, -1.0):
         x = restore.restored(cfg, lambda x_t, t, level=level: torch.full_like(x_t, level),
-                             torch.zeros(2, 1, 6, 6), 20, 4, 0.0, numbers, known,
-                             contextlib.nullcontext)
+                             torch.zeros(2, 1, 6, 6), 20, 4, 0.0, numbers, known)
         torch.testing.assert_close(x, torch.where(known.mask == 1, 0.0, expected))
 
 
 def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
-    truth = torch.full((2, 1, 40, 40), 0.75)
-
-    def start(cfg):
-        return restore.start_from_noisy(cfg, dipddpm.corrupt(cfg, "denoise", truth,
-                                                             torch.arange(2)))
-
+    truth, cfg = torch.full((2, 1, 40, 40), 0.75), config()
     for sigma in (0.05, 0.2, 1.0):
-        cfg = config((1, 40, 40), sigma=sigma)
-        x_t, t_start = start(cfg)
+        x_t, t_start = restore.start_from_noisy(cfg, corrupted(truth, sigma=sigma))
         ab = dipddpm.schedule_of(cfg).at(t_start)  # x_t = sqrt(ab) 0.5 + ...
         assert x_t.mean() == pytest.approx(0.5 * ab**0.5, abs=0.05)
         assert x_t.std() == pytest.approx((1 - ab)**0.5, rel=0.06)
+    cfg = config(timesteps=10)
     for t in range(1, 10):  # y's noise is sigma, that of 2 y - 1 twice it
-        ab = dipddpm.schedule_of(config(timesteps=10)).at(t)
-        assert start(config((1, 40, 40), timesteps=10, sigma=(1 / ab - 1) ** 0.5 / 2))[1] == t
+        ab = dipddpm.schedule_of(cfg).at(t)
+        known = corrupted(truth, sigma=(1 / ab - 1) ** 0.5 / 2)
+        assert restore.start_from_noisy(cfg, known)[1] == t
 
 
 # ---- a stop by a held-out tenth
@@ -314,7 +310,7 @@ def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
 
 def held_out(known, n):
     """Where u < 0.1, which the fit must not see: bool, of y's size."""
-    u = kernels.uniform((n, 1, *known.y.shape[2:]), 0, torch.arange(n), restore.HELD_DRAW,
+    u = kernels.uniform((n, 1, *known.y.shape[2:]), 0, torch.arange(n), dipddpm.HELD_DRAW,
                         kernels.CORRUPTION)
     return u < 0.1
 
@@ -331,8 +327,7 @@ def test_what_a_fit_is_not_shown_does_not_move_it():
 
 def test_a_held_out_stop_takes_the_look_that_is_nearest_to_what_it_was_not_shown(monkeypatch):
     truth, numbers, looks = random_images(4, 3, 8, 8), torch.arange(4), {}
-    cfg = config((3, 8, 8), mode="dip", dip_width=8, sigma=0.5)
-    known = dipddpm.corrupt(cfg, "denoise", truth, numbers)
+    cfg, known = config((3, 8, 8), mode="dip", dip_width=8), corrupted(truth, sigma=0.5)
     iterate = dipddpm.DIPGroup.iterate
 
     def watched(group, i, *args):
@@ -355,7 +350,7 @@ def test_a_held_out_stop_is_nearer_to_the_truth_than_the_end():
     cfg, numbers, curve = config((1, 28, 28), dip_width=8), torch.arange(4), []
     stopped = restore.fit_held_out(cfg, known, numbers, 400)
     ended = dipddpm.fit_dips(cfg, known, numbers, 400,
-                             lambda i, _, now: curve.append(measures.psnr(now, truth)))
+                             look=lambda i, _, now: curve.append(measures.psnr(now, truth)))
     oracle = torch.stack(curve).max(0).values.mean()
     assert measures.psnr(stopped, truth).mean() > measures.psnr(ended, truth).mean() + 0.5
     # over seeds it ends 1.7 +- 0.3 dB above the end and 1.5 +- 0.3 dB below the best moment: it
@@ -369,11 +364,10 @@ def test_a_held_out_stop_is_nearer_to_the_truth_than_the_end():
 @pytest.mark.parametrize("task, sigma", [("denoise", 0.2), ("inpaint", 0.0), ("sr", 0.1)])
 def test_a_restorations_arms_start_where_they_say(task, sigma):
     truth, numbers = random_images(5, 1, 8, 8), torch.arange(5)
-    cfg = config(sigma=sigma, timesteps=100, t_start=(30, 60))
-    known = dipddpm.corrupt(cfg, task, truth, numbers)
+    cfg, known = config(timesteps=100, t_start=(30, 60)), corrupted(truth, task, sigma)
     prior = random_images(5, 1, 8, 8, seed=1)
     found = {(arm, t): (x, seconds) for arm, x, t, seconds in
-             restore.starts(cfg, known, {"dip-images": (prior, 2.0)})}
+             restore.starts(cfg, known, {"dip-images": (prior, 2.0)}, numbers)}
     expected = {("ddpm", 100): kernels.normal(truth.shape, 0, numbers, 0, kernels.INIT_NOISE),
                 ("dip-images", 30): dipddpm.start_from_prior(cfg, prior * 2 - 1, 30, numbers),
                 ("dip-images", 60): dipddpm.start_from_prior(cfg, prior * 2 - 1, 60, numbers)}
