@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -1945,7 +1946,7 @@ def test_noise_level_is_found_in_flat_images():
 
 TINY = dict(data="digits", limit=128, epochs=2, width=8, batch=32, timesteps=40, samples=8,
             dip_iters=3, dip_width=4, nfe="2,4", eta="0,1")
-FIT = dict(data="digits", samples=1, budget=60, dip_width=4, replicas=2, sigma=0.3)
+FIT = dict(data="digits", samples=1, budget=60, dip_width=4, replicas=2)
 
 
 def words(**flags):
@@ -1966,15 +1967,14 @@ def run(mode, out, **flags):
     unused = {"data_dir", "size", "crop", "limit", "resume"}
     unused |= set() if mode in ("dip", "guide") else {"sigma"}
     assert {name for name, value in result["config"].items() if value is None} <= unused
-    # seconds add up
+    # seconds add up, every file is whole
     parts, whole = result["seconds"], result["seconds"]["total"] + 0.01
     assert set(parts) == {"dip", "train", "sample", "eval", "total"}
     assert all(0 <= part <= whole for part in parts.values())
     assert all(0 <= row.get("prior_seconds", 0) <= row.get("seconds", whole) <= whole
                for row in result["arms"])
-    # every file is whole
-    assert not list(out.glob("*.tmp")) and (out / "report.html").stat().st_size > 0
-    assert all((out / picture["file"]).exists() for picture in result["pictures"])
+    files = ["report.html", *(picture["file"] for picture in result["pictures"])]
+    assert all((out / file).stat().st_size for file in files) and not list(out.glob("*.tmp"))
     return result
 
 
@@ -1985,118 +1985,100 @@ def refused(capsys, status=2, **flags):
     return err
 
 
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.iterdir()}
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """--mode prior to its end, once, on few and small things: its folder."""
+    """--mode prior to its end, once, on few and small things: its folder and results."""
     folder = tmp_path_factory.mktemp("a run") / "prüfung"
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DIPDDPM_DATA", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        run("prior", folder, **TINY)
-    return folder
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
+        yield folder, run("prior", folder, **TINY)
 
 
 def test_a_prior_run_leaves_results_of_every_arm(whole_run):
-    result = results_of(whole_run)
+    folder, result = whole_run
     rows = {(row["name"], row["nfe"], row["eta"]): row for row in result["arms"]}
     assert set(rows) == {(arm, nfe, eta) for arm in ["ddpm", *dipddpm.PRIORS] for nfe in (2, 4)
                          for eta in (0, 1)}
-    assert all(math.isfinite(row["fid_lenet"]) and row["nearest"] > row["nearest_5"] >= 0
-               and row["t_start"] == (40 if name == "ddpm" else 24)
-               and ("own_source" in row) == ("prior_square_error" in row)
-               == (name in dipddpm.HAS_SOURCE) and (name != "ddpm" or not row["prior_seconds"])
-               for (name, *_), row in rows.items())
+    for (arm, *_), row in rows.items():
+        assert math.isfinite(row["fid_lenet"]) and row["nearest"] > row["nearest_5"] >= 0
+        assert row["t_start"] == (40 if arm == "ddpm" else 24)
+        assert ("own_source" in row) == ("prior_square_error" in row) == (arm in dipddpm.HAS_SOURCE)
+        assert arm != "ddpm" or row["prior_seconds"] == 0
     assert result["parameters"] > 0 and result["floor"]["fid_lenet"] > 0 and result["real"]
     # an error that can be computed by hand
-    pixels = data.load("digits", split="train", limit=128).pixels
-    sources = pixels[measures.subset(128, 8)]
+    sources = data.load("digits", limit=128).pixels[measures.subset(128, 8)]
     error = dipddpm.prior_blur(None, None, sources) - (sources.float() / 127.5 - 1)
     assert rows["blur", 2, 0]["prior_square_error"] == pytest.approx(
         error.square().sum().item() / 8, rel=1e-4)
-    for file in ("log.csv", "checkpoint.pt", "priors.png", "samples-nfe4.png"):
-        assert (whole_run / file).stat().st_size > 0
+    for file in "log.csv", "checkpoint.pt", "priors.png", "film.png", "samples-nfe4.png":
+        assert (folder / file).stat().st_size > 0
 
 
-def test_a_runs_network_serves_another_run_and_its_own_stays_as_it_is(whole_run, tmp_path,
-                                                                      monkeypatch):
-    monkeypatch.delenv("DIPDDPM_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(whole_run.parent / "cache"))
-    before = {file: file.read_bytes() for file in whole_run.iterdir()}
-    began = time.time()
-    result = run("ddpm", tmp_path / "again", resume=whole_run, nfe=4)
-    assert before == {file: file.read_bytes() for file in whole_run.iterdir()}
-    assert result["seconds"]["train"] <= results_of(whole_run)["seconds"]["train"] + 0.5
-    assert result["seconds"]["sample"] < time.time() - began
-    saved = [dipddpm.load_checkpoint(folder) for folder in (whole_run, tmp_path / "again")]
-    assert saved[0]["step"] == saved[1]["step"] == 8
-    assert all(torch.equal(w, saved[1]["ema"][k]) for k, w in saved[0]["ema"].items())
-    # sampled again it makes the same pictures
-    rows = [row for row in results_of(whole_run)["arms"]
-            if (row["name"], row["nfe"]) == ("ddpm", 4)]
-    told = ("eta", "fid_lenet", "kid", "recall", "nearest")
-    assert [[row[key] for key in told] for row in result["arms"]] == [
-        [row[key] for key in told] for row in rows]
+def test_a_runs_network_serves_another_run_and_its_own_stays_as_it_is(whole_run, tmp_path):
+    folder, result = whole_run
+    before, weights = contents(folder), dipddpm.load_checkpoint(folder)["ema"]
+    again = run("ddpm", tmp_path / "again", resume=folder)
+    assert before == contents(folder)
+    kept = dipddpm.load_checkpoint(tmp_path / "again")["ema"]
+    assert all(torch.equal(w, kept[k]) for k, w in weights.items())
+    rows = [[{key: row[key] for key in row if "seconds" not in key} for row in r["arms"]]
+            for r in (result, again)]  # the same pictures, and so the same measures
+    assert rows[1] == [row for row in rows[0] if row["name"] == "ddpm"]
 
 
 def test_the_newest_run_is_sampled_without_data_whatever_the_batch(whole_run, tmp_path,
                                                                    monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "nothing"))
-    for age, name in (100, "old"), (0, "new"):
-        shutil.copytree(whole_run, tmp_path / "runs" / name)
-        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (time.time() - age,) * 2)
-    (tmp_path / "runs" / "old" / "checkpoint.pt").write_bytes(b"not this one")
-    os.utime(tmp_path / "runs" / "old" / "checkpoint.pt", (1, 1))
-    result = run("sample", tmp_path / "all", samples=5, nfe=3, eta=0)
-    assert result["config"]["resume"] == str(Path("runs/new"))
-    monkeypatch.setattr(dipddpm, "SAMPLE_BATCH", 2)
-    run("sample", tmp_path / "few", samples=5, nfe=3, eta=0)
-    sheets = [Image.open(tmp_path / name / "samples-nfe3.png") for name in ("all", "few")]
-    assert np.abs(np.subtract(*(np.asarray(sheet, float) for sheet in sheets))).max() <= 1
-    # they are those of the run's own network and noise
-    cfg = config(timesteps=40, width=8)
-    net = dipddpm.make_unet(cfg, 1, "cpu")
-    net.load_state_dict(dipddpm.load_checkpoint(whole_run)["ema"])
-    noise = kernels.normal((5, 1, 28, 28), 0, torch.arange(5), 0, kernels.INIT_NOISE)
-    x = dipddpm.sample(cfg, net, noise, 40, 3, 0, torch.arange(5))
-    sheet = measures.grid(((x + 1) / 2).clamp(0, 1), scale=measures.zoom(x))
-    assert np.abs(np.asarray(sheet, float) - np.asarray(sheets[0], float)).max() <= 1
+    shutil.copytree(whole_run[0], "runs/new")
+    shutil.copytree(whole_run[0], "runs/old")
+    Path("runs/old/checkpoint.pt").write_bytes(b"not this one")
+    os.utime("runs/old/checkpoint.pt", (1, 1))
+    sheets = []
+    for batch in 250, 2:
+        monkeypatch.setattr(dipddpm, "SAMPLE_BATCH", batch)
+        run("sample", tmp_path / str(batch), samples=5, nfe=3, eta=0)
+        sheets.append(Image.open(tmp_path / str(batch) / "samples-nfe3.png"))
+    # they are of the run's averaged network and of its noise
+    net = dipddpm.make_unet(config(width=8), 1, "cpu")
+    net.load_state_dict(dipddpm.load_checkpoint("runs/new")["ema"])
+    cfg, numbers = config(timesteps=40), torch.arange(5)
+    x = dipddpm.noise_start(cfg, (5, 1, 28, 28), numbers)
+    x = (dipddpm.sample(cfg, net, x, 40, 3, 0, numbers) + 1) / 2
+    want = np.asarray(measures.grid(x.clamp(0, 1), scale=measures.zoom(x)), float)
+    assert all(np.abs(np.asarray(sheet, float) - want).max() <= 1 for sheet in sheets)
 
 
-@pytest.mark.parametrize("task, arms", [
-    ("denoise", ["corrupted", "plain", "oracle", "split", "ladder"]),
-    ("inpaint", ["corrupted", "plain", "oracle", "split"])])  # no ladder where there is no noise
-def test_guide_compares_its_arms(task, arms, tmp_path):
-    flags = FIT if task == "denoise" else {k: v for k, v in FIT.items() if k != "sigma"}
-    result = run("guide", tmp_path / "g", task=task, **flags)
-    rows = {row.pop("name"): row for row in result["arms"]}
-    assert list(rows) == arms and result["data"]["train"] == 0 and result["data"]["test"] == 1
-    for name, row in rows.items():
-        if name != "corrupted":
-            assert row["networks"] == (2 if name in ("split", "ladder") else 1)
-            assert row["network_steps"] == pytest.approx(row["networks"] * row["iterations"])
-    # of one image the best look can be read off the curve
-    for name in set(arms) - {"corrupted", "oracle"}:
-        best = max(psnr for _, psnr in result["curves"][f"psnr/{name}"])
-        assert rows[name]["own_gap"] == pytest.approx(
-            max(0, best - rows[name]["psnr"]), abs=2e-3)
-        assert rows[name]["gap"] == pytest.approx(
-            rows["plain"]["psnr_oracle"] - rows[name]["psnr"], abs=2e-3)
-    assert rows["oracle"]["psnr"] == pytest.approx(rows["plain"]["psnr_oracle"], abs=2e-3)
+@pytest.mark.parametrize("task, sigma, arms", [
+    ("denoise", 0.3, ["corrupted", "plain", "oracle", "split", "ladder"]),
+    ("inpaint", 0, ["corrupted", "plain", "oracle", "split"])])  # no noise to make rungs of
+def test_guide_compares_its_arms(task, sigma, arms, tmp_path):
+    result = run("guide", tmp_path / "g", task=task, sigma=sigma, **FIT)
+    rows = {row["name"]: row for row in result["arms"]}
+    assert list(rows) == arms and (result["data"]["train"], result["data"]["test"]) == (0, 1)
+    bound = rows["plain"]["psnr_oracle"]
+    assert rows["oracle"]["psnr"] == pytest.approx(bound, abs=2e-3)
     assert rows["plain"]["iterations"] == 60 >= rows["oracle"]["iterations"]
+    for name, networks in ("plain", 1), ("split", 2), ("ladder", 2):
+        if row := rows.get(name):
+            assert row["network_steps"] == networks * row["iterations"]
+            assert row["gap"] == pytest.approx(bound - row["psnr"], abs=2e-3)
+            # of one image the best look can be read off the curve
+            best = max(psnr for _, psnr in result["curves"][f"psnr/{name}"])
+            assert row["own_gap"] == pytest.approx(max(0, best - row["psnr"]), abs=2e-3)
 
 
 def test_dip_stops_by_itself_and_tells_how_well(tmp_path, capsys):
-    flags = FIT | dict(samples=3, budget=110, sigma=0.1)
-    corrupted, dip = run("dip", tmp_path / "d", **flags)["arms"]
+    corrupted, dip = run("dip", tmp_path, **FIT | dict(samples=3, budget=110))["arms"]
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
     assert dip["iterations"] <= 110 and "iteration 50: psnr " in capsys.readouterr().out
-    assert len(list((tmp_path / "d").glob("restored-*.png"))) == 3
+    assert len(list(tmp_path.glob("restored-*.png"))) == 3
 
 
 def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
@@ -2104,10 +2086,10 @@ def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
     x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     measures.save_png(measures.grid(x[None]), tmp_path / "noisy.png")
     flags = FIT | dict(data=tmp_path / "noisy.png", sigma="own", crop=32, dip_width=8)
-    corrupted, dip = run("dip", tmp_path / "d", **flags)["arms"]
-    out = capsys.readouterr().out
+    _, dip = run("dip", tmp_path / "d", **flags)["arms"]
     assert dip["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and "psnr" not in dip
-    assert "(estimated)" in out and "psnr" not in out
+    said = capsys.readouterr().out
+    assert "(estimated)" in said and "psnr" not in said
     assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
 
 
@@ -2115,32 +2097,24 @@ def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("says, flags", [
-    ("/no/such", dict(mode="ddpm", data="/no/such")),
-    ("sizes must be multiples of 2", dict(mode="dip", data="digits", size=27, task="sr")),
-    ("no run there", dict(resume="/no/such")),
     ("--width was 8 and cannot become 16", dict(resume="RUN", width=16)),
-    ("--seed was 0 and cannot become 1", dict(resume="RUN", seed=1)),
     ("--data was digits and cannot become mnist", dict(resume="RUN", data="mnist")),
     ("--timesteps was 40 and cannot become 50", dict(resume="RUN", mode="sample", timesteps=50)),
+    ("the data was", dict(resume="RUN")),
+    ("RUN exists and is not empty", dict(mode="ddpm", out="RUN")),
+    ("runs in one process", dict(mode="guide", processes=2)),
+    ("several processes need --out", dict(mode="ddpm", processes=2)),
 ])
-def test_what_cannot_run_leaves_no_folder(says, flags, whole_run, tmp_path, capsys):
-    flags = {name: whole_run if value == "RUN" else value for name, value in flags.items()}
-    assert says in refused(capsys, out=tmp_path / "r", **flags)
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_folder_that_holds_something_is_never_written_to(whole_run, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    for folder in whole_run, tmp_path:
-        before = {file: file.read_bytes() for file in folder.iterdir()}
-        assert "not empty" in refused(capsys, mode="dip", out=folder, **FIT)
-        assert before == {file: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_a_training_does_not_go_on_with_other_images(whole_run, tmp_path, capsys, monkeypatch):
+def test_what_cannot_go_on_is_one_line_and_touches_nothing(says, flags, whole_run, tmp_path, capsys,
+                                                           monkeypatch):
+    folder, _ = whole_run
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "DIGITS", {"train": 1000, "test": 999})
-    err = refused(capsys, resume=whole_run)
-    assert "the data was" in err and str(whole_run) in err
+    monkeypatch.setenv("WORLD_SIZE", str(flags.get("processes", 1)))
+    flags = {k: folder if v == "RUN" else v for k, v in flags.items() if k != "processes"}
+    before = contents(folder)
+    assert says.replace("RUN", str(folder)) in refused(capsys, **flags)
+    assert before == contents(folder) and not contents(tmp_path)
 
 
 class Malicious:
@@ -2152,64 +2126,53 @@ class Malicious:
 
 
 def test_a_damaged_checkpoint_is_one_line(whole_run, tmp_path, capsys):
-    good = (whole_run / "checkpoint.pt").read_bytes()
-    saved = dipddpm.load_checkpoint(whole_run)
+    saved, good = dipddpm.load_checkpoint(whole_run[0]), tmp_path / "checkpoint.pt"
     wide = dipddpm.make_unet(config(width=16), 1, "cpu").state_dict()
-    damaged = [b"", b"not a checkpoint", good[:5000], good[:-100], saved | {"format": 1}, [saved],
-               {"format": saved["format"]}, saved | {"ema": wide, "net": wide},
-               saved | {"ema": Malicious(tmp_path / "ran")}]
-    for i, content in enumerate(damaged):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        shutil.copy(whole_run / "config.json", folder)
+    shutil.copy(whole_run[0] / "config.json", tmp_path)
+    torch.save(saved, good)
+    whole = good.read_bytes()
+    for content in (b"", b"not a checkpoint", whole[:5000], whole[:-100], [saved],
+                    saved | {"format": 1}, {"format": saved["format"]}, saved | {"ema": wide},
+                    saved | {"ema": Malicious(tmp_path / "ran")}):
         if isinstance(content, bytes):
-            (folder / "checkpoint.pt").write_bytes(content)
+            good.write_bytes(content)
         else:
-            torch.save(content, folder / "checkpoint.pt")
-        for flags in dict(resume=folder), dict(resume=folder, mode="sample", out=tmp_path / "s"):
-            err = refused(capsys, **flags)
-            assert "checkpoint" in err or "architecture" in err, (i, err)
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "s").exists()
-    torch.load(tmp_path / "8" / "checkpoint.pt", weights_only=False)
+            torch.save(content, good)
+        err = refused(capsys, mode="sample", resume=tmp_path, out=tmp_path / "s")
+        assert "checkpoint.pt: not a" in err or "its network has another architecture" in err
+        assert not (tmp_path / "s").exists() and not (tmp_path / "ran").exists()
+    assert "checkpoint.pt: not a" in refused(capsys, resume=tmp_path)
+    torch.load(good, weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
 
 
 @pytest.mark.parametrize("damage", [
-    "", "{", "[]", '{"mode": "dip"', '"mode"', {"dip_source": ["network"]}, {"sweep": ["seed=1,2"]},
-    {"mode": "none"}, {"mode": None}, {"epochs": "2"}, {"epochs": None}, {"epochs": 2.5},
-    {"nfe": 3}, {"nfe": ["3"]}, {"width": [8]}, {"lr": "fast"}, {"data": 3}, {"seed": -1}])
+    "", "{", "[]", '{"mode": "dip"', {"dip_source": ["network"]}, {"sweep": ["seed=1,2"]},
+    {"mode": None}, {"epochs": "2"}, {"epochs": None}, {"epochs": 2.5}, {"nfe": 3}, {"nfe": ["3"]},
+    {"lr": "fast"}, {"data": 3}, {"seed": -1}])
 def test_a_damaged_config_is_one_line(damage, whole_run, tmp_path, capsys):
     if isinstance(damage, dict):
-        damage = json.dumps(json.loads((whole_run / "config.json").read_text()) | damage)
+        damage = json.dumps(whole_run[1]["config"] | damage)
     (tmp_path / "config.json").write_text(damage)
-    shutil.copy(whole_run / "checkpoint.pt", tmp_path)
     assert "config.json is damaged or of another version" in refused(capsys, resume=tmp_path)
 
 
-@contextlib.contextmanager
-def no_file_above(size):
-    import resource
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-
-
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path, capsys):
-    flags, _ = little_training(tmp_path)
-    good = tmp_path / "checkpoint.pt"
+    import resource
+    flags, good = little_training(tmp_path)[0] | dict(epochs=1), tmp_path / "checkpoint.pt"
     dipddpm.save({"step": 1}, good)
-    with no_file_above(100_000):
-        refused(capsys, status=1, mode="ddpm", out=tmp_path / "r", **flags | dict(epochs=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        refused(capsys, status=1, out=tmp_path / "r", **flags)
         with pytest.raises((OSError, RuntimeError)):
             dipddpm.save({"step": 2, "net": torch.zeros(100_000)}, good)
-    assert torch.load(good) == {"step": 1}
-    assert {file.name for file in (tmp_path / "r").iterdir()} == {"config.json"}
-    assert not list(tmp_path.glob("*.tmp"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert torch.load(good) == {"step": 1} and not list(tmp_path.glob("*.tmp"))
+    assert [file.name for file in (tmp_path / "r").iterdir()] == ["config.json"]
     assert run_main(words(resume=tmp_path / "r"), capsys)[0] == 0
 
 
@@ -2220,22 +2183,12 @@ def little_training(tmp_path):
     """600 quick steps on pictures that are quickly there: flags, and where to run them."""
     (tmp_path / "data").mkdir()
     for i in range(70):
-        pixels = np.random.default_rng(i).integers(0, 256, (12, 12)).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
-    flags = dict(data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40, samples=4,
-                 nfe=2)
+        picture(tmp_path / "data" / f"{i:02}.png", (12, 12), "L", i)
+    flags = dict(mode="ddpm", data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40,
+                 samples=4, nfe=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
     return flags, dict(cwd=HERE, env=environment, text=True, stdout=subprocess.PIPE,
                        stderr=subprocess.PIPE)
-
-
-@pytest.fixture(scope="module")
-def little_run(tmp_path_factory):
-    """A little training that nothing stopped: its flags, where it ran, its folder."""
-    flags, here = little_training(tmp_path_factory.mktemp("little"))
-    folder = flags["data"].parent / "whole"
-    ended_well(one_process(mode="ddpm", out=folder, **flags), here)
-    return flags, here, folder
 
 
 def one_process(**flags):
@@ -2254,18 +2207,14 @@ def ended_well(command, here):
 
 
 def begun(command, folder, here):
-    """A command that trains now, in this folder."""
-    said = folder / "config.json"
-    before = said.stat().st_mtime_ns if said.exists() else 0
-    process = subprocess.Popen(command, **here)
-    for _ in range(600):
-        if said.exists() and said.stat().st_mtime_ns > before:
-            return process
-        if process.poll() is not None:
-            break
+    """A command's process, once it trains in this folder."""
+    config, process = folder / "config.json", subprocess.Popen(command, **here)
+    before = config.exists() and config.stat().st_mtime_ns
+    while not config.exists() or config.stat().st_mtime_ns == before:
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    process.terminate()
-    raise TimeoutError(process.communicate(timeout=60)[1])
+    time.sleep(0.5)
+    return process
 
 
 def log_of(folder):
@@ -2274,106 +2223,90 @@ def log_of(folder):
     return [row[:3] + row[4:] for row in rows]
 
 
-def losses_in(folder):
+def losses_of(folder):
     return [float(row[3]) for row in log_of(folder)]
 
 
-SIGNALLED = """
+@pytest.fixture(scope="module")
+def little_run(tmp_path_factory):
+    """A little training that nothing stopped: its flags, where it ran, its folder."""
+    flags, here = little_training(tmp_path_factory.mktemp("little"))
+    folder = flags["data"].parent / "whole"
+    ended_well(one_process(out=folder, **flags), here)
+    return flags, here, folder
+
+
+STOPPED = """
 import os, random, signal, sys, time
 import dipddpm
 
 folder, *words = sys.argv[1:]
 dipddpm.CHECKPOINT_SECONDS, chance, ends = 0, random.Random(5), []
-
-def start():
+sys.stdout, said = open(os.devnull, "w"), sys.stdout
+for number in [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] * 5 + [0]:
     goes_on = os.path.exists(os.path.join(folder, "config.json"))
     pid = os.fork()
     if pid == 0:
-        os.dup2(os.open(folder + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-        try:
-            dipddpm.main(["--resume", folder] if goes_on else [*words, "--out", folder])
-        except SystemExit as error:
-            os._exit(error.code or 0)
+        dipddpm.main(["--resume", folder] if goes_on else [*words, "--out", folder])
         os._exit(0)
-    return pid
-
-for number in [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] * 5:
-    pid = start()
-    time.sleep(chance.uniform(0.1, 1.0))
-    os.kill(pid, number)
+    if number:
+        time.sleep(chance.uniform(0.1, 1.0))
+        os.kill(pid, number)
     ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-print(*ends, os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
+print(*ends, file=said)
 """
 
 
 def test_a_training_stopped_again_and_again_ends_in_the_same_bits(little_run, tmp_path):
     flags, here, whole = little_run
-    done = subprocess.run([sys.executable, "-c", SIGNALLED, tmp_path / "stopped",
-                           *words(mode="ddpm", **flags)], **here)
+    folder = tmp_path / "r"
+    done = subprocess.run([sys.executable, "-c", STOPPED, folder, *words(**flags)], **here)
     *ends, last = map(int, done.stdout.split())
     assert last == 0 and {-signal.SIGKILL, 130, 143} <= set(ends), (ends, done.stderr)
-    assert ends.count(0) < len(ends) / 2
-    assert f"interrupted; continue with --resume {tmp_path / 'stopped'}\n" in done.stderr
-    stopped = tmp_path / "stopped"
-    assert log_of(whole) == log_of(stopped) and len(log_of(whole)) == 12
-    assert (whole / "samples-nfe2.png").read_bytes() == (stopped / "samples-nfe2.png").read_bytes()
-    weights = [dipddpm.load_checkpoint(folder)["ema"] for folder in (whole, stopped)]
-    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
+    assert f"dipddpm: interrupted; continue with --resume {folder}\n" in done.stderr
+    assert log_of(whole) == log_of(folder) and len(log_of(whole)) == 12
+    assert (whole / "samples-nfe2.png").read_bytes() == (folder / "samples-nfe2.png").read_bytes()
+    weights = dipddpm.load_checkpoint(folder)["ema"]
+    for name, weight in dipddpm.load_checkpoint(whole)["ema"].items():
+        assert torch.equal(weight, weights[name])
 
 
 def test_two_processes_do_what_one_does(tmp_path):
     flags, here = little_training(tmp_path)
     flags |= dict(mode="prior", limit=62, epochs=30, batch=31, samples=7, dip_iters=3, dip_width=4)
-    said = ended_well(two_processes(out=tmp_path / "two", **flags), here)
-    assert said.count("data: ") == said.count("report: ") == 1  # one process speaks
-    ended_well(one_process(out=tmp_path / "one", **flags), here)
     one, two = tmp_path / "one", tmp_path / "two"
-    assert len(losses_in(one)) == 2 and losses_in(two) == pytest.approx(losses_in(one), rel=1e-4)
+    ended_well(one_process(out=one, **flags), here)
+    said = ended_well(two_processes(out=two, **flags), here)
+    assert said.count("data: ") == said.count("report: ") == 1  # one process speaks
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-4)
     pictures = [np.asarray(Image.open(folder / "samples-nfe2.png"), float) for folder in (one, two)]
     assert abs(pictures[0] - pictures[1]).max() <= 2
-    told = [[(row["name"], row["nfe"]) for row in results_of(f)["arms"]] for f in (one, two)]
-    assert told[0] == told[1]
-    # Adam forgives a wrong scale of the gradient; its memory does not
-    memory = [sum(m["exp_avg_sq"].sum().item() for m in dipddpm.load_checkpoint(folder)
-                  ["optimizer"]["state"].values()) for folder in (one, two)]
-    assert memory[1] == pytest.approx(memory[0], rel=1e-3)
 
 
-def test_a_process_that_dies_ends_the_other_and_says_so(tmp_path):
-    flags, here = little_training(tmp_path)
-    flags |= dict(mode="ddpm", epochs=100_000, out=tmp_path / "r")
-    process = begun(two_processes(**flags), tmp_path / "r", here)
+def test_one_process_or_two_stop_or_die_and_others_go_on(little_run, tmp_path):
+    flags, here, whole = little_run
+    first, second, third = (tmp_path / name for name in "123")
+    # one is stopped between two rows of its log
+    process = begun(one_process(out=first, **flags), first, here)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() and process.returncode == 130
+    # two go on and stop together
+    process = begun(two_processes(resume=first, out=second), second, here)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate() and process.returncode != 0
+    steps = [dipddpm.load_checkpoint(folder)["step"] for folder in (first, second)]
+    assert 0 < steps[0] < steps[1] < 600 and steps[1] % 50 == 0
+    # of two that go on one dies: the other ends, and says so
+    process = begun(two_processes(resume=second, out=third), third, here)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    ours = [line for line in err.splitlines() if line.startswith("dipddpm: ")]  # among torchrun's
-    assert process.returncode != 0 and ours == [
-        f"dipddpm: another process ended; continue with --resume {tmp_path / 'r'}"]
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-
-
-def test_one_process_stops_two_go_on_and_stop_and_one_ends(little_run, tmp_path):
-    flags, here, whole = little_run
-    first, second, steps = tmp_path / "1", tmp_path / "2", [0]
-    for command, folder, number in (
-            (one_process(mode="ddpm", out=first, **flags), first, signal.SIGINT),
-            (two_processes(resume=first, out=second), second, signal.SIGTERM)):
-        process = begun(command, folder, here)
-        time.sleep(0.5)
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode != 0
-        steps.append(dipddpm.load_checkpoint(folder)["step"])
-    assert 0 < steps[1] < steps[2] < 600 and steps[2] % 50 == 0  # two stop together
-    ended_well(one_process(resume=second), here)
-    assert len(losses_in(second)) == 12
-    assert losses_in(second) == pytest.approx(losses_in(whole), rel=0.02)
-
-
-def test_what_many_processes_cannot_do_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "runs in one process" in refused(capsys, mode="guide", data="digits")
-    assert "several processes need --out" in refused(capsys, mode="ddpm", data="digits")
+    _, err = process.communicate()
+    said = [line for line in err.splitlines() if line.startswith("dipddpm: ")]  # among torchrun's
+    assert said == [f"dipddpm: another process ended; continue with --resume {third}"]
+    assert process.returncode and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    # one goes on to the end
+    ended_well(one_process(resume=third), here)
+    assert losses_of(third) == pytest.approx(losses_of(whole), rel=0.02) and len(losses_of(third)) == 12
 
 
 # ---- golden numbers ------------------------------------------------------------------------------
@@ -2404,39 +2337,34 @@ GOLDEN = {
 RUNS = (("prior", 28), ("dip", 28), ("guide", 100), ("sample", 28))  # modes and sizes of images
 
 
-def little_images(n, size=12):
-    """The same on every machine: waves and noise, uint8 [n, 1, size, size]."""
-    i, y, x = torch.meshgrid(torch.arange(n), *[torch.arange(size)] * 2, indexing="ij")
-    wave = 0.5 + 0.5 * torch.sin((x * (1 + i % 4) + y * (1 + i // 4)) / 5)
-    noise = kernels.uniform((n, size, size), 0, 0, 0, kernels.INIT_NOISE)
-    return (255 * (0.8 * wave + 0.2 * noise)).byte()[:, None]
-
-
 def rms(x):
     return x.double().square().mean().sqrt().item()
 
 
 def golden():
-    """What the method gives for little images: {what: number or numbers}."""
+    """What the method gives for little images, waves and noise: {what: number or numbers}."""
     cfg = config(width=8, batch=20, epochs=4, timesteps=40, dip_width=4, dip_lr=0.05, patience=10,
                  budget=150, rungs=3, replicas=2, code_epochs=20)
-    pixels, numbers, found = little_images(40), torch.arange(2), {}
-    x = pixels[:2].double() / 255
+    i, y, x = torch.meshgrid(torch.arange(40), torch.arange(12), torch.arange(12), indexing="ij")
+    noise = kernels.uniform((40, 12, 12), 0, 0, 0, kernels.INIT_NOISE)
+    wave = 0.5 + 0.5 * torch.sin((x * (1 + i % 4) + y * (1 + i // 4)) / 5)
+    pixels = (255 * (0.8 * wave + 0.2 * noise)).byte()[:, None]
+    x, numbers, found = pixels[:2].double() / 255, torch.arange(2), {}
     # training, and three evaluations of a network that anybody can write down
     net = dipddpm.make_unet(cfg, 1, "cpu")
-    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), betas=(0.9, 0.99),
-                             weight_decay=0.01, fused=True)
+    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), fused=True)
     steps = dipddpm.train_steps(cfg, pixels, net, copy.deepcopy(net), adam)
     found["losses of 8 training steps"] = [loss.item() for _, loss in steps]
     start = dipddpm.start_from_prior(cfg, 2 * x.float() - 1, 24, numbers)
     for predict in dipddpm.PREDICTIONS:
-        found[f"{predict}: DDIM, 2M, DDPM"] = [rms(dipddpm.sample(
-            dataclasses.replace(cfg, predict=predict, order=order),
-            lambda x_t, t: torch.sin(3 * x_t + t[:, None, None, None]) / 2, start, 24, 3, eta,
-            numbers) - 2 * x + 1) for order, eta in ((1, 0), (2, 0), (1, 1))]
+        ends = [dipddpm.sample(dataclasses.replace(cfg, predict=predict, order=order),
+                               lambda x_t, t: torch.sin(3 * x_t + t[:, None, None, None]) / 2,
+                               start, 24, 3, eta, numbers)
+                for order, eta in ((1, 0), (2, 0), (1, 1))]
+        found[f"{predict}: DDIM, 2M, DDPM"] = [rms(end - 2 * x + 1) for end in ends]
     # a DIP, codes, and new ones
-    found["a DIP after 20 iterations"] = rms(
-        dipddpm.fit_dips(cfg, dipddpm.exact(x), numbers, 20) - x)
+    end = dipddpm.fit_dips(cfg, dipddpm.exact(x), numbers, 20)
+    found["a DIP after 20 iterations"] = rms(end - x)
     decoder, codes = dipddpm.fit_codes(cfg, pixels)
     new = dipddpm.draw_codes(dipddpm.fit_mixture(codes, 0), 40, 0)
     found["codes: decoded, new, new decoded"] = [
@@ -2444,35 +2372,26 @@ def golden():
     # halves of noisy images, and the fits that they stop
     known = dipddpm.corrupt(cfg, "denoise", x, 0.2, numbers)
     half = dipddpm.halves(cfg, known, dipddpm.replicas_of(numbers, 2), 3)
-    flat = torch.full_like(half.y_minus, 0.5)
     found["noise level"] = dipddpm.noise_level(known.y).tolist()
     found["y+ of each rung, y-"] = [*map(rms, half.targets), rms(half.y_minus)]
-    found["risk of a flat output"] = half.risk(flat, 2).tolist()
+    found["risk of a flat output"] = half.risk(torch.full_like(half.y_minus, 0.5), 2).tolist()
     for name, rungs in ("split", 1), ("ladder", 3):
         end, took = dipddpm.fit_guided(cfg, known, numbers, rungs)
         found[f"{name}, and iterations"] = [rms(end - x), *took.tolist()]
     # what a run takes where nothing is said
-    asked = [config(mode=mode) for mode, _ in RUNS]
-    given = [dipddpm.resolve(cfg, (5000, 1, size, size)) for cfg, (_, size) in zip(asked, RUNS)]
+    given = [dipddpm.resolve(config(mode=mode), (5000, 1, size, size)) for mode, size in RUNS]
     for f in dataclasses.fields(dipddpm.Config):
         values = [getattr(cfg, f.name) for cfg in given]
-        if any(getattr(cfg, f.name) is None for cfg in asked) and any(values):
+        if f.default is None and any(values):
             found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values]
     return found
 
 
-@pytest.fixture(scope="module")
-def today():
-    return golden()
-
-
-@pytest.mark.parametrize("what", GOLDEN)
-def test_golden_numbers(what, today):
-    assert today[what] == pytest.approx(GOLDEN[what], rel=0.01)
-
-
-def test_every_number_is_golden(today):
-    assert list(today) == list(GOLDEN)
+def test_golden_numbers():
+    found = golden()
+    assert list(found) == list(GOLDEN)
+    for what, numbers in found.items():
+        assert numbers == pytest.approx(GOLDEN[what], rel=0.01), what
 
 
 # ================================================================== eval
@@ -3224,75 +3143,61 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
 # ------------------------------------------------------------------ README, and the shape
 
 
-TEXTS = [name for name in ("README.md", "studies/RESULTS.md") if (HERE / name).exists()]
-needs_studies = pytest.mark.skipif(not (HERE / "studies").is_dir(), reason="no studies/")
+TEXTS = {name: (HERE / name).read_text() for name in ("README.md", "studies/RESULTS.md")
+         if (HERE / name).exists()}
 
 
 def commands_in(text, folder):
     """The commands of a text's blocks and inline code as lists of words, each as a shell expands
     it: bash runs them in an empty folder where no program is found, and is asked what it missed."""
-    blocks = [block for block in re.findall(r"(?ms)^```\n(.*?)^```", text)
-              if not block.startswith("# at 006ea6a")]
-    pieces = [*blocks, *re.findall(r"`([^`\n]+)`", text)]
+    pieces = re.findall(r"(?ms)^```\n(?!# at 006ea6a)(.*?)^```", text)
     shell = "command_not_found_handle() { printf '%s\\037' \"$@\"; printf '\\036'; }\n"
-    found = []
-    for piece in pieces:
-        if re.search(r"(?m)(^|[\"=] *)(python|torchrun|make) ", piece):
-            done = subprocess.run(["/bin/bash", "-c", shell + piece], cwd=folder, text=True,
-                                  capture_output=True, env={"PATH": "/nowhere", "DIPDDPM_DATA": "data"})
+    for piece in [*pieces, *re.findall(r"`([^`\n]+)`", text)]:
+        if re.search(r"(?m)(^ *|[\"=])(python|torchrun|make) ", piece):
+            nothing = {"PATH": "/nowhere", "DIPDDPM_DATA": "data"}
+            done = subprocess.run(["/bin/bash", "-c", shell + piece], cwd=folder, env=nothing,
+                                  text=True, capture_output=True)
             assert "syntax error" not in done.stderr, piece
-            found += [line.split("\037")[:-1] for line in done.stdout.split("\036")[:-1]]
-    return found
+            yield from (line.split("\037")[:-1] for line in done.stdout.split("\036")[:-1])
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_command_that_is_told_can_be_given(name, tmp_path):
-    commands = commands_in((HERE / name).read_text(), tmp_path)
     targets = re.findall(r"(?m)^([a-z%-]+):", (HERE / "Makefile").read_text())
-    ours = 0
-    for command in commands:
-        said = " ".join(command)
-        if "dipddpm.py" in command:
-            flags = command[command.index("dipddpm.py") + 1:]
-            if "--help" not in flags:
-                cfg = vars(dipddpm.parser().parse_args(flags))  # SystemExit where it does not parse
-                assert {"mode", "resume"} & set(cfg), said
-            ours += 1
-        elif command[:2] == ["python", "-m"] and command[2].startswith("studies"):
-            assert not (HERE / "studies").is_dir() or (
-                HERE / f"{command[2].replace('.', '/')}.py").exists(), said
+    told = list(commands_in(TEXTS[name], tmp_path))
+    assert len(told) > 10
+    for command in told:
+        if "dipddpm.py" in command:  # the parser exits where it does not parse
+            dipddpm.parser().parse_args(command[command.index("dipddpm.py") + 1:])
         elif command[0] == "make":
-            assert set(command[1:]) <= set(targets), said
-        elif command[0] == "python" and command[1].endswith(".py"):
-            assert (HERE / command[1]).exists(), said
-    assert ours > 5
+            assert set(command[1:]) <= set(targets), command
+        elif command[0] == "python":
+            name = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
+            assert (HERE / name).exists() or not (HERE / name).parent.exists(), command
 
 
 def test_the_readme_is_short_and_quotes_the_code():
-    text = (HERE / "README.md").read_text()
+    text = TEXTS["README.md"]
     assert len(text.encode()) <= 12_000
     code = "".join(path.read_text() for path in [HERE / "dipddpm.py", *HERE.glob("kernels/*.py")])
-    quotes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    quotes = re.findall(r"(?s)```python\n(.*?)```", text)
     assert len(quotes) >= 3 and all(quote in code for quote in quotes)
-    known = set(re.findall(r"(?<![\w-])--[a-z-]+", dipddpm.parser().format_help()))
-    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
-    assert len(told) > 5 and told <= known | {"--nproc-per-node"}
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--help", "--nproc-per-node"}
+    assert len(told) > 5 and told <= set(FIELDS)
 
 
-@needs_studies
+@pytest.mark.skipif(not (HERE / "studies").is_dir(), reason="no studies/")
 def test_links_lead_somewhere():
-    count = 0
-    for name in TEXTS:
-        for link in re.findall(r"\]\(([^)]+)\)", (HERE / name).read_text()):
-            file, _, anchor = link.partition("#")
-            target = (HERE / name).parent / file if file else HERE / name
-            if "://" not in link:
-                assert target.exists(), link
-                titles = re.findall(r"(?m)^##* (.*)$", target.read_text()) if anchor else ()
-                anchors = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
-                assert not anchor or anchor in anchors, link
-                count += 1
-    assert count > 10
+    links = [(HERE / name, link) for name, text in TEXTS.items()
+             for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 10
+    for path, link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        titles = re.findall(r"(?m)^#+ (.*)$", target.read_text()) if anchor else ()
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not anchor or anchor in anchors, link
 
 
 def test_nothing_needs_the_studies():
@@ -3302,7 +3207,8 @@ def test_nothing_needs_the_studies():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for what, number in golden().items():
-        numbers = number if isinstance(number, list) else [number]
-        told = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers]
-        print(f'    "{what}": ' + (f"({', '.join(told)})," if number is numbers else f"{told[0]},"))
+    for what, numbers in golden().items():
+        several = isinstance(numbers, list)
+        told = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (
+            numbers if several else [numbers])]
+        print(f'    "{what}": ' + (f"({', '.join(told)})," if several else f"{told[0]},"))
