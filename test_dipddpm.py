@@ -1534,13 +1534,11 @@ def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_left(ca
     assert capsys.readouterr().out == told
 
 
-@pytest.mark.parametrize("fit", [
-    lambda cfg, known: dipddpm.fit_dips(cfg, known, torch.arange(1), 40),
-    lambda cfg, known: dipddpm.fit_guided(cfg, known, torch.arange(1), 1)])
+@pytest.mark.parametrize("fit", [dipddpm.fit_plain, dipddpm.fit_guided])
 def test_a_fit_that_leaves_the_finite_numbers_says_so(fit):
     _, known = measured("denoise", 1, 0.1)
     with pytest.raises(RuntimeError, match="a DIP fit is not finite after .* rate 1e.30"):
-        fit(fit_config(dip_lr=1e30, replicas=2), known)
+        fit(fit_config(dip_lr=1e30, replicas=2), known, torch.arange(1), 1)
 
 
 @pytest.mark.parametrize("task", dipddpm.TASKS)
@@ -1785,9 +1783,6 @@ def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
     for target, level in zip(half.targets, (4, 2, 1)):  # y is clean: y_plus has alpha sigma alone
         variance = 0.2**2 * (0.5**2 + 1.25 * (level**2 - 1))
         assert target.std() == pytest.approx(variance**0.5, rel=0.02)
-    mixed = half.target(torch.arange(50) % 3, 4)  # each image stands on a rung of its own
-    for k in range(50):
-        assert torch.equal(mixed[4 * k:4 * k + 4], half.targets[k % 3][4 * k:4 * k + 4])
 
 
 @pytest.mark.parametrize("M", [1, 4, 12])
