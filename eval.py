@@ -5,11 +5,10 @@
     LeNet features         feature_network, look, features, subset, floor
     all of a set           Judge
     files                  write_text, write_json, grid, save_png, draw
-    rows and runs          setting, tables, text_tables, charts, report, compare
+    rows and runs          setting, text_tables, report, compare
 
-`python eval.py A.png B.png` prints the image measures of two pictures;
-`python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json, and for several runs also
-makes one page of them all, comparison.html beside them.
+`python eval.py A.png B.png` prints the image measures of two pictures; `python eval.py RUN...`
+makes RUN/report.html of RUN/results.json and, of several runs, comparison.html beside them.
 
 Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
 
@@ -83,8 +82,7 @@ def mae(a, b, data_range=1.0):
 
 
 def psnr(a, b, data_range=1.0):
-    """-10 log10 mean ((a - b) / data_range)²: [N, C, H, W] twice -> float64 [N] in dB, inf where
-    equal."""
+    """-10 log10 of `mse`: [N, C, H, W] twice -> float64 [N] in dB, inf where equal."""
     return -10 * mse(a, b, data_range).log10()
 
 
@@ -599,7 +597,8 @@ def draw(path, caption, rows):
 # ---------------------------------------------------------------- rows and tables
 
 SETTING = ("t_start", "eta", "order", "train", "grid")  # with its name they make a row's setting
-NO_MEASURES = ("nfe", "seed", "sigma", "images", *SETTING)
+NO_MEASURES = ("nfe", "seed", "sigma", "seconds_of_1000", *SETTING)
+KEYS = ("fid_lenet", "precision", "recall", "nearest", "psnr", "ssim")
 NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
          "kid": "KID", "psnr_oracle": "best PSNR, dB"}
 
@@ -670,9 +669,8 @@ def cell(rows, key, seeds=1):
 
 
 def tables(results, keys=()):
-    """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations,
-    a table for each of `keys` (none given: the headline); where nothing was evaluated settings ×
-    `keys` (none given: all measures)."""
+    """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations
+    for each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
     floor = results.get("floor", {}).get("fid_lenet")
     for (task,), rows in group(results["arms"], "task").items():
         seeds = len(group(rows, "seed"))
@@ -680,25 +678,26 @@ def tables(results, keys=()):
         if seeds == 1 and any("psnr_std" in row for row in rows):
             over += ", ± standard deviation over images"
 
-        # sheets of columns, (evaluations, measure)
+        # sheets of columns, each evaluations and a measure
         nfes = sorted({row.get("nfe") for row in rows}, key=lambda nfe: (nfe is not None, nfe))
-        every = dict.fromkeys(key for row in rows for key in row
-                              if key not in NO_MEASURES and not key.endswith("_std"))
-        sheets = {key: [(nfe, key) for nfe in nfes] for key in keys or [headline(rows)]}
+        sheets = [[(nfe, key) for nfe in nfes] for key in keys or KEYS if _values(rows, key)]
         if nfes == [None]:
-            sheets = {"arm": [(None, key) for key in keys or every]}
-        for name, columns in sheets.items():
-            columns = [(nfe, key) for nfe, key in columns if _values(rows, key)]
-            heads = [NAMES.get(key, key) if name == "arm" else show(nfe) for nfe, key in columns]
-            cells = [["arm" if name == "arm" else "evaluations", *heads]]
+            found = [key for key in dict.fromkeys(key for row in rows for key in row)
+                     if _values(rows, key) and key not in NO_MEASURES and key[-4:] != "_std"]
+            sheets = [[(None, key) for key in keys or found if key in found]]
+        for columns in filter(None, sheets):
+            cells = [["arm", *(NAMES.get(key, key) for _, key in columns)]]
+            about = [task, over]
+            if nfes != [None]:
+                cells = [["evaluations", *("none" if nfe is None else show(nfe) for nfe in nfes)]]
+                key = columns[0][1]
+                bound = f"floor {show(floor)}" if key == "fid_lenet" and floor else ""
+                about = [task, NAMES.get(key, key), bound, over]
             for (label,), mine in group(rows, "setting").items():
                 at = group(mine, "nfe")
                 cells.append([label, *(cell(at.get((nfe,), []), key, seeds)
                                        for nfe, key in columns)])
-            about = [task, NAMES.get(name, name) if name != "arm" else "",
-                     f"floor {show(floor)}" if name == "fid_lenet" and floor else "", over]
-            if columns:
-                yield ", ".join(filter(None, about)), cells
+            yield ", ".join(filter(None, about)), cells
 
 
 def markdown(cells):
@@ -752,24 +751,20 @@ def charts(results):
         drawn.setdefault(kind, {})[label or kind] = lines
     for (task,), rows in group(results["arms"], "task").items():
         key = headline(rows)
-        kinds = {"fid_lenet": ("quality", "seconds"), "psnr": ("restored",), "seconds": ()}[key]
         for (label, name), mine in group(rows, "setting", "name").items():
-            if not _values(rows, "nfe") or name == "corrupted":
-                continue  # no arm made these
-            mine = [row | {"quality": row.get("nfe"), "restored": row.get("nfe") or 0,
-                           "seconds": per_thousand(row)} for row in mine]
-            for kind in kinds:
-                lines = group(sorted(mine, key=lambda row: row["restored"]), "seed").values()
-                drawn.setdefault(f"{kind} {task}".strip(), {})[label] = [
-                    [[row[kind], row.get(key)] for row in line] for line in lines]
+            if key == "seconds" or not _values(rows, "nfe") or name == "corrupted":
+                continue  # there is nothing to draw, or no arm made it
+            mine = sorted(mine, key=lambda row: row.get("nfe") or 0)
+            lines = {"quality" if key == "fid_lenet" else "restored": [
+                [[row.get("nfe") or 0, row.get(key)] for row in line]
+                for line in group(mine, "seed").values()]}
+            if key == "fid_lenet":
+                lines["seconds"] = [[[row.get("seconds_of_1000"), row[key]] for row in line]
+                                    for line in group(mine, "seed").values()]
+            for kind in lines:
+                drawn.setdefault(f"{kind} {task}".strip(), {})[label] = lines[kind]
     order = [kind for first in CHARTS for kind in drawn if kind.split(" ")[0] == first]
     return {kind: drawn[kind] for kind in [*order, *drawn]}
-
-
-def per_thousand(row):
-    """Seconds for 1,000 images, where they and the number of images are known."""
-    took, n = row.get("seconds"), row.get("images")
-    return 1000 * took / n if _number(took) and n else None
 
 
 def styles(names):
@@ -921,8 +916,9 @@ def merge(folders):
         for row in run.get("arms", []):
             row = {key: value for key, value in row.items() if key not in unlike} | {
                 "name": f"{row.get('name', '–')}{suffix}",
-                "task": f"{row['task']}, sigma {show(row.get('sigma'))}" if "task" in row else "",
-                "images": config.get("samples") or config["floor samples"]}
+                "task": f"{row['task']}, sigma {show(row.get('sigma'))}" if "task" in row else ""}
+            if (n := config.get("samples") or config["floor samples"]) and row.get("seconds"):
+                row["seconds_of_1000"] = 1000 * row["seconds"] / n
             # of a seed that comes twice the last counts
             rows[tuple(map(row.get, ("task", "name", "nfe", "seed", *SETTING)))] = row
         for name, points in run.get("curves", {}).items():
@@ -990,23 +986,18 @@ def compare(folders, path):
 
 def _page(results, runs):
     """The whole page of merged results, as text."""
-    about, floor = results.get("data", {}), results.get("floor", {}).get("fid_lenet")
-    title = f"{runs} runs" if runs > 1 else results.get("mode", "results")
-    columns = dict.fromkeys(key for row in results["arms"] for key in row)
-    every = [list(columns)] + [[show(row.get(key)) for key in columns] for row in results["arms"]]
-    same = {key: results.get(key) for key in ("device", "precision", "torch", "parameters")}
-    same |= {f"{part} {key}": value for part in ("data", "features", "seconds")
-             for key, value in results.get(part, {}).items()} | results["config"]
-    same = "\n".join(f"{key}: {show(value)}" for key, value in same.items() if value is not None)
-
+    what = f"{runs} runs" if runs > 1 else results.get("mode", "results")
+    title = esc(f"{what} · {results.get('data', {}).get('name', '')}")
+    floor = results.get("floor", {}).get("fid_lenet")
+    same = {part: results.get(part) for part in (
+        "device", "precision", "torch", "parameters", "seconds", "data", "features", "config")}
     body = [_section(heading, [_table(cells)]) for heading, cells in tables(results)]
     body += [_section("Curves", [_chart(kind, series, floor)
                                  for kind, series in charts(results).items()]),
              _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
              _section("Pictures", map(_picture, results["pictures"])),
-             _section("Every row", [_table(every)] * bool(columns)),
-             _section("Configuration", [f"<pre>{esc(same)}</pre>"])]
-    return PAGE.format(title=esc(f"{title} · {about.get('name', '')}"), css=CSS, body="".join(body))
+             _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
+    return PAGE.format(title=title, css=CSS, body="".join(body))
 
 
 def _section(heading, parts):
@@ -1078,7 +1069,7 @@ def main(arguments=None):
             pages = [path / "report.html" for path in paths]
             for path in paths:
                 report(path)
-            print(text_tables(paths, ("fid_lenet", "recall", "nearest", "psnr", "ssim")), "\n")
+            print(text_tables(paths, KEYS), "\n")
             if len(paths) > 1:
                 above = os.path.commonpath([path.resolve() for path in paths])
                 pages.append(Path(above) / "comparison.html")
