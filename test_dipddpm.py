@@ -2924,12 +2924,11 @@ def test_curves_come_from_the_rows(tmp_path):
     restored = [{"name": name, "nfe": nfe, "psnr": 20.0, "task": "sr", "sigma": 0, "seed": 0}
                 for name, nfe in (("corrupted", None), ("dip", None), ("ddpm", 3))]
     measures.write_json(RESULTS | {"arms": arms + restored}, tmp_path / "results.json")
-    drawn = measures.charts(measures.merge([tmp_path]))
-    assert list(drawn) == ["quality", "seconds", "loss", "restored sr, sigma 0", "other"]
-    assert list(drawn["quality"]) == ["ddpm", "pca t_start 5", "pca t_start 6"]
-    assert drawn["quality"]["ddpm"] == [[[3, 9.0], [20, 9.0]]]
-    assert drawn["seconds"]["ddpm"] == [[[40.0, 9.0], [40.0, 9.0]]]  # 2 s for 50 images
-    assert drawn["restored sr, sigma 0"] == {"dip": [[[0, 20.0]]], "ddpm": [[[3, 20.0]]]}
+    drawn = measures.merge([tmp_path])["curves"]
+    assert drawn["quality/ddpm"] == drawn["quality/pca t_start 5"] == [[[3, 9.0], [20, 9.0]]]
+    assert drawn["seconds/pca t_start 6"] == [[[40.0, 9.0], [40.0, 9.0]]]  # 2 s for 50 images
+    assert {name: lines for name, lines in drawn.items() if "restored" in name} == {
+        "restored sr, sigma 0/dip": [[[0, 20.0]]], "restored sr, sigma 0/ddpm": [[[3, 20.0]]]}
 
 
 def test_curves_are_averaged_only_where_every_seed_has_a_point():
