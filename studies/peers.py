@@ -17,12 +17,12 @@ import time
 from unittest.mock import MagicMock
 
 import diffusers
+import edge
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import dipddpm
-import edge
 
 for name in ("", ".transforms", ".utils", ".models"):  # the next two import it, but not for this
     sys.modules.setdefault("torchvision" + name, MagicMock())
