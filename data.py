@@ -12,14 +12,9 @@ import functools
 import gzip
 import hashlib
 import http.client
-import io
 import math
 import os
-import queue
 import sys
-import threading
-import time
-import urllib.parse
 import urllib.request
 import uuid
 import warnings
@@ -39,7 +34,7 @@ class Images(NamedTuple):
     sha256: str  # of the pixel bytes, hex
 
 
-def load(name="auto", root=None, split="train", limit=None, size=None, crop=None) -> Images:
+def load(name, root=None, split="train", limit=None, size=None, crop=None) -> Images:
     """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
     auto, mnist, fashion, cifar10, stl10, digits, or a path to one image, to a folder of images or
     to a folder of four IDX files under MNIST's names; data sets live under `root`, by default
@@ -53,6 +48,7 @@ def load(name="auto", root=None, split="train", limit=None, size=None, crop=None
         raise ValueError(f"limit {limit} is less than 1")
     if name == "auto":
         name = _mnist_or_digits(root)
+    # A set's name is looked up before a path of the same name.
     path = Path(name).expanduser()
     if name in SETS:
         pixels, labels = SETS[name](root, split, limit)
@@ -62,7 +58,8 @@ def load(name="auto", root=None, split="train", limit=None, size=None, crop=None
         pixels, labels = load_files(path, split, limit, size, crop), None
     else:
         raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
-    if labels is not None and (size or crop):  # files were, each by itself
+    # Resize and crop; image files were, each by itself.
+    if labels is not None and (size or crop):
         pixels = np.stack([_resize_and_crop(x, size, crop, name) for x in pixels[:limit]])
     pixels = np.array(pixels[:limit], order="C")  # a copy: nothing else is kept alive
     digest = hashlib.sha256(pixels).hexdigest()
@@ -73,9 +70,8 @@ def load(name="auto", root=None, split="train", limit=None, size=None, crop=None
 
 def default_root() -> Path:
     """Where data sets live: $DIPDDPM_DATA, else the user's cache folder."""
-    if root := os.environ.get("DIPDDPM_DATA"):
-        return Path(root).expanduser()
-    return cache_root()
+    root = os.environ.get("DIPDDPM_DATA")
+    return Path(root).expanduser() if root else cache_root()
 
 
 def cache_root() -> Path:
@@ -87,7 +83,6 @@ def cache_root() -> Path:
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IDX_LIMIT = 2**31  # bytes; a header can declare any size, so it is not believed beyond this
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def read_idx(path) -> np.ndarray:
@@ -99,7 +94,7 @@ def read_idx(path) -> np.ndarray:
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         try:
             return _parse_idx(gzip.GzipFile(fileobj=file) if packed else file, path)
-        except GZIP_ERRORS as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: damaged gzip file ({_line(error)})") from error
 
 
@@ -145,37 +140,24 @@ def _line(error):
 
 # ---- MNIST and Fashion-MNIST ---------------------------------------------------------------------
 
-MIRRORS = {
-    "mnist": (
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ),
-    "fashion": (
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-    ),
+SOURCES = {
+    "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "fashion": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 }
-# What a download must be: MNIST's mirrors differ in compression, so SHA-256 of the unpacked
-# content; Fashion-MNIST publishes the MD5 of its packed files.
-DIGESTS = {
-    "mnist": {
-        "train-images-idx3-ubyte":
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte":
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte":
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte":
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
-    "fashion": {
-        "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
-    },
+MNIST_SHA256 = {  # of the .gz files
+    "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
-ANSWER_SECONDS, DOWNLOAD_SECONDS, DOWNLOAD_LIMIT = 10, 300, 2**26  # the last in bytes
+FASHION_SHA256 = {
+    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+DIGESTS = {"mnist": MNIST_SHA256, "fashion": FASHION_SHA256}
+DOWNLOAD_TIMEOUT, DOWNLOAD_LIMIT = 10, 2**26  # seconds of silence, bytes
 
 
 def load_mnist(root, split, limit, name="mnist"):
@@ -197,7 +179,7 @@ def load_mnist(root, split, limit, name="mnist"):
 def _mnist_or_digits(root):
     """What `auto` means. It asks for all four files, so that both splits come from one data set."""
     try:
-        for file in DIGESTS["mnist"]:
+        for file in MNIST_SHA256:
             _find_or_fetch(root, "mnist", file)
         return "mnist"
     except OSError as error:
@@ -206,77 +188,38 @@ def _mnist_or_digits(root):
 
 
 def _find_or_fetch(root, name, file):
-    """Path of a file of a data set, plain or .gz; fetched from the first mirror that has the right
-    one. It is renamed into place once complete and checked: a half file is never taken for data."""
+    """Path of a data set's file in `root`/`name`, plain or .gz; downloaded where it is missing.
+    FileNotFoundError that says why it could not be, and what to put where."""
     folder = root / name
     for path in (folder / file, folder / f"{file}.gz"):
         if path.is_file():
             return path
-    reasons = []
-    for mirror in MIRRORS.get(name, ()):
-        part = folder / f".{file}.{uuid.uuid4().hex}.part"
+    reason = "no address is known"
+    if name in SOURCES:
+        url = f"{SOURCES[name]}{file}.gz"
         try:
-            content = _download(f"{mirror}{file}.gz", DIGESTS[name][file])
-            folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            os.replace(part, path)
+            _download(url, DIGESTS[name][file], path)
             return path
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reasons.append(f"{urllib.parse.urlsplit(mirror).hostname}: {_line(error)}")
-        finally:
-            if part.exists():  # a bare unlink fails on a read-only disk even where nothing is there
-                part.unlink()
-    raise FileNotFoundError(
-        f"{folder / file} is missing and could not be downloaded "
-        f"({'; '.join(reasons) or 'no mirror is known'}); "
-        f"put {', '.join(DIGESTS['mnist'])} (plain or .gz) into {folder}"
-    )
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = f"{url}: {_line(error)}"
+    raise FileNotFoundError(f"{folder / file} is missing and could not be downloaded ({reason}); "
+                            f"put {', '.join(MNIST_SHA256)} (plain or .gz) into {folder}")
 
 
-def _download(url, digest):
-    """The bytes of a .gz file whose content has this SHA-256, or which itself has this MD5. OSError
-    or HTTPException where the network fails, ValueError for wrong content."""
-    give_up, content = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
-    with _open(url) as response:
-        # read1 returns what has come, so that neither a slow nor an endless answer holds this loop.
-        while piece := response.read1(2**16):
-            content += piece
-            if len(content) > DOWNLOAD_LIMIT:
-                raise ValueError(f"more than {DOWNLOAD_LIMIT} bytes")
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} s")
-    if len(digest) == 32:
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    else:
-        try:
-            unpacked = _read(gzip.GzipFile(fileobj=io.BytesIO(content)), DOWNLOAD_LIMIT)
-        except GZIP_ERRORS as error:
-            raise ValueError(f"damaged gzip file ({_line(error)})") from error
-        found = hashlib.sha256(unpacked).hexdigest()
-    if found != digest:
+def _download(url, sha256, path):
+    """The file at `url` -> `path`, written beside it and renamed: half a file is never taken for
+    data. OSError or HTTPException if the network or the disk fails, ValueError for other bytes."""
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+        content = response.read(DOWNLOAD_LIMIT)  # an endless answer is cut, and so is a wrong one
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("wrong checksum")
-    return content
-
-
-def _open(url):
-    """urlopen that answers in time. Its own timeout covers neither a name's look-up nor the sum
-    over a host's addresses, minutes behind a silent firewall; so a thread waits, or is left."""
-    answer = queue.SimpleQueue()
-
-    def connect():
-        try:
-            answer.put(urllib.request.urlopen(url, timeout=ANSWER_SECONDS))
-        except (OSError, http.client.HTTPException, ValueError) as error:  # raised below
-            answer.put(error)
-
-    threading.Thread(target=connect, daemon=True).start()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        response = answer.get(timeout=ANSWER_SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {ANSWER_SECONDS} s") from None
-    if isinstance(response, Exception):
-        raise response
-    return response
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---- CIFAR-10 and STL-10 -------------------------------------------------------------------------
@@ -289,10 +232,9 @@ def load_cifar10(root, split, limit):
     training = [f"data_batch_{i}.bin" for i in range(1, 6)]
     paths = [folder / file for file in (training if split == "train" else ["test_batch.bin"])]
     if not any(path.is_file() for path in paths):
-        raise FileNotFoundError(
-            f"{paths[0]} is missing; put {', '.join(training)} and test_batch.bin of CIFAR-10's "
-            f"binary version (https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}"
-        )
+        raise FileNotFoundError(f"{paths[0]} is missing; put {', '.join(training)} and "
+                                "test_batch.bin of CIFAR-10's binary version "
+                                f"(https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}")
     pixels, labels = [], []
     for path in filter(Path.is_file, paths):
         records = _records(path, 3073)
@@ -308,10 +250,9 @@ def load_stl10(root, split, limit):
     images_path, labels_path = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
     for path in (images_path, labels_path):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; put train_X.bin, train_y.bin, test_X.bin and test_y.bin of "
-                f"STL-10's binary version (https://cs.stanford.edu/~acoates/stl10/) into {folder}"
-            )
+            raise FileNotFoundError(f"{path} is missing; put train_X.bin, train_y.bin, test_X.bin "
+                                    "and test_y.bin of STL-10's binary version "
+                                    f"(https://cs.stanford.edu/~acoates/stl10/) into {folder}")
     images = _records(images_path, 3 * 96 * 96).reshape(-1, 3, 96, 96)
     labels = _labels(labels_path, _records(labels_path, 1)[:, 0], first=1)
     if len(labels) != len(images):
@@ -338,6 +279,7 @@ def _labels(path, stored, first):
 # ---- folders and photos --------------------------------------------------------------------------
 
 PIXEL_LIMIT = 2**25  # of one picture, since a header can declare any size
+GREY = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -353,20 +295,35 @@ def load_files(path, split="train", limit=None, size=None, crop=None):
         if not paths:
             raise FileNotFoundError(f"{path}: no images here ({' '.join(sorted(SUFFIXES))})")
     # Colour and size are the whole folder's, whatever part of it is asked for: splits must agree.
-    grey = {_is_grey(p) for p in paths} == {True}
-    _, height, width = _resize_and_crop(_decode(paths[0], grey), size, crop, paths[0]).shape
-    chosen = paths
-    if len(paths) >= 10:
-        chosen = [p for i, p in enumerate(paths) if (i % 10 == 9) == (split == "test")]
+    channels = max([_channels(p) for p in paths])
+    height, width = _fitted(paths[0], size, crop).shape[1:]
+    # The split's images; a size other than the first one's is refused.
+    chosen = [p for i, p in enumerate(paths)
+              if len(paths) < 10 or (i % 10 == 9) == (split == "test")]
     pixels = []
     for p in chosen[:limit]:
-        image = _resize_and_crop(_decode(p, grey), size, crop, p)
+        image = _fitted(p, size, crop)
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}×{image.shape[1]}"
             raise ValueError(f"{p}: {found} pixels, but {paths[0].name} has {width}×{height}: "
                              "--size and --crop make them equal")
-        pixels.append(image)
+        pixels.append(np.broadcast_to(image, (channels, height, width)))
     return np.stack(pixels)
+
+
+def _fitted(path, size, crop):
+    """One image, its 16 bits cut to 8, resized and cropped: uint8 [1 or 3, H, W]."""
+    image = _decode(path)
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    return _resize_and_crop(image, size, crop, path)
+
+
+def read_picture(path):
+    """One image file, upright, as float64 [1, C, H, W] in [0, 1]; C is 1 where it is grey, else 3,
+    without alpha; 8 or 16 bits deep. ValueError that names the file if it cannot be read."""
+    pixels = _decode(path)
+    return torch.from_numpy(pixels / np.iinfo(pixels.dtype).max)[None]
 
 
 @contextlib.contextmanager
@@ -382,26 +339,28 @@ def _opened(path):
                                  "pixels, or a decompression bomb")
             yield image
         except Image.UnidentifiedImageError as error:
-            raise ValueError(f"{path}: not an image that can be read") from error
+            raise ValueError(f"{path} cannot be read: not an image") from error
         except Exception as error:
-            raise ValueError(f"{path}: cannot be read as an image ({_line(error)})") from error
+            raise ValueError(f"{path} cannot be read: {_line(error)}") from error
 
 
-def _is_grey(path):
+def _channels(path):
+    """1 of a grey image, else 3; of its header alone."""
     with _opened(path) as image:
-        return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
+        return 1 if image.mode in GREY else 3
 
 
-def _decode(path, grey):
-    """One image, upright, as uint8 [1 if grey else 3, H, W]; of a GIF the first frame."""
+def _decode(path):
+    """One image, upright: uint8, or uint16 of 16 bits, [1 or 3, H, W]; of a GIF the first frame."""
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"samples of mode {image.mode} have no known range")
-        image = np.asarray(image.convert("L" if grey else "RGB"))
-    return image[None] if grey else image.transpose(2, 0, 1)
+        if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
+            pixels = np.asarray(image, np.uint16)
+        else:
+            pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
 def _resize_and_crop(image, size, crop, where):
@@ -464,6 +423,7 @@ def draw_digit(seed, index, split="train"):
     # The index is the counter's second word: one picture uses less than 2^64 numbers of the first.
     philox = np.random.Philox(key=seed, counter=[0, index, split == "test", 0])
     uniform = (philox.random_raw(64) >> 11) * 2.0**-53
+    # One of the digit's skeletons, its points moved, then the plane stretched, slanted and turned.
     variants = VARIANTS[index % 10]
     nodes, curves = _splines(variants[int(uniform[0] * len(variants))])
     # Sums of two uniforms: bounded, so no digit is bent beyond recognition. Unit variance.
@@ -471,10 +431,10 @@ def draw_digit(seed, index, split="train"):
     slant, turn, aspect = 0.12 + 0.2 * normal[0], 0.1 * normal[1], 0.66 * math.exp(0.18 * normal[2])
     shape = np.array([[aspect, -slant], [0, 1]])
     turned = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    bent = nodes + 0.045 * normal[4 : 4 + 2 * len(nodes)].reshape(-1, 2)
-    bent = bent @ (turned @ shape).T
+    bent = (nodes + 0.045 * normal[4 : 4 + 2 * len(nodes)].reshape(-1, 2)) @ (turned @ shape).T
     strokes = [curve @ bent for curve in curves]
     width = round(4 * min(max(2.5 + 0.55 * normal[3], 1.5), 4.0))  # in quarters of pixels
+    # Into the box, drawn at four times the size.
     low = np.min([stroke.min(0) for stroke in strokes], 0)
     high = np.max([stroke.max(0) for stroke in strokes], 0)
     scale = (80 - width) / (high - low).max()
@@ -485,6 +445,7 @@ def draw_digit(seed, index, split="train"):
         draw.line(points, 255, width)
         for x, y in zip(points[::2], points[1::2], strict=True):  # round joints and ends
             draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), 255)
+    # Centred by mass, to a quarter of a pixel.
     ink = np.asarray(canvas.reduce(4), np.float32)
     across, down = (56 - 4 * (ink.sum(axis) @ np.arange(0.5, 28) / ink.sum()) for axis in (0, 1))
     return np.asarray(ImageChops.offset(canvas, round(across), round(down)).reduce(4))
@@ -496,9 +457,8 @@ def _splines(index):
     them, wherever they have moved, to points along Catmull-Rom curves: linear in their nodes."""
     nodes = sorted({node for stroke in SKELETONS[index] for node in stroke})
     s = np.linspace(0, 1, 5, endpoint=False)
-    weights = 0.5 * np.stack(
-        [-s + 2 * s**2 - s**3, 2 - 5 * s**2 + 3 * s**3, s + 4 * s**2 - 3 * s**3, s**3 - s**2]
-    )
+    weights = 0.5 * np.stack([-s + 2 * s**2 - s**3, 2 - 5 * s**2 + 3 * s**3,
+                              s + 4 * s**2 - 3 * s**3, s**3 - s**2])
     curves = []
     for stroke in SKELETONS[index]:
         ids = [nodes.index(node) for node in stroke]

@@ -1,40 +1,47 @@
-"""Deep Image Prior, DDPM and both ways of combining them, to be read from top to bottom.
+"""Deep Image Prior, DDPM and two ways of combining them. Its contents, from top to bottom:
+
+ 1 forward    x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps                   Ho et al. 2020, eq. 4
+ 2 reverse    x_s = c0 x0_hat + ct x_t + sigma z                          Song et al. 2021, eq. 12
+ 3 U-Net      out = net(x_t, t)
+ 4 training   min E w_t |net(x_t, t) - v|^2                               Ho et al. 2020, eq. 14
+ 5 sampling   2, nfe times, from x_T ~ N(0, 1)                            Lu et al. 2022, 2M
+ 6 DIP        min_theta |A f_theta(z) - y|^2, stopped early               Ulyanov et al. 2018
+ 7 codes      min_theta,c sum_i |g_theta(c_i) - x_i|^2                    Bojanowski et al. 2018
+ 8 method 1   a DIP's output, noised by 1 to t_start, is where 5 begins
+ 9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop
+10 the edge   command line, folders, checkpoints, processes, devices: 1 to 9 do without
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
-    python dipddpm.py --mode ddpm                 the DDPM alone
-    python dipddpm.py --mode dip --sigma 0.2      denoise images by DIPs that know when to stop
-    python dipddpm.py --mode guide --sigma 0.2    that stop beside others and beside the best moment
-    python dipddpm.py --mode sample               new images from the newest trained network
+    python dipddpm.py --mode guide --sigma 0.2    DIPs that know when to stop, and DIPs that do not
 
-Papers      Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine),
-            Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Lu et al. 2022 (DPM-Solver++),
-            Wang, Yu & Zhang 2023 (DDNM), Ulyanov et al. 2018 (DIP), Bojanowski et al. 2018 (codes),
-            Wang, Li et al. 2023 (ES-WMV).
 Notation    x_0 image, x_t noised image, eps noise, alpha_bar_t (ab) = prod (1 - beta), T steps,
-            z and theta a DIP's input and weights; *_hat is predicted.
-Index       code index t = 0 ... T-1 is the papers' t + 1: alpha_bar[t] belongs to x after t + 1
-            noise steps. Whatever counts steps (t_start, a grid's tau) runs from T to 0 and asks the
-            network at t = tau - 1; tau = 0 is the clean image, where alpha_bar is 1.
-Ranges      images are in [-1, 1] inside the diffusion, in [0, 1] inside DIP and every metric.
-Contents    Config and command line - schedule and tables - U-Net - DIP networks - DDPM training -
-            sampling - DIP fitting - network, codes - method 1: priors, restoration, curves -
-            method 2: guide - other runs - results and pictures - main. Processes, folders,
-            checkpoints and devices are in edge.py
+            z and theta a DIP's input and weights; *_hat is predicted. `numbers` int64 [n] name each
+            image's noise, whatever shares its batch (the kernels' `sample`).
+Index       code index t = 0 ... T-1 is the papers' t + 1. What counts steps of noise is a tau: from
+            T (or t_start) to 0, the clean image; the network is asked at t = tau - 1.
+Ranges      x_0 is in [-1, 1] inside the diffusion, images are in [0, 1] inside DIP and every
+            measure; uint8 images are `pixels`.
 """
-
 import argparse
+import contextlib
 import copy
 import csv
+import ctypes
 import errno
 import io
 import itertools
+import json
 import math
+import os
+import platform
+import shlex
 import signal
-import statistics
+import subprocess
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -43,274 +50,73 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import edge
 import eval as measure
 import kernels
 
-CHECKPOINT_SECONDS = 60.0
-SAMPLE_BATCH = 250  # images that go through the sampler together: larger leaves the CPU's cache
-SAMPLE_BATCH_CUDA = 2000
 
-# ------------------------------------------------------------------ Config and command line
-
-
-def flag(default, help, group, choices=None, low=None, high=None, type=None, action=None):
-    """One line of Config is one flag: its default, help, group, choices, limits and, where it is
-    not one value, the type that reads it or argparse's action."""
-    return field(default=default, metadata=dict(help=help, group=group, choices=choices, low=low,
-                                                high=high, type=type, action=action))
-
-
-def listed(kind, *known):
-    """A reader of lists: listed(int)("3,5") -> (3, 5); an error tells what is wrong."""
-    def read(text):
-        try:
-            found = tuple(kind(part) for part in str(text).split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of {kind.__name__}") from None
-        for name in found:
-            if known and name not in known:
-                raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
-        return found
-    return read
+def flag(default, group, help, **limits):
+    """A setting that is a flag, too. Limits: choices, low, high, of (what a list holds)."""
+    return field(default=default, metadata=dict(group=group, help=help, **limits))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every tunable of a run. None means: chosen from the data and the mode where it is used."""
+    """Every setting of a run. None: `resolve` fills it in, from the mode and the images' size."""
 
-    mode: str = flag(MISSING, "what to do", "run", ("dip", "ddpm", "prior", "guide", "sample"))
-    data: str = flag("auto", "auto, mnist, fashion, cifar10, stl10, digits, or a path: one image, "
-                     "a folder of images, or a folder of four IDX files", "run")
-    data_dir: str = flag(None, "where data sets live (or DIPDDPM_DATA)", "run")
-    size: int = flag(None, "resize each image: its shorter side to N pixels", "run", low=7)
-    crop: int = flag(None, "then take its middle N x N pixels", "run", low=7)
-    seed: int = flag(0, "seed of every random number of the run", "run", low=0)
-    device: str = flag(None, "cpu, cuda, cuda:1, ...; automatic when absent", "run")
-    precision: str = flag("auto", "networks' arithmetic; auto is bf16 where the hardware has "
-                          "matrix units for it", "run", ("auto", "fp32", "bf16"))
-    out: str = flag(None, "folder for results (default: a new one in runs/, or --resume's)", "run")
-    resume: str = flag(None, "folder of a run to continue; with --out, its networks are taken and "
-                       "it stays as it is", "run")
-    overwrite: bool = flag(False, "first remove the run that --out holds", "run",
-                           action="store_true")
-    sweep: tuple = flag((), "NAME=V1,V2,...: one run for each value of a flag; repeated, for each "
-                        "combination; given again with the same --out, only what is missing", "run",
-                        action="append")
-
-    epochs: int = flag(30, "passes over the training data", "training", low=1)
-    limit: int = flag(None, "use only the first N training images", "training", low=1)
-    batch: int = flag(128, "images in a training step", "training", low=1)
-    lr: float = flag(2e-3, "AdamW's peak learning rate", "training", low=0)
-    timesteps: int = flag(1000, "T, the number of noise steps", "training", low=2,
-                          high=100_000)
-    schedule: str = flag("cosine", "noise schedule", "training", ("linear", "cosine"))
-    predict: str = flag("v", "what the network predicts", "training", ("eps", "v", "x0"))
-    width: int = flag(32, "channels of the U-Net's upper level", "training", low=8)
-    train: tuple = flag(("full",), "networks of the arms with a prior, a list. full: that of the "
-                        "noise start; truncated: one that learns t < t_start only; smoothed: one "
-                        "that learns DIP outputs instead of images", "training",
-                        type=listed(str, "full", "truncated", "smoothed"))
-    snapshots: int = flag(0, "averaged weights kept so many times during training, for curves of "
-                          "convergence", "training", low=0)
-
-    dip_source: tuple = flag(("images", "codes"), "images: one DIP for each image; network: one, "
-                             "from image to image, for all; codes: one decoder for all, new images "
-                             "from new codes; a list", "prior",
-                             type=listed(str, "images", "network", "codes"))
-    dip_arch: str = flag(None, "a DIP's network (skip; --dip-source network: autoencoder)", "prior",
-                         ("skip", "conv2", "autoencoder", "resnet18"))
-    dip_width: int = flag(None, "DIP's channels (images: 16 up to 64 pixels, else 128; network: 64;"
-                          " codes: 32)", "prior", low=1)
-    dip_iters: int = flag(None, "iterations of each DIP fit (images: 60; network: 300; codes: 3 "
-                          "passes; a restoration: 300; dip and guide: at most 1000, or 3000 above "
-                          "64 pixels)", "prior", low=1)
-    dip_lr: float = flag(None, "Adam's learning rate in a DIP fit to one image (0.01; dip and "
-                         "guide: 0.05 up to 64 pixels)", "prior", low=0)
-    window: float = flag(0.95, "decay of the average of a DIP's outputs", "prior", low=0)
-    rungs: int = flag(5, "rungs of the ladder", "guide", low=1, high=1000)
-    replicas: int = flag(4, "networks for each image", "guide", low=1)
-    alpha: float = flag(0.35, "noise that is added to the half that is fitted, in sigma", "guide",
-                        low=0.01, high=100)
-    patience: int = flag(None, "iterations without a lower risk that end a rung (50 up to 64 "
-                         "pixels, else 200)", "guide", low=1)
-    dip_group: int = flag(64, "DIPs that are fitted together", "prior", low=1)
-
-    task: tuple = flag(("generate",), "generate new images, or restore test images, a list: "
-                       "denoise, inpaint (half of the pixels), inpaint-box (a centre box), sr (two "
-                       "times), sr-4", "sampling",
-                       type=listed(str, "generate", "denoise", "inpaint", "inpaint-box", "sr",
-                                   "sr-4"))
-    t_start: tuple = flag(None, "steps of noise on a prior (default 0.6 T); a list", "sampling",
-                          low=1, type=listed(int))
-    nfe: tuple = flag((3, 5, 10, 20, 50), "network evaluations, a list", "sampling", low=1,
-                      type=listed(int))
-    eta: tuple = flag((0.0,), "0 is DDIM, 1 is DDPM's ancestral sampler; a list", "sampling", low=0,
-                      high=1, type=listed(float))
-    order: tuple = flag((2,), "order of the sampler: 2 is DPM-Solver++(2M), where eta is 0; "
-                        "elsewhere it is 1; a list", "sampling", low=1, high=2, type=listed(int))
-    grid: tuple = flag(("uniform",), "spacing of the sampler's times: uniform, quadratic, logsnr; "
-                       "a list", "sampling", type=listed(str, "uniform", "quadratic", "logsnr"))
-    samples: int = flag(None, "images made or fitted (1000; sample: 64; dip, guide: 16; a "
-                        "restoration: 256)", "sampling", low=1)
-    sigma: float = flag(None, "noise that is added to images in [0, 1], by --mode dip and guide "
-                        "and by tasks (0.1; inpaint and sr: 0)", "sampling", low=0, high=100)
-    noise: str = flag("given", "dip, guide: given: --sigma is added, and known to the fit; "
-                      "estimated: added, but the fit must find out; own: nothing is added, the "
-                      "images are noisy already (dip only)", "guide",
-                      ("given", "estimated", "own"))
-    arms: tuple = flag(("plain", "mean", "split", "ladder", "literal"), "arms of --mode guide, a "
-                       "list; the gap to the oracle needs plain", "guide",
-                       type=listed(str, "plain", "mean", "split", "ladder", "literal"))
+    mode: str = flag(MISSING, "run", "what to do",
+                     choices=("dip", "ddpm", "prior", "guide", "sample"))
+    data: str = flag("auto", "run", "auto, mnist, fashion, cifar10, stl10, digits, or a path: one "
+                     "image, a folder of images, or a folder of four IDX files")
+    data_dir: str = flag(None, "run", "where data sets live (or DIPDDPM_DATA)")
+    size: int = flag(None, "run", "resize each image: its shorter side to N pixels", low=7)
+    crop: int = flag(None, "run", "then take its middle N x N pixels", low=7)
+    seed: int = flag(0, "run", "seed of every random number", low=0)
+    device: str = flag("auto", "run", "cpu, cuda, cuda:1, ...")
+    precision: str = flag("auto", "run", "networks' arithmetic; auto: bf16 where the hardware has "
+                          "matrix units for it", choices=("auto", "fp32", "bf16"))
+    out: str = flag(None, "run", "folder for results (a new one in runs/, or --resume's)")
+    resume: str = flag(None, "run", "run to continue; with --out, its network is used and it stays")
+    epochs: int = flag(30, "training", "passes over the training images", low=1)
+    limit: int = flag(None, "training", "use only the first N training images", low=1)
+    batch: int = flag(128, "training", "images in a training step", low=1)
+    lr: float = flag(2e-3, "training", "AdamW's peak learning rate", low=0)
+    timesteps: int = flag(1000, "training", "T, the steps of noise", low=2, high=100_000)
+    schedule: str = flag("cosine", "training", "noise schedule", choices=("linear", "cosine"))
+    predict: str = flag("v", "training", "what the network predicts", choices=("eps", "v", "x0"))
+    width: int = flag(32, "training", "channels of the U-Net's upper level", low=8)
+    t_start: tuple = flag(None, "sampling", "steps of noise on a prior (0.6 T), a list", of=int,
+                         low=1)
+    nfe: tuple = flag((3, 5, 10, 20, 50), "sampling", "network evaluations, a list", of=int, low=1)
+    eta: tuple = flag((0.0,), "sampling", "0: DPM-Solver++(2M), 1: DDPM's own sampler, a list",
+                      of=float, low=0, high=1)
+    samples: int = flag(None, "sampling", "images made (1000; sample: 64) or fitted (16)", low=1)
+    dip_source: tuple = flag(("images", "codes"), "DIP", "priors of --mode prior: one DIP for each "
+                             "image; one decoder for all, new images from new codes. A list",
+                             of=str, choices=("images", "codes"))
+    dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels: 128)",
+                          low=1)
+    dip_iters: int = flag(60, "DIP", "iterations of an image's DIP in --mode prior", low=1)
+    code_epochs: int = flag(3, "DIP", "the decoder's passes over the training images", low=1)
+    task: str = flag("denoise", "dip, guide", "what is lost: nothing, half of the pixels, a centre "
+                     "box, or all but the means of blocks of 2 or 4",
+                     choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
+    sigma: str = flag(None, "dip, guide", "noise that is added to images in [0, 1] (denoise: 0.1, "
+                      "else 0); own: none, the pictures are noisy already", low=0, high=100)
+    budget: int = flag(None, "dip, guide", "most iterations (1000; above 64 pixels: 3000)", low=1)
+    replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
+    # settings without a flag
+    order: int = 2  # of the sampler where eta is 0
+    arch: str = "skip"  # a DIP's network
+    decoder_width: int = 32  # channels of the codes' decoder
+    dip_lr: float = None  # Adam's rate in an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
+    dip_group: int = 64  # DIPs that are fitted together
+    window: float = 0.95  # decay of the average of a DIP's outputs
+    rungs: int = 5  # of the ladder
+    alpha: float = 0.35  # noise that is added to the half that is fitted, in sigma
+    patience: int = None  # iterations without a lower risk that end a rung: 50, above 64 pixels 200
 
 
-SMOOTHERS = {"images", "network"}  # DIP sources that turn a training image into a DIP's output
-# What a network's meaning, and what its training depends on: resuming may not change these.
-NETWORK_FIELDS = ("timesteps", "schedule", "predict", "width")
-TRAINING_FIELDS = NETWORK_FIELDS + ("data", "size", "crop", "seed", "epochs", "limit", "batch",
-                                    "lr")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse without the page of usage before an error: one line, exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"dipddpm: {message}\n")
-
-
-def parser():
-    """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
-    so that the caller can tell a flag that was given from one that was not."""
-    p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                      description=__doc__.split("\n")[0])
-    names = dict.fromkeys(f.metadata["group"] for f in fields(Config))
-    groups = {name: p.add_argument_group(name) for name in names}
-    for f in fields(Config):
-        m = f.metadata
-        group, name = groups[m["group"]], "--" + f.name.replace("_", "-")
-        if m["action"]:
-            group.add_argument(name, action=m["action"], help=m["help"])
-            continue
-        shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
-        group.add_argument(name, type=m["type"] or f.type, choices=m["choices"],
-                           help=m["help"] + shown,
-                           metavar=None if m["choices"] else f.name.upper())
-    return p
-
-
-def show(value):
-    """(3, 5) -> '3,5': a list as it is written on the command line."""
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def read_config(argv):
-    """Command line -> Config. With --resume the saved run's flags are the defaults, and those that
-    its networks depend on may not differ; --mode sample resumes the newest run unless another is
-    named. ValueError says what is wrong."""
-    given = vars(parser().parse_args(argv))
-    if "resume" in given or given.get("mode") == "sample":
-        folder = edge.run_folder(given["resume"]) if "resume" in given else edge.newest_run()
-        saved = read_saved_flags(folder)
-        sampling = given.get("mode", saved["mode"]) == "sample"
-        for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
-            if name in given and given[name] != saved[name]:
-                raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
-                                 f"and cannot become {given[name]}")
-        saved |= {"out": None, "overwrite": False}
-        if sampling:
-            saved["samples"] = None
-        given = saved | given | {"resume": str(folder)}
-    if "mode" not in given:
-        raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
-    return check(Config(**given))
-
-
-def read_saved_flags(folder):
-    """config.json -> the flags of the run that wrote it; ValueError if it is damaged."""
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in edge.saved_flags(folder).items()}
-    try:
-        for f in fields(Config):  # what is a list now was one value in earlier versions
-            if f.metadata["type"] and isinstance(saved.get(f.name), (str, int, float)):
-                saved[f.name] = f.metadata["type"](saved[f.name])
-        return asdict(check(Config(**saved)))
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged or of another version: "
-                         f"{error}") from error
-
-
-def check(cfg):
-    """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
-    for f in fields(cfg):
-        name, m, values = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
-        for value in values if isinstance(values, tuple) else () if values is None else (values,):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value}")
-            if m["low"] is not None and value < m["low"]:
-                raise ValueError(f"{name} must be at least {m['low']}, not {value}")
-            if isinstance(value, int) and value >= 2**63:
-                raise ValueError(f"{name} must be below 2^63, not {value}")
-            if m["high"] is not None and value > m["high"]:
-                raise ValueError(f"{name} must be at most {m['high']}, not {value}")
-            if m["choices"] and value not in m["choices"]:  # a saved run's: of another version
-                raise ValueError(f"{name} {value} is none of {', '.join(m['choices'])}")
-    for name in ("lr", "dip_lr"):
-        if getattr(cfg, name) == 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
-    if cfg.width % 8:
-        raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
-    if cfg.window >= 1:
-        raise ValueError(f"--window must be below 1, not {cfg.window:g}")
-    if "smoothed" in cfg.train and not SMOOTHERS & set(cfg.dip_source):
-        raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
-                         "DIP makes of the training images")
-    if cfg.mode == "guide" and cfg.replicas == 1 and cfg.arms == ("mean",):
-        raise ValueError("--arms mean needs --replicas of at least 2: of one it is plain")
-    if cfg.noise != "given" and {*cfg.task} - {"generate", "denoise"}:
-        raise ValueError(f"--noise {cfg.noise} needs --task denoise: no noise level can be told "
-                         f"from {show(cfg.task)}")
-    if cfg.noise == "own" and (cfg.mode != "dip" or cfg.sigma is not None):
-        raise ValueError("--noise own is for --mode dip without --sigma: there is no truth to "
-                         "compare with, and no noise to add")
-    if cfg.overwrite and not cfg.out:
-        raise ValueError("--overwrite needs --out: the folder to empty")
-    starts = steps_of_prior(cfg)
-    if max(starts) > cfg.timesteps:
-        raise ValueError(f"--t-start {max(starts)} is beyond T = --timesteps {cfg.timesteps}")
-    start = min(starts) if cfg.mode == "prior" else cfg.timesteps
-    if cfg.mode != "dip" and max(cfg.nfe) > start:
-        raise ValueError(f"--nfe {max(cfg.nfe)} is above --t-start {start}: "
-                         "a step cannot be shorter than one")
-    return cfg
-
-
-def steps_of_prior(cfg):
-    """Each t_start, the steps of noise that are put on a prior; 0.6 T unless they are given."""
-    return cfg.t_start if cfg.t_start is not None else (max(1, round(0.6 * cfg.timesteps)),)
-
-
-def samplers(cfg, noisy=False):
-    """Every (eta, order, grid) that was asked for; the second order is for steps without noise."""
-    return list(dict.fromkeys((eta, 1 if eta or noisy else order, grid) for eta in cfg.eta
-                              for order in cfg.order for grid in cfg.grid))
-
-
-# ------------------------------------------------------------------ schedule and tables
-
-
-class Schedule(NamedTuple):
-    """alpha_bar: float64 [T], the share of the image's variance that is left after t + 1 steps."""
-
-    alpha_bar: torch.Tensor
-
-    @property
-    def T(self):
-        return len(self.alpha_bar)
-
-    def at(self, tau):
-        """alpha_bar after tau steps, float64; tau = 0 is the clean image."""
-        return 1.0 if tau == 0 else self.alpha_bar[tau - 1].item()
+# ================================================================== 1 forward
 
 
 def linear_schedule(T):
@@ -330,7 +136,26 @@ def cosine_schedule(T):
     return Schedule(torch.cumprod(1 - beta, 0))
 
 
+class Schedule(NamedTuple):
+    """alpha_bar: float64 [T], the share of the image's variance that is left after t + 1 steps."""
+
+    alpha_bar: torch.Tensor
+
+    @property
+    def T(self):
+        return len(self.alpha_bar)
+
+    def at(self, tau):
+        """alpha_bar after tau steps, float64; tau = 0 is the clean image."""
+        return 1.0 if tau == 0 else self.alpha_bar[tau - 1].item()
+
+
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def schedule_of(cfg):
+    return SCHEDULES[cfg.schedule](cfg.timesteps)
+
 
 # The three things that a network can be asked for, as (target, its inverse, min-SNR weight), each
 # of alpha_bar `ab`. target = p x_0 + q eps; x_0 = a x_t + b target; Hang et al. 2023, gamma = 5,
@@ -359,48 +184,31 @@ def predict_x0(ab):
 PREDICTIONS = {"eps": predict_eps, "v": predict_v, "x0": predict_x0}
 
 
-def forward_table(schedule, predict):
+def forward_table(cfg):
     """What training needs at each t: float32 [T, 5] with columns (signal, noise, p, q, weight), in
     x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
     loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last."""
-    ab = schedule.alpha_bar
-    (p, q), _, weight = PREDICTIONS[predict](ab)
+    ab = schedule_of(cfg).alpha_bar
+    (p, q), _, weight = PREDICTIONS[cfg.predict](ab)
     return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight], dim=1).float()  # [T, 5]
 
 
-def uniform_times(schedule, t_start, nfe):
-    """Uniform in t: nfe step counts, not rounded, from t_start down."""
-    return [t_start * (nfe - i) / nfe for i in range(nfe)]
+# ================================================================== 2 reverse
 
 
-def quadratic_times(schedule, t_start, nfe):
-    """Uniform in sqrt(t) (Song et al. 2021, D.2)."""
-    return [t_start * ((nfe - i) / nfe) ** 2 for i in range(nfe)]
-
-
-def logsnr_times(schedule, t_start, nfe):
-    """Uniform in the log signal-to-noise ratio, down to one step (Lu et al. 2022, DPM-Solver)."""
-    snr = schedule.alpha_bar[:t_start].logit()
-    even = torch.linspace(snr[-1], snr[0], nfe, dtype=snr.dtype) if nfe > 1 else snr[-1:]
-    return [1 + (snr - v).abs().argmin().item() for v in even]
-
-
-GRIDS = {"uniform": uniform_times, "quadratic": quadratic_times, "logsnr": logsnr_times}
-
-
-def time_grid(schedule, t_start, nfe, grid="uniform"):
-    """nfe + 1 step counts from t_start to 0, both ends exact and none repeated, as near to what the
-    grid asks for as that allows. 1 <= nfe <= t_start."""
+def time_grid(t_start, nfe):
+    """nfe + 1 step counts tau from t_start to 0, uniform, both ends exact and none repeated.
+    1 <= nfe <= t_start."""
     assert nfe <= t_start, f"{nfe} evaluations in {t_start} steps"
     taus = [t_start]
-    for i, tau in enumerate(GRIDS[grid](schedule, t_start, nfe)[1:], 1):
-        taus.append(max(nfe - i, min(taus[-1] - 1, round(tau))))  # nfe - i steps are left below
+    for i in range(1, nfe):  # nfe - i steps are left below
+        taus.append(max(nfe - i, min(taus[-1] - 1, round(t_start * (nfe - i) / nfe))))
     return [*taus, 0]
 
 
-def reverse_table(schedule, predict, taus, eta):
-    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 7] with columns
-    (a, b, c0, ct, sigma, k, w) in
+def reverse_table(cfg, taus, eta):
+    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 6] with columns
+    (a, b, c0, ct, sigma, k) in
 
         x0_hat = clip(a x_t + b out, -1, 1),    x_s = c0 x0_hat + ct x_t + sigma z.
 
@@ -410,24 +218,21 @@ def reverse_table(schedule, predict, taus, eta):
 
     k = h / (2 h_previous), h the step in half the log signal-to-noise ratio, is for the second
     order, where x0_hat + k (x0_hat - x0_hat_previous) takes x0_hat's place (Lu et al. 2022,
-    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last. w =
-    sqrt(ab_s) is x0_hat's share in x_s where eps_hat stays: what a restoration changes x0_hat by
-    arrives in x_s times w."""
-    rows, h_previous = [], math.inf
+    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last."""
+    schedule, rows, h_previous = schedule_of(cfg), [], math.inf
     for tau, next_tau in zip(taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
         sigma = eta * math.sqrt((1 - ab_s) / (1 - ab_t)) * math.sqrt(1 - ab_t / ab_s)
         ct = math.sqrt(max(0.0, 1 - ab_s - sigma**2) / (1 - ab_t))
         c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
-        _, (a, b), _ = PREDICTIONS[predict](torch.tensor(ab_t, dtype=torch.float64))
+        _, (a, b), _ = PREDICTIONS[cfg.predict](torch.tensor(ab_t, dtype=torch.float64))
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
-        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous), math.sqrt(ab_s)])
+        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous)])
         h_previous = h
-    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 7]
+    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 6]
 
 
-# ------------------------------------------------------------------ U-Net
-
+# ================================================================== 3 U-Net
 
 class ResidualBlock(nn.Module):
     """x + f(x, t): two 3x3 convolutions, each after GroupNorm and SiLU; the time embedding scales
@@ -542,39 +347,272 @@ def draw_weights(net, seed, network):
     return net
 
 
-def make_unet(cfg, channels, device):
-    """A U-Net whose initial weights depend on the seed alone."""
+def fresh(make, seed, network, device):
+    """The module that `make` makes, with weights that depend on seed and `network` alone."""
     with torch.device("meta"):  # no values yet, so no use of a global random state
-        net = UNet(channels, cfg.width)
-    return draw_weights(net.to_empty(device=device), cfg.seed, 0)
+        net = make()
+    return draw_weights(net.to_empty(device=device), seed, network)
 
 
-# ------------------------------------------------------------------ DIP networks
+def make_unet(cfg, channels, device):
+    """The U-Net of a run, as it begins."""
+    return fresh(lambda: UNet(channels, cfg.width), cfg.seed, 0, device)
+
+
+# ================================================================== 4 training
+
+
+def epoch_order(cfg, N, epoch, device):
+    """A permutation of 0 ... N-1 for this epoch, int64 [N]: a function of seed and epoch alone."""
+    numbers = torch.arange(N, device=device)
+    keys = kernels.uniform((N,), cfg.seed, numbers, epoch, kernels.DATA_ORDER, device)
+    return keys.argsort(stable=True)
+
+
+def draw_t(cfg, numbers, B, step):
+    """t uniform in 0 ... T-1, one draw in each of B equal strata: int64 [n]. The loss varies much
+    with t, and strata take that out of the gradient's variance (after the low-discrepancy sampler
+    of Kingma et al. 2021, VDM, which shares one draw among the strata)."""
+    u = kernels.uniform((len(numbers),), cfg.seed, numbers, step, kernels.TRAIN_TIME,
+                        numbers.device)
+    return ((numbers + u) / B * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+
+
+def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast):
+    """w_t times the mean of (out(x_t, t) - target)^2 over pixels, at one t for each image (Ho et
+    al. 2020, eq. 14, with the targets and weights of `forward_table`): float32 [n]. The images are
+    pixels[index], int64 [n], and `numbers` their places in a batch of B. t and eps depend on seed,
+    place and step alone, so a batch may be split at will."""
+    t = draw_t(cfg, numbers, B, step)
+    x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, numbers, step)  # [n, C, H, W]
+    with autocast():
+        out = net(x_t, t)
+    return kernels.noise_loss(out, pixels, index, t, table, cfg.seed, numbers, step)
+
+
+def half_cosine(step, steps):
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def learning_rate(cfg, step, steps):
+    """Linear warm-up over the first 3 % of the steps, then half a cosine down to zero."""
+    warmup = max(1, round(0.03 * steps))
+    return cfg.lr * min(1.0, (step + 1) / warmup) * half_cosine(step, steps)
+
+
+def update_average(ema, net, n, decay=0.999):
+    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)), n the steps before this one
+    (an int64 scalar tensor): without the warm-up an early average would be mostly initial
+    weights."""
+    d = ((1 + n) / (10 + n)).clamp(max=decay)
+    average = list(ema.parameters())
+    with torch.no_grad():
+        change = torch._foreach_sub(list(net.parameters()), average)
+        torch._foreach_mul_(change, 1 - d)
+        torch._foreach_add_(average, change)
+
+
+def steps_of(cfg, N):
+    """(images in a batch, steps in an epoch) of a training on N images."""
+    B = min(cfg.batch, N)
+    return B, N // B
+
+
+def train_steps(cfg, pixels, net, ema, optimizer, done=0, autocast=contextlib.nullcontext):
+    """Minimise `denoising_loss` (Ho et al. 2020, algorithm 1) over pixels uint8 [N, C, H, W] from
+    step `done` on: yields (steps done, loss), the loss a scalar tensor that the next step
+    overwrites. net, ema, its running average, optimizer and `done` are all that a resume needs."""
+    B, per_epoch = steps_of(cfg, len(pixels))
+    steps, table = cfg.epochs * per_epoch, forward_table(cfg).to(pixels.device)
+    rank, size = processes()
+    numbers = torch.arange(rank, B, size, device=pixels.device)  # this process's part of a batch
+    model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
+    index, loss = torch.zeros_like(numbers), torch.zeros((), device=pixels.device)
+    step, lr = torch.zeros_like(numbers[0]), optimizer.param_groups[0]["lr"]
+
+    def one_step():  # what changes between steps lies in tensors: CUDA records this once
+        now = denoising_loss(cfg, model, pixels, index, numbers, B, table, step, autocast).sum() / B
+        optimizer.zero_grad()
+        (now * size).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        update_average(ema, net, step)
+        loss.copy_(now.detach())
+
+    advance, order = Graphed(one_step, pixels.device), None
+    for n in range(done, steps):
+        if n % per_epoch == 0 or order is None:
+            order = epoch_order(cfg, len(pixels), n // per_epoch, pixels.device)
+        index.copy_(order[n % per_epoch * B + numbers])
+        step.fill_(n)
+        lr.fill_(learning_rate(cfg, n, steps))
+        advance()
+        yield n + 1, loss
+
+
+def train_ddpm(cfg, pixels, run, each=None):
+    """`train_steps` to their end, a row of the log every 50, a checkpoint a minute. Returns the
+    averaged network, rows [network, step, epoch, seconds, loss, lr] and seconds. `each` is called
+    after every step with (steps done, averaged network, seconds). RuntimeError where the weights
+    are not finite any more."""
+    net = make_unet(cfg, pixels.shape[1], run.device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    began, rows, losses, clock = run.continue_training(parts)
+    optimizer.param_groups[0].update(lr=torch.tensor(cfg.lr, device=run.device),
+                                     capturable=pixels.is_cuda)  # a tensor: a graph reads it
+    (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
+    steps = cfg.epochs * per_epoch
+    training = train_steps(cfg, pixels, **parts, done=began, autocast=run.autocast)
+    for done, loss in progress(training, "train", steps, B, began,
+                               lambda: f"loss {rows[-1][4]:.4f}" if rows else ""):
+        losses.append(loss.clone())
+        if each is not None:
+            each(done, ema, clock())
+        row_due = done % 50 == 0 or done == steps
+        if row_due:  # the only place where the host waits for the device
+            check_finite(net, done, cfg)
+            mean = total(torch.stack(losses).sum()).item() / len(losses)
+            rows.append(["ddpm", done, done / per_epoch, clock(), mean,
+                         learning_rate(cfg, done - 1, steps)])
+            losses = []
+        stop = agreed(run.stop) if row_due or processes()[1] == 1 else 0
+        if stop or done == steps or row_due and time.time() - saved_at > CHECKPOINT_SECONDS:
+            check_finite(net, done, cfg)
+            run.save_training(parts, done, rows, losses, clock())
+            saved_at = time.time()
+        if stop:
+            raise KeyboardInterrupt
+    return ema.eval(), rows, clock()
+
+
+# ================================================================== 5 sampling
+
+
+@torch.no_grad()
+def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, autocast=contextlib.nullcontext):
+    """The reverse process from x_t [n, C, H, W], an image after t_start steps of noise, in nfe
+    network evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2, where eta = 1 and
+    nfe = t_start; Lu et al. 2022, DPM-Solver++(2M), where eta = 0): yields x_t and, after each
+    step, x_t again, overwritten; the last is x_0 in [-1, 1]."""
+    taus = time_grid(t_start, nfe)
+    table = reverse_table(cfg, taus, eta).to(x_t.device)  # [nfe, 6]
+    times = torch.tensor(taus[:-1], device=x_t.device) - 1
+    x0_prev = torch.zeros_like(x_t) if eta == 0 and cfg.order == 2 else None
+    step = torch.zeros(1, dtype=torch.int64, device=x_t.device)
+
+    def one_step():
+        with autocast():
+            out = net(x_t, times.index_select(0, step).expand(len(x_t)))
+        kernels.posterior_step(x_t, out, table, step[0], cfg.seed, numbers, inplace=True,
+                               x0_prev=x0_prev)
+        step.add_(1)
+
+    advance = Graphed(one_step, x_t.device)
+    yield x_t
+    for _ in range(nfe):
+        advance()
+        yield x_t
+
+
+def sample(cfg, net, x_init, t_start, nfe, eta, numbers, autocast=contextlib.nullcontext):
+    """The end of `reverse`, [n, C, H, W] in [-1, 1], of as many images at a time as are fast."""
+    parts = torch.arange(len(x_init)).split(SAMPLE_BATCH_CUDA if x_init.is_cuda else SAMPLE_BATCH)
+    ends = []
+    for part in parts:
+        *_, x_0 = reverse(cfg, net, x_init[part].clone(), t_start, nfe, eta, numbers[part],
+                          autocast)
+        ends.append(x_0)
+    return torch.cat(ends)
+
+
+# ================================================================== 6 DIP
+
+CHECK = 10  # iterations between two looks at a fit
+# draw numbers in the stream CORRUPTION: 0 is a measurement's noise; rung k draws RUNG_DRAW + k
+MASK_DRAW, HELD_DRAW, SPLIT_DRAW, RUNG_DRAW = 1, 2, 3, 4
+
+
+class Measurement(NamedTuple):
+    """What a fit is given: y = A x + sigma eps of images x [n, C, H, W] in [0, 1], not clipped,
+    with `mask` [n, 1, H, W] (ones where A has none) and A's task; y is [n, C, h, w]."""
+
+    task: str
+    y: torch.Tensor
+    mask: torch.Tensor
+    sigma: float
+
+    def part(self, rows):
+        return self._replace(y=self.y[rows], mask=self.mask[rows])
+
+    def A(self, x):
+        return TASKS[self.task][0](x, self.mask)
+
+    def given(self):
+        """1 where y says something, else 0; of y's shape."""
+        return self.A(torch.ones_like(self.mask).expand(-1, self.y.shape[1], -1, -1))
+
+    def back(self, y):
+        """A's pseudo-inverse: A(back(y)) = y for every y that A can give."""
+        return TASKS[self.task][1](y, self.mask)
+
+
+def exact(x):
+    """Images x [n, C, H, W] in [0, 1], themselves: A = 1 without noise."""
+    return Measurement("denoise", x, torch.ones_like(x[:, :1]), 0.0)
+
+
+def pooling(k):
+    """Super-resolution's A and pseudo-inverse: means of k x k blocks, and each mean k x k times."""
+    return (lambda x, mask: F.avg_pool2d(x, k),
+            lambda y, mask: y.repeat_interleave(k, -1).repeat_interleave(k, -2))
+
+
+MASKING = (lambda x, mask: x * mask,) * 2
+TASKS = {"denoise": (lambda x, mask: x,) * 2, "inpaint": MASKING, "inpaint-box": MASKING,
+         "sr": pooling(2), "sr-4": pooling(4)}
+
+
+def corrupt(cfg, task, truth, sigma, numbers):
+    """truth [n, C, H, W] in [0, 1] -> the Measurement y = A truth + sigma eps, not clipped.
+    ValueError if images of this size cannot be halved, or quartered, as the task does."""
+    n, _, H, W = truth.shape
+    factor = {"sr": 2, "sr-4": 4}.get(task, 1)
+    if H % factor or W % factor:
+        raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of "
+                         f"{factor}")
+    mask = torch.ones(n, 1, H, W, device=truth.device)
+    if task == "inpaint":
+        u = kernels.uniform(mask.shape, cfg.seed, numbers, MASK_DRAW, kernels.CORRUPTION,
+                            truth.device)
+        mask = (u < 0.5).float()
+    if task == "inpaint-box":
+        mask[:, :, H // 4:H - H // 4, W // 4:W - W // 4] = 0
+    known = Measurement(task, truth, mask, sigma)
+    y = known.A(truth)
+    eps = kernels.normal(y.shape, cfg.seed, numbers, 0, kernels.CORRUPTION, truth.device)
+    return known._replace(y=y + sigma * known.given() * eps)
 
 
 class GroupedConv(nn.Module):
     """K independent convolutions as one with groups = K: [1, K Ci, H, W] -> [1, K Co, H', W'].
     Reflection padding keeps the size at stride 1. PyTorch's default initial distribution,
-    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn for each of `members` from its own number, with the
-    draw number `layer`, so that a network does not depend on which others share its group."""
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), drawn for each fit from its own number, with the draw number
+    `layer`, so that a network does not depend on which others share its group."""
 
-    def __init__(self, members, layer, c_in, c_out, size, seed, stride=1, transposed=False):
+    def __init__(self, numbers, layer, c_in, c_out, size, seed, stride=1):
         super().__init__()
-        K, area = len(members), size * size
-        first, second = (c_in, c_out) if transposed else (c_out, c_in)
-        u = kernels.uniform((K, c_out * (c_in * area + 1)), seed, members, layer, kernels.WEIGHTS,
-                            members.device)
-        weight, bias = (u * 2 - 1).mul((second * area) ** -0.5).split(
-            [c_out * c_in * area, c_out], dim=1)
-        self.weight = nn.Parameter(weight.reshape(K * first, second, size, size))
+        K, fan_in = len(numbers), c_in * size * size
+        u = kernels.uniform((K, c_out * (fan_in + 1)), seed, numbers, layer, kernels.WEIGHTS,
+                            numbers.device)
+        weight, bias = (u * 2 - 1).mul(fan_in**-0.5).split([c_out * fan_in, c_out], dim=1)
+        self.weight = nn.Parameter(weight.reshape(K * c_out, c_in, size, size))
         self.bias = nn.Parameter(bias.reshape(K * c_out))
         self.K, self.stride, self.pad = K, stride, (size - 1) // 2
-        self.transposed = transposed
 
     def forward(self, x):
-        if self.transposed:
-            return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.pad,
-                                      groups=self.K)
         if self.pad:  # a map that is no larger than the padding has nothing to reflect
             mode = "reflect" if min(x.shape[2:]) > self.pad else "replicate"
             x = F.pad(x, (self.pad,) * 4, mode=mode)
@@ -595,39 +633,18 @@ class GroupedNorm(nn.Module):
 
 
 class Grouped:
-    """What the DIPs below are made of, for K members that are fitted together, each to its image:
-    every layer K times as wide, in K groups. Each layer draws its weights under a number of its
-    own."""
+    """What a DIP's network is made of, for K fits together, each to its image: every layer K times
+    as wide, in K groups. Each layer draws its weights under a number of its own."""
 
-    def __init__(self, members, seed):
-        self.members, self.seed, self.K = members, seed, len(members)
-        self.numbers = itertools.count()
-
-    def conv(self, c_in, c_out, size, stride=1):
-        return GroupedConv(self.members, next(self.numbers), c_in, c_out, size, self.seed, stride)
-
-    def up(self, c_in, c_out, size, stride=1):
-        return GroupedConv(self.members, next(self.numbers), c_in, c_out, size, self.seed, stride,
-                           transposed=True)
-
-    def norm(self, channels):
-        return GroupedNorm(self.K * channels, self.members.device)
-
-
-class Single:
-    """What the DIPs below are made of as one network for a whole data set, trained in batches: as
-    above, but padded with zeros, and with running statistics to be evaluated by."""
-
-    K = 1
+    def __init__(self, numbers, seed):
+        self.numbers, self.seed, self.K = numbers, seed, len(numbers)
+        self.layers = itertools.count()
 
     def conv(self, c_in, c_out, size, stride=1):
-        return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2)
-
-    def up(self, c_in, c_out, size, stride=1):
-        return nn.ConvTranspose2d(c_in, c_out, size, stride, padding=(size - 1) // 2)
+        return GroupedConv(self.numbers, next(self.layers), c_in, c_out, size, self.seed, stride)
 
     def norm(self, channels):
-        return nn.BatchNorm2d(channels)
+        return GroupedNorm(self.K * channels, self.numbers.device)
 
 
 class Skip(nn.Module):
@@ -668,354 +685,29 @@ class Skip(nn.Module):
         return torch.sigmoid(self.last(h))
 
 
-def conv2(make, c_in, c_out, H, W, width):
-    """Two 3x3 convolutions and a sigmoid."""
-    return nn.Sequential(make.conv(c_in, width, 3), nn.ReLU(), make.conv(width, c_out, 3),
-                         nn.Sigmoid())
-
-
-def autoencoder(make, c_in, c_out, H, W, width):
-    """Four 3x3 convolutions and a tanh, at full resolution: it narrows nothing.
-    [B, K Ci, H, W] -> [B, K Co, H, W] in [-1, 1]."""
-    widths = [c_in, width, width, width, c_out]
-    layers = [layer for a, b in zip(widths, widths[1:])
-              for layer in (make.conv(a, b, 3), nn.ReLU())]
-    return nn.Sequential(*layers[:-1], nn.Tanh())
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 5, left).
-    [B, K Ci, H, W] -> [B, K Co, H / stride, W / stride]."""
-
-    def __init__(self, make, c_in, c_out, stride):
-        super().__init__()
-        self.conv1, self.norm1 = make.conv(c_in, c_out, 3, stride), make.norm(c_out)
-        self.conv2, self.norm2 = make.conv(c_out, c_out, 3), make.norm(c_out)
-        same = stride == 1 and c_in == c_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(
-            make.conv(c_in, c_out, 1, stride), make.norm(c_out))
-
-    def forward(self, x):
-        h = self.conv2(F.relu(self.norm1(self.conv1(x))))
-        return F.relu(self.shortcut(x) + self.norm2(h))
-
-
-class ResNet18(nn.Module):
-    """A ResNet-18 encoder (He et al. 2016, table 1; random weights, widths w ... 8 w) and six
-    transposed convolutions: an image becomes 8 w numbers at 1/32 of its size.
-    [B, K Ci, H, W] -> [B, K Co, H, W] in [0, 1]."""
-
-    def __init__(self, make, c_in, c_out, H, W, width):
-        super().__init__()
-        if isinstance(make, Grouped) and max(H, W) <= 32:
-            raise ValueError(f"--dip-arch resnet18 makes one pixel of {W}x{H}: fitted "
-                             "to one image its norms have nothing to take a mean over")
-        widths = [width * k for k in (1, 1, 1, 2, 2, 4, 4, 8, 8)]
-        self.enter = nn.Sequential(make.conv(c_in, width, 7, 2), make.norm(width), nn.ReLU(),
-                                   nn.MaxPool2d(3, 2, padding=1))
-        self.blocks = nn.Sequential(*(BasicBlock(make, a, b, 2 if b > a else 1)
-                                      for a, b in zip(widths, widths[1:])))
-        ups = [width * k for k in (8, 4, 2, 1, 1, 1)]
-        self.ups = nn.ModuleList(nn.Sequential(make.up(a, b, 4, 2), make.norm(b), nn.ReLU())
-                                 for a, b in zip(ups, ups[1:]))
-        self.last = make.up(width, c_out, 3)
-
-    def forward(self, x):
-        h = self.blocks(self.enter(x))  # [B, K 8w, ceil(H / 32), ceil(W / 32)]
-        for up in self.ups:
-            h = up(h)
-        return torch.sigmoid(self.last(h)[..., :x.shape[2], :x.shape[3]])  # 32 ceil(H / 32) is more
-
-
-ARCHS = {"skip": Skip, "conv2": conv2, "autoencoder": autoencoder, "resnet18": ResNet18}
-
-
-# ------------------------------------------------------------------ DDPM training
-
-
-def epoch_order(cfg, N, epoch, device):
-    """A permutation of 0 ... N-1 for this epoch, int64 [N]: a function of seed and epoch alone."""
-    numbers = torch.arange(N, device=device)
-    keys = kernels.uniform((N,), cfg.seed, numbers, epoch, kernels.DATA_ORDER, device)
-    return keys.argsort(stable=True)
-
-
-def draw_t(cfg, position, B, t_max, step):
-    """t uniform in 0 ... t_max-1, one draw in each of B equal strata: int64 [B]. The loss varies
-    much with t, and strata take that out of the gradient's variance (after the low-discrepancy
-    sampler of Kingma et al. 2021, VDM, which shares one draw among the strata)."""
-    u = kernels.uniform((len(position),), cfg.seed, position, step, kernels.TRAIN_TIME,
-                        position.device)
-    return ((position + u) / B * t_max).long().clamp(max=t_max - 1)
-
-
-def denoising_loss(cfg, net, x_0, index, position, B, t_max, coef, step, autocast):
-    """w_t times the mean of (out(x_t, t) - target)^2 over pixels, at one t for each image (Ho et
-    al. 2020, eq. 14, with the targets and weights of `forward_table`), of the images `index` of
-    x_0, which stand at `position` (int64) in a batch of B: float32 [len(position)]. t and eps
-    depend on seed, position and step alone, so a batch may be split at will."""
-    t = draw_t(cfg, position, B, t_max, step)
-    x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, position, step)
-    with autocast():
-        out = net(x_t, t)
-    return kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, position, step)
-
-
-def batches(cfg, N, device):
-    """Indices int64 [B] of the images of one training step after the other, for ever."""
-    B = min(cfg.batch, N)
-    for epoch in itertools.count():
-        order = epoch_order(cfg, N, epoch, device)
-        yield from order[:N // B * B].split(B)
-
-
-def half_cosine(step, steps):
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def learning_rate(cfg, step, steps):
-    """Linear warm-up over the first 3 % of the steps, then half a cosine down to zero."""
-    warmup = max(1, round(0.03 * steps))
-    return cfg.lr * min(1.0, (step + 1) / warmup) * half_cosine(step, steps)
-
-
-def train_ddpm(cfg, x_0, t_max, run, name):
-    """Minimise `denoising_loss` over t < t_max (Ho et al. 2020, algorithm 1). x_0: uint8 [N, C, H,
-    W]. Returns the network with exponentially averaged weights, log rows [network, step, epoch,
-    seconds, loss, lr] and the seconds. Continues from run.state where that has a beginning; leaves
-    checkpoints in run.folder. A step whose gradient is not finite moves no weight; RuntimeError
-    where no step since the last row was finite."""
-    N, C = x_0.shape[:2]
-    B = min(cfg.batch, N)
-    per_epoch = N // B
-    steps = cfg.epochs * per_epoch
-    coef = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict).to(run.device)
-    rates = torch.tensor([learning_rate(cfg, n, steps) for n in range(steps)], device=run.device)
-    net = make_unet(cfg, C, run.device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
-    saved = run.state.get(name)
-    done, seconds, rows, tally = edge.continue_from(saved, net, ema, optimizer)
-    t_max = saved.get("t_max", t_max) if saved else t_max
-    lr = rates[0].clone()  # a tensor, so that a graph can set it
-    optimizer.param_groups[0].update(lr=lr, capturable=x_0.is_cuda)
-    rank, size = edge.processes()
-    position = torch.arange(rank, B, size, device=run.device)  # of this process's in the batch
-    model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
-    order = torch.empty(N, dtype=torch.int64, device=run.device)
-    step = torch.tensor([done], device=run.device)
-    # since the last row: this process's part of the sum of losses and of the number of finite steps
-    tally = tally.to(run.device) * (rank == 0)
-
-    def train_step():
-        index = order.index_select(0, step % per_epoch * B + position)
-        loss = denoising_loss(cfg, model, x_0, index, position, B, t_max, coef, step[0],
-                              run.autocast).sum() / B
-        optimizer.zero_grad()
-        (loss * size).backward()
-        finite = nn.utils.clip_grad_norm_(net.parameters(), 1.0).isfinite()
-        lr.copy_(rates.index_select(0, step)[0])
-        optimizer.found_inf = (~finite).float()  # where it is 1 the fused step changes nothing
-        optimizer.step()
-        update_average(ema, net, step[0])
-        tally.add_(torch.stack([loss.detach(), torch.full_like(loss, 1 / size)]).where(finite, 0))
-        step.add_(1)
-
-    advance = edge.Graphed(train_step, run.device)
-    progress, clock = edge.Progress(f"train {name}", steps, B, done), edge.Clock(seconds)
-    saved_at, epoch = time.time(), None
-    while done < steps:
-        if epoch != done // per_epoch:
-            epoch = done // per_epoch
-            order.copy_(epoch_order(cfg, N, epoch, run.device))
-        advance()
-        done += 1
-        if cfg.snapshots and done * cfg.snapshots // steps > (done - 1) * cfg.snapshots // steps:
-            edge.save({"step": done, "seconds": clock(), "ema": ema.state_dict()},
-                      run.folder / "snapshots" / f"{name}-{done:06d}.pt")
-        row_due = done % 50 == 0 or done == steps
-        if row_due:  # the only place where the host waits for the device
-            loss, good = edge.total(tally).tolist()
-            skipped = done - (rows[-1][1] if rows else 0) - round(good)
-            if not good and (done % 50 == 0 or not rows):
-                raise RuntimeError(f"no finite gradient in {skipped} steps up to {done} with --lr "
-                                   f"{cfg.lr:g}; the last good checkpoint is kept")
-            if skipped:
-                edge.say(f"train {name}: {skipped} steps before {done} skipped: no finite gradient")
-            if good:
-                rows.append([name, done, round(done / per_epoch, 4), round(clock(), 2),
-                             loss / good, learning_rate(cfg, done - 1, steps)])
-            tally.zero_()
-            progress(done, f"loss {rows[-1][4]:.4f}")
-        # the processes ask each other rarely
-        stop = edge.agreed(run.stop) if size == 1 or row_due else 0
-        if stop or done == steps or row_due and time.time() - saved_at > CHECKPOINT_SECONDS:
-            run.state[name] = {"step": done, "t_max": t_max, "seconds": clock(), "rows": rows,
-                               "tally": tally, "net": net.state_dict(), "ema": ema.state_dict(),
-                               "optimizer": optimizer.state_dict()}
-            edge.save_checkpoint(run)
-            saved_at = time.time()
-            if stop:
-                raise KeyboardInterrupt
-    return ema.eval(), rows, clock()
-
-
-def update_average(ema, net, n, decay=0.999):
-    """ema <- d ema + (1 - d) net, d = min(decay, (1 + n) / (10 + n)), n the steps before this one
-    (an int64 scalar tensor): without the warm-up an early average would be mostly initial
-    weights."""
-    d = ((1 + n) / (10 + n)).clamp(max=decay)
-    average = list(ema.parameters())
-    with torch.no_grad():
-        change = torch._foreach_sub(list(net.parameters()), average)
-        torch._foreach_mul_(change, 1 - d)
-        torch._foreach_add_(average, change)
-
-
-# ------------------------------------------------------------------ sampling
-
-
-class Measurement(NamedTuple):
-    """What a restoration knows: y = A x + sigma eps of images x [n, C, H, W] in [0, 1], with
-    `mask` [n, 1, H, W] (ones where A has none) and A's task; y [n, C, h, w] is of A x's size, sigma
-    in units of [0, 1]."""
-
-    task: str
-    y: torch.Tensor
-    mask: torch.Tensor
-    sigma: float
-
-    def part(self, rows):
-        return self._replace(y=self.y[rows], mask=self.mask[rows])
-
-    def A(self, x):
-        return TASKS[self.task][0](x, self.mask)
-
-    def given(self):
-        """1 where y says something, else 0; of y's shape."""
-        return self.A(torch.ones_like(self.mask).expand(-1, self.y.shape[1], -1, -1))
-
-    def back(self, y):
-        """A's pseudo-inverse: A(back(y)) = y for every y that A can give."""
-        return TASKS[self.task][1](y, self.mask)
-
-    def consistent(self, x0_hat, weight=1.0):
-        """x0_hat in [-1, 1], its range part replaced: x + weight A+ (y - A x) (Wang, Yu & Zhang
-        2023, DDNM, eq. 13; eq. 17 has the weight). A step takes this x0_hat and the network's own
-        eps_hat. With the eps that x_t and this x0_hat imply, what is known would keep the noise
-        that it began with: from 50 evaluations 17.2 instead of 23.8 dB for half of the pixels, 23.2
-        instead of 26.1 dB for twice the size (64 test digits, one seed)."""
-        x = (x0_hat + 1) / 2
-        return (x + weight * self.back(self.y - self.A(x))) * 2 - 1
-
-    def noisy_step(self, x_t, x0_hat, ab_t, ab_s, sigma, z):
-        """A reverse step with a noisy y: x_s gets as much of y as brings no more than x_s's own
-        noise, 1 - ab_s, and that much less of eps_hat and z (after Wang, Yu & Zhang 2023, DDNM+,
-        eq. 17-19: there no more than z's, and less of z). x_t, x0_hat, z [n, C, H, W]; ab_t, ab_s
-        and sigma are scalars."""
-        y_noise = 2 * self.sigma * ab_s.sqrt()  # of sqrt(ab_s) y, in [-1, 1]
-        weight = ((1 - ab_s).sqrt() / y_noise).clamp(max=1)
-        there = self.back(self.A(torch.ones_like(x_t)))  # 1 where y says something
-        left = (1 - ab_s - there * (weight * y_noise) ** 2).clamp(min=0)
-        fresh = torch.minimum(left, sigma**2)
-        eps_hat = (x_t - ab_t.sqrt() * x0_hat) / (1 - ab_t).sqrt()
-        return (ab_s.sqrt() * self.consistent(x0_hat, weight) + (left - fresh).sqrt() * eps_hat
-                + fresh.sqrt() * z)
-
-
-def pooling(k):
-    """Super-resolution's A and pseudo-inverse: means of k x k blocks, and each mean k x k times."""
-    return (lambda x, mask: F.avg_pool2d(x, k),
-            lambda y, mask: y.repeat_interleave(k, -1).repeat_interleave(k, -2))
-
-
-MASKING = (lambda x, mask: x * mask,) * 2
-TASKS = {"denoise": (lambda x, mask: x,) * 2, "inpaint": MASKING, "inpaint-box": MASKING,
-         "sr": pooling(2), "sr-4": pooling(4)}
-
-
-@torch.no_grad()
-def sample(cfg, net, x_init, t_start, nfe, eta, sample_numbers, autocast, order=1, grid="uniform",
-           film=None, measured=None):
-    """The reverse process from x_init (after t_start steps of noise) to x_0 in nfe network
-    evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2 if eta = 1, nfe = t_start;
-    Lu et al. 2022, DPM-Solver++(2M), if eta = 0 and order = 2).
-    x_init [n, C, H, W] in the network's scale; sample_numbers int64 [n] name the noise that each
-    image gets, whatever shares its batch. Returns [n, C, H, W] in [-1, 1] (from a super-resolution
-    without noise a little beyond); a list `film` receives every x_t [1, C, H, W] of the first
-    image. With a Measurement every x0_hat is made consistent with it, which restores instead of
-    generating."""
-    schedule = SCHEDULES[cfg.schedule](cfg.timesteps)
-    taus = time_grid(schedule, t_start, nfe, grid)
-    coef = reverse_table(schedule, cfg.predict, taus, eta)
-    device = x_init.device
-    size = SAMPLE_BATCH_CUDA if device.type == "cuda" else SAMPLE_BATCH
-    coef, times = coef.to(device), torch.tensor(taus[:-1], device=device) - 1
-    alpha_bar = torch.tensor([schedule.at(tau) for tau in taus], device=device)  # [nfe + 1]
-    done = []
-    for rows in torch.arange(len(x_init)).split(size):
-        x_t, numbers = x_init[rows].clone(), sample_numbers[rows]
-        known = measured and measured.part(rows)
-        x0_prev = torch.zeros_like(x_t) if order == 2 else None
-        step = torch.zeros(1, dtype=torch.int64, device=device)
-
-        def reverse_step():
-            t = times.index_select(0, step).expand(len(x_t))
-            with autocast():
-                out = net(x_t, t)
-            if known:
-                a, b, _, _, sigma, *_ = coef.index_select(0, step)[0]
-                x0_hat = (a * x_t + b * out.float()).clamp(-1, 1)
-            if known and known.sigma:
-                z = kernels.normal(x_t.shape, cfg.seed, numbers, step[0], kernels.STEP_NOISE,
-                                   device)
-                ab_t, ab_s = (alpha_bar.index_select(0, step + k)[0] for k in (0, 1))
-                x_t.copy_(known.noisy_step(x_t, x0_hat, ab_t, ab_s, sigma, z))
-            else:
-                kernels.posterior_step(
-                    x_t, out, coef, step[0], cfg.seed, numbers, inplace=True, x0_prev=x0_prev,
-                    value=known.consistent(x0_hat) if known else None)
-            step.add_(1)
-
-        advance = edge.Graphed(reverse_step, device)
-        for _ in range(nfe):
-            if film is not None and not done:
-                film.append(x_t[:1].clone())
-            advance()
-        done.append(known.consistent(x_t) if known and not known.sigma else x_t)
-    if film is not None:
-        film.append(done[0][:1])
-    return torch.cat(done)
-
-
-# ------------------------------------------------------------------ DIP fitting
-
-CHECK = 10  # iterations between two looks at a risk
-# draw numbers in the stream CORRUPTION: 0 is a measurement's noise; rung k draws RUNG_DRAW + k
-MASK_DRAW, HELD_DRAW, SPLIT_DRAW, RUNG_DRAW = 1, 2, 3, 4
+ARCHS = {"skip": Skip}
 
 
 class DIPGroup:
     """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
-    to where they were saved, and leave. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
-    every iteration and shared. members int64 [K] number the fits, and with the seed decide theta
-    and z."""
+    to where they were saved. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
+    every iteration and shared. With the seed, numbers int64 [K] decide theta and z."""
 
-    def __init__(self, cfg, members, C, H, W, dtype=torch.float32):
-        small, device = max(H, W) <= 64, members.device
-        width = cfg.dip_width or (16 if small else 128)
-        # A larger rate has the better best moment, but as a prior leaves less smooth errors.
-        self.lr = cfg.dip_lr or (0.05 if small and cfg.mode in ("dip", "guide") else 0.01)
-        self.cfg, self.K, self.Cz = cfg, len(members), min(width, 32)
-        make = ARCHS[cfg.dip_arch or "skip"]
-        self.net = make(Grouped(members, cfg.seed), self.Cz, C, H, W, width).to(dtype)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.lr, fused=True)
-        self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, members, 0,
+    def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
+        device = numbers.device
+        self.cfg, self.K, self.Cz = cfg, len(numbers), min(cfg.dip_width, 32)
+        make = Grouped(numbers, cfg.seed)
+        self.net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
+        self.optimizer = self.adam()
+        self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, numbers, 0,
                                        kernels.DIP_CODE, device)
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
         self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
+        self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
         self.steps, self.saved = 0, None
+
+    def adam(self):
+        return torch.optim.Adam(self.net.parameters(), lr=self.cfg.dip_lr, fused=True)
 
     def iterate(self, i, y, share, A):
         """Iteration i: one Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each
@@ -1035,10 +727,18 @@ class DIPGroup:
         self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
         return x.detach(), losses.detach()
 
-    def not_finite(self, i):
-        """The error to raise where iteration i left the finite numbers."""
-        return RuntimeError(f"a DIP fit is not finite after {i + 1} iterations with --dip-lr "
-                            f"{self.lr:g}")
+    def not_finite(self):
+        """The error to raise where a fit has left the finite numbers."""
+        return RuntimeError(f"a DIP fit is not finite after {self.steps} iterations with Adam's "
+                            f"rate {self.cfg.dip_lr:g}")
+
+    def collapsed(self, losses, y, share):
+        """Members whose loss has jumped back half of the way to that of a flat output: bool [K]."""
+        flat = (y * share).sum(dim=(1, 2, 3), keepdim=True)
+        flat = ((y - flat).square() * share).sum(dim=(1, 2, 3))  # a flat output's loss
+        back = (self.low < flat) & (losses > (self.low + flat) / 2)
+        self.low = torch.where(back, self.low, torch.minimum(self.low, losses))
+        return back
 
     def state(self):
         """Weights, Adam's memory of them and averages as views [K, ...], a row a member."""
@@ -1068,116 +768,39 @@ class DIPGroup:
             for key, beta in zip(("exp_avg", "exp_avg_sq"), self.optimizer.defaults["betas"]):
                 memory[key].view(self.K, -1)[which] *= (1 - beta**self.steps) / (1 - beta**at)
 
-    def keep(self, which):
-        """Let all members but `which` leave, as if they had never been here: they cost nothing any
-        more, and the others do not notice. Only after a first `save`."""
-        def part(x):
-            return x.view(self.K, -1, *x.shape[1:])[which].flatten(0, 1)
-        stay, memory = int(which.sum()), {}
-        for module in self.net.modules():
-            if hasattr(module, "K"):
-                module.K = stay
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(part(p.data)))
-                memory[getattr(module, name)] = {
-                    key: part(value) if value.dim() else value
-                    for key, value in self.optimizer.state[p].items()}
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.lr, fused=True)
-        self.optimizer.state.update(memory)
-        self.z, self.average, self.age = (v[which] for v in (self.z, self.average, self.age))
-        self.saved, self.saved_at = [x[which] for x in self.saved], self.saved_at[which]
-        self.K = stay
+    def begin_rung(self, which):
+        """Members `which` go on from what was saved, to another target: with new averages."""
+        self.rewind(which)
+        self.age[which], self.low[which] = 0, math.inf
 
 
-def fit_dips(cfg, y, members, iters, progress, measured=None, hold_out=0.1, watch=None):
+def untracked(steps, *_):
+    """What a fit's loop runs through where nobody follows it; see `Run.track`."""
+    return steps
+
+
+def fit_dips(cfg, known, numbers, iters, track=untracked, look=None):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
     theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and 4-6,
-    section 3; the jitter: supplementary). y [K, C, H, W] in [0, 1], not clipped, with A = 1, or
-    that of a Measurement of K images; or a list of targets, fitted one after the other for equally
-    many iterations. Returns the averages [K, C, H, W]. `watch` is called with each iteration, the
-    outputs and the averages.
-
-    From a Measurement a share of `hold_out` of its values is held out of the fit, and each image's
-    result is the one of its averages, every 10 iterations, that is nearest to those: a stop that
-    needs no truth. Where the share is 0, it is the last. RuntimeError where it is not finite."""
-    targets = y if isinstance(y, list) else [y]
-    y, A, (H, W) = targets[0], (lambda x: x), targets[0].shape[2:]
-    if measured is not None:
-        A, (H, W) = measured.A, measured.mask.shape[2:]
-    K, C = y.shape[:2]
-    given = A(torch.ones(K, C, H, W, dtype=y.dtype, device=y.device))
-    u = kernels.uniform((K, 1, *y.shape[2:]), cfg.seed, members, HELD_DRAW, kernels.CORRUPTION,
-                        y.device)
-    held = given * (u < (hold_out if measured is not None else 0))
-    share = (given - held) / (given - held).sum(dim=(1, 2, 3), keepdim=True)
-    group = DIPGroup(cfg, members, C, H, W, y.dtype)
-    best, best_risk = group.average.clone(), torch.full_like(share[:, :1, :1, :1], math.inf)
-    for i in range(iters):
-        y = targets[i * len(targets) // iters]
-        x, _ = group.iterate(i, y, share, A)
-        if (i + 1) % CHECK == 0 or i + 1 == iters:
-            risk = ((A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
-            best = torch.where(risk < best_risk, group.average, best)
-            best_risk = torch.minimum(risk, best_risk)
-            if not group.average.isfinite().all():
-                raise group.not_finite(i)
-        if watch is not None:
-            watch(i, x, group.average)
-        progress(i + 1)
-    return best if held.any() else group.average
+    section 3; the jitter: supplementary). `known` is the Measurement of K images; returns the
+    averages [K, C, H, W]. `look` is called with each iteration (from 1 on), the outputs and the
+    averages. RuntimeError where a fit is not finite."""
+    y, A, given = known.y, known.A, known.given()
+    share = given / given.sum(dim=(1, 2, 3), keepdim=True)
+    group = DIPGroup(cfg, numbers, y.shape[1], *known.mask.shape[2:], y.dtype)
+    for i in track(range(1, iters + 1), "fit DIPs", len(y)):
+        x, _ = group.iterate(i - 1, y, share, A)
+        if (i % CHECK == 0 or i == iters) and not group.average.isfinite().all():
+            raise group.not_finite()
+        if look is not None:
+            look(i, x, group.average)
+    return group.average
 
 
-def fit_in_groups(cfg, y, members, iters, run, measured=None):
-    """`fit_dips` for any number of images, --dip-group at a time, the groups dealt out to the
-    processes."""
-    K, (rank, size) = cfg.dip_group, edge.processes()
-    groups = torch.arange(len(y)).split(K)[rank::size]
-    progress = edge.Progress("fit DIPs", len(groups) * iters, min(len(y), K))
-    outputs = y.new_zeros(*y.shape[:2], *(measured.mask if measured else y).shape[2:])
-    for g, rows in enumerate(groups):
-        outputs[rows] = fit_dips(cfg, y[rows], members[rows], iters,
-                                 lambda i, g=g: progress(g * iters + i),
-                                 measured and measured.part(rows)).clamp(0, 1)
-        if run.stop:
-            raise KeyboardInterrupt
-    return edge.total(outputs)
-
-
-# ------------------------------------------------------------------ network: one DIP for a data set
-
-NETWORK_ITERS, NETWORK_RATE = 300, 1e-3
-
-
-def fit_network(cfg, x_0, run):
-    """Minimise E_i |f_theta(x_i) - x_i|^2 over the images of x_0 uint8 [N, C, H, W], from random
-    theta, Adam, half a cosine: the DIP of a whole data set, f: [B, C, H, W] -> the same, in [0, 1]
-    (`autoencoder` ends in a tanh: in [-1, 1], to be clipped).
-    What nothing narrows (`conv2`, `autoencoder`) becomes the identity, given time."""
-    N, C = x_0.shape[:2]
-    with torch.device("meta"):
-        f = ARCHS[cfg.dip_arch or "autoencoder"](Single(), C, C, *x_0.shape[2:],
-                                                 cfg.dip_width or 64)
-    f = draw_weights(f.to_empty(device=run.device), cfg.seed, 2)
-    optimizer = torch.optim.Adam(f.parameters(), fused=True)
-    steps = cfg.dip_iters or NETWORK_ITERS
-    progress = edge.Progress("fit network", steps, min(cfg.batch, N))
-    for step, index in zip(range(steps), batches(cfg, N, run.device)):
-        x = x_0[index].float() / 255
-        loss = (f(x) - x).square().mean()
-        optimizer.param_groups[0]["lr"] = NETWORK_RATE * half_cosine(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if run.stop:
-            raise KeyboardInterrupt
-        progress(step + 1)
-    return f.eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------ codes: a decoder for a data set
+# ================================================================== 7 codes
 
 CODE = 32  # numbers in a code
-CODE_EPOCHS, CODE_RATES = 3, (2e-3, 1e-2)  # passes; peak learning rates of decoder and codes
+CODE_RATES = 2e-3, 1e-2  # peak learning rates of decoder and codes
 CELL_DRAW, CODE_DRAW, CENTRE_DRAW, GAUSS_DRAW = 1, 2, 3, 4  # in the stream DIP_CODE; 0 is z's
 
 
@@ -1207,11 +830,11 @@ class CodeDecoder(nn.Module):
         return torch.sigmoid(self.last(h)[..., :self.size[0], :self.size[1]])
 
 
-def principal_components(x_0, D):
-    """The first D principal components of x_0 uint8 [N, C, H, W] scaled to [0, 1], P = C H W:
+def principal_components(pixels, D):
+    """The first D principal components of pixels uint8 [N, C, H, W] scaled to [0, 1], P = C H W:
     whitened scores [N, D], mean [P] and axes [D, P], so that mean + scores @ axes is the best
     linear reconstruction; fewer than D where min(N, P) is less."""
-    X = x_0.flatten(1).float() / 255  # [N, P]
+    X = pixels.flatten(1).float() / 255  # [N, P]
     N, P = X.shape
     mean = X.mean(0)
     X = X - mean
@@ -1223,53 +846,51 @@ def principal_components(x_0, D):
     return X @ (vector / scale), mean, vector.T * scale[:, None]
 
 
-def fit_codes(cfg, x_0, run):
+def fit_codes(cfg, pixels, track=untracked):
     """Minimise sum_i |g_theta(c_i) - x_i|^2 over theta and a code c_i for each image, together
-    (Bojanowski et al. 2018), from whitened principal components; Adam, half a cosine.
-    Returns the decoder, to be evaluated with its running statistics, and codes [N, CODE]."""
-    N, C, H, W = x_0.shape
-    B = min(cfg.batch, N)
-    steps = cfg.dip_iters or CODE_EPOCHS * (N // B)
-    with torch.device("meta"):
-        decoder = CodeDecoder(C, H, W, cfg.dip_width or 32)
-    decoder = draw_weights(decoder.to_empty(device=run.device), cfg.seed, 1)
-    scores = principal_components(x_0, CODE)[0]
+    (Bojanowski et al. 2018), from whitened principal components; Adam, half a cosine. pixels uint8
+    [N, C, H, W]. Returns the decoder, to be evaluated with its running statistics, and codes
+    [N, CODE]."""
+    N, C, H, W = pixels.shape
+    B, per_epoch = steps_of(cfg, N)
+    decoder = fresh(lambda: CodeDecoder(C, H, W, cfg.decoder_width), cfg.seed, 1, pixels.device)
+    scores = principal_components(pixels, CODE)[0]
     scores = F.pad(scores, (0, CODE - scores.shape[1]))  # of fewer images than that
     codes = nn.Embedding.from_pretrained(scores, freeze=False, sparse=True)
     optimizers = [torch.optim.Adam(decoder.parameters(), fused=True),
                   torch.optim.SparseAdam(codes.parameters())]  # moves the batch's codes only
-    progress = edge.Progress("fit codes", steps, B)
-    for step, index in zip(range(steps), batches(cfg, N, run.device)):
+    steps = cfg.code_epochs * per_epoch
+    for step in track(range(steps), "fit codes", B):
+        if step % per_epoch == 0:
+            order = epoch_order(cfg, N, step // per_epoch, pixels.device)
+        index = order[step % per_epoch * B:][:B]
         x = decoder(codes(index))
-        loss = (x - x_0[index].float() / 255).square().mean(dim=(1, 2, 3)).sum()
-        for optimizer, lr in zip(optimizers, CODE_RATES):
-            optimizer.param_groups[0]["lr"] = lr * half_cosine(step, steps)
+        loss = (x - pixels[index].float() / 255).square().mean(dim=(1, 2, 3)).sum()
+        for optimizer, rate in zip(optimizers, CODE_RATES):
+            optimizer.param_groups[0]["lr"] = rate * half_cosine(step, steps)
             optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        if run.stop:
-            raise KeyboardInterrupt
-        progress(step + 1)
     return decoder.eval().requires_grad_(False), codes.weight.detach()
 
 
 def fit_mixture(codes, seed):
     """A mixture of Gaussians for codes [N, D]: cells of k-means, each with its share, mean and
     covariance -> (shares [K], means [K, D], Cholesky factors [K, D, D]). There are as many as leave
-    D members to a cell. On MNIST, 10,000 images decoded from 200, 468, 937, 1875 and 3000 cells
-    had fid_lenet 52.6, 48.9, 44.8, 40.7 and 38.9 (from the codes themselves 30.3), all as far from
-    the training images."""
+    D members to a cell: the more cells, the better the images (studies/RESULTS.md)."""
     N, D = codes.shape
     K = max(1, N // D)
     numbers = torch.arange(N, device=codes.device)
     keys = kernels.uniform((N,), seed, numbers, CENTRE_DRAW, kernels.DIP_CODE, codes.device)
     means = codes[keys.argsort(stable=True)[:K]]
+    # k-means: each code to its nearest centre, each centre to the mean of its codes
     for _ in range(30):
         cell = torch.cat([torch.cdist(part, means).argmin(1) for part in codes.split(8192)])
         count = torch.bincount(cell, minlength=K)
         sums = torch.zeros_like(means).index_add_(0, cell, codes)
         means = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], means)
+    # each cell's covariance, with a ridge
     factors = []
     for k in range(K):
         around = codes[cell == k] - means[k]
@@ -1289,434 +910,149 @@ def draw_codes(mixture, n, seed):
     return means[cell] + (factors[cell] @ z[:, :, None])[:, :, 0]
 
 
-# ------------------------------------------------------------------ method 1: priors
+# ================================================================== 8 method 1: priors
 #
 # x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps, then the reverse process from t_start. Each
-# prior is a function (cfg, x_0, sources, run) -> x_prior [n, C, H, W] in [-1, 1], of the training
-# data x_0 uint8 [N, C, H, W] and n of its images, sources [n, C, H, W].
+# prior is a function (cfg, pixels, sources, track) -> x_prior [n, C, H, W] in [-1, 1], of the
+# training images uint8 [N, C, H, W] and n of them, sources [n, C, H, W].
 
 
-def prior_dip_images(cfg, x_0, sources, run):
+def prior_dip_images(cfg, pixels, sources, track=untracked):
     """One DIP for each source image, fitted shortly."""
-    y = sources.float() / 255
-    members = torch.arange(len(y), device=run.device)
-    return fit_in_groups(cfg, y, members, cfg.dip_iters or 60, run) * 2 - 1
+    known = exact(sources.float() / 255)
+    groups = torch.arange(len(sources), device=sources.device).split(cfg.dip_group)
+    return torch.cat([fit_dips(cfg, known.part(numbers), numbers, cfg.dip_iters, track)
+                      for numbers in groups]).clamp(0, 1) * 2 - 1
 
 
-@torch.no_grad()
-def prior_dip_network(cfg, x_0, sources, run):
-    """The source images through one DIP that was fitted to the whole data set."""
-    with torch.enable_grad():
-        f = fit_network(cfg, x_0, run)
-    x = torch.cat([f(part.float() / 255) for part in sources.split(SAMPLE_BATCH)])
-    return x.clamp(0, 1) * 2 - 1
-
-
-@torch.no_grad()
-def prior_dip_codes(cfg, x_0, sources, run):
+def prior_dip_codes(cfg, pixels, sources, track=untracked):
     """New images from new codes: one decoder for the whole data set, a mixture fitted to the codes
     of its images. No training image is handed over."""
-    with torch.enable_grad():
-        decoder, codes = fit_codes(cfg, x_0, run)
+    decoder, codes = fit_codes(cfg, pixels, track)
     new = draw_codes(fit_mixture(codes, cfg.seed), len(sources), cfg.seed)
     return torch.cat([decoder(part) for part in new.split(SAMPLE_BATCH)]) * 2 - 1
 
 
-def prior_pca(cfg, x_0, sources, run):
+def prior_pca(cfg, pixels, sources, track=untracked):
     """The same mixture fitted to as many principal components and decoded linearly: what a DIP
     decoder must beat."""
-    scores, mean, axes = principal_components(x_0, min(CODE, x_0[0].numel(), len(x_0)))
+    scores, mean, axes = principal_components(pixels, min(CODE, pixels[0].numel(), len(pixels)))
     new = draw_codes(fit_mixture(scores, cfg.seed), len(sources), cfg.seed)
-    return ((mean + new @ axes).clamp(0, 1) * 2 - 1).view(-1, *x_0.shape[1:])
+    return ((mean + new @ axes).clamp(0, 1) * 2 - 1).view(-1, *pixels.shape[1:])
 
 
-def prior_gauss(cfg, x_0, sources, run):
+def prior_gauss(cfg, pixels, sources, track=untracked):
     """Draws from one Gaussian with the training data's mean and full covariance: what can be had
     with no DIP at all."""
-    scores, mean, axes = principal_components(x_0, min(len(x_0), x_0[0].numel()))
+    scores, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
     z = kernels.normal((len(sources), len(axes)), cfg.seed, 0, GAUSS_DRAW, kernels.DIP_CODE,
-                       x_0.device)
-    return ((mean + z @ axes) * 2 - 1).view(-1, *x_0.shape[1:])
+                       pixels.device)
+    return ((mean + z @ axes) * 2 - 1).view(-1, *pixels.shape[1:])
 
 
-def prior_blur(cfg, x_0, sources, run):
+def prior_blur(cfg, pixels, sources, track=untracked):
     """The source images through a 5x5 box: all the structure and more of a leak than a DIP; if this
     does as well, the DIP adds nothing."""
     x = sources.float() / 127.5 - 1
     return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
-PRIORS = {"dip-images": prior_dip_images, "dip-network": prior_dip_network,
-          "dip-codes": prior_dip_codes, "gauss": prior_gauss, "pca": prior_pca, "blur": prior_blur}
-HAS_SOURCE = ("dip-images", "dip-network", "blur")  # number i starts from source image i
+PRIORS = {"dip-images": prior_dip_images, "dip-codes": prior_dip_codes, "gauss": prior_gauss,
+          "pca": prior_pca, "blur": prior_blur}
+HAS_SOURCE = {"dip-images", "blur"}  # number i starts from source image i
 
 
 def start_from_prior(cfg, prior, t_start, numbers):
     """x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps (Ho et al. 2020, eq. 4). prior [n, C, H, W]
     in [-1, 1], numbers int64 [n] -> x_init [n, C, H, W]."""
-    table = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict).to(prior.device)
     t = torch.full((len(prior),), t_start - 1, device=prior.device)
-    return kernels.q_sample(prior, None, t, table, cfg.seed, numbers, 0, kernels.INIT_NOISE)
+    return kernels.q_sample(prior, None, t, forward_table(cfg).to(prior.device), cfg.seed, numbers,
+                            0, kernels.INIT_NOISE)
 
 
-def load_images(cfg, split, name=None, limit=None):
-    """The images of a split that --data, --size and --crop ask for."""
-    return data.load(name or cfg.data, cfg.data_dir, split, limit, cfg.size, cfg.crop)
+def noise_start(cfg, shape, numbers):
+    """x_T ~ N(0, 1) [n, C, H, W]."""
+    return kernels.normal(shape, cfg.seed, numbers, 0, kernels.INIT_NOISE, numbers.device)
 
 
 def run_prior(cfg, run):
-    """--mode prior and --mode ddpm: train, then generate or restore."""
-    with edge.first_alone():  # where data are downloaded, one process does it
-        train = load_images(cfg, "train")
-        test = load_images(cfg, "test", train.name if cfg.data == "auto" else cfg.data)
-    x_0 = train.pixels[:cfg.limit].to(run.device)
-    N, C, H, W = x_0.shape
-    for task in cfg.task:
-        check_size(task, H, W)
-    if {*cfg.task} - {"generate"} or cfg.mode == "prior" and "images" in cfg.dip_source:
-        DIPGroup(cfg, torch.zeros(1, dtype=torch.int64), C, H, W)  # who cannot take it, says so
-    if min(cfg.batch, N) < edge.processes()[1]:
-        raise ValueError(f"--batch {cfg.batch}, of {N} images, is too small for as many processes")
+    """--mode ddpm: train, sample from noise, measure. --mode prior: from priors, too."""
+    train = load_images(cfg, "train")
+    test = load_images(cfg, "test", train.name if cfg.data == "auto" else None)
+    pixels = train.pixels[:cfg.limit].to(run.device)
+    N, C, H, W = pixels.shape
     about = {"name": train.name, "train": N, "test": len(test.pixels), "sha256": train.sha256}
-    if run.about and run.about["data"] != about:
-        raise ValueError(f"--resume {cfg.resume}: the data was {run.about['data']}, now {about}")
-    learned = run.state.get("truncated", {}).get("t_max", cfg.timesteps)
-    if "truncated" in cfg.train and learned < max(steps_of_prior(cfg)):
-        raise ValueError(f"--resume {cfg.resume}: its truncated network was trained for t < "
-                         f"{learned}: it cannot serve --t-start {max(steps_of_prior(cfg))}")
-    run.about = {"data": about, "shape": [C, H, W]}
-    run.begin()
-    edge.say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
-             f"{run.device}, {run.precision}")
-    nets, rows = train_networks(cfg, x_0, run)
+    cfg = run.begin(resolve(cfg, pixels.shape), about, [C, H, W])
+    say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
+        f"{run.device}, {run.precision}")
+    net, rows, run.seconds["train"] = train_ddpm(cfg, pixels, run)
+    if processes()[0]:
+        return  # the first process alone samples, measures and writes
     write_log(run, rows)
-    result = {"data": about, "parameters": sum(p.numel() for p in nets["full"].parameters()),
-              "arms": [], "curves": loss_curves(rows), "pictures": []}
-    if "generate" in cfg.task:
-        generate(cfg, run, nets, train, x_0, test, result)
-    for task in cfg.task:
-        if task != "generate":
-            restore(cfg, run, nets, task, test, result)
-    if edge.processes()[0] == 0:
-        finish(run, result)
-        edge.say(measure.text_tables([run.folder]))
-
-
-def train_networks(cfg, x_0, run):
-    """{"full": the network of the noise start, and what else --train lists}, and log rows."""
-    nets, rows = {}, []
-    for name in dict.fromkeys(("full", *(cfg.train if cfg.mode == "prior" else ()))):
-        images, t_max = x_0, cfg.timesteps
-        if name == "truncated":
-            t_max = max(steps_of_prior(cfg))
-        if name == "smoothed":
-            began = time.time()
-            source = next(source for source in cfg.dip_source if source in SMOOTHERS)
-            x = edge.of_the_first(PRIORS[f"dip-{source}"](cfg, x_0, x_0, run))
-            images = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            edge.synchronize(run.device)
-            run.seconds["dip"] += time.time() - began
-        nets[name], more, seconds = train_ddpm(cfg, images, t_max, run, name)
-        rows += more
-        run.seconds["train"] += seconds
-    return nets, rows
-
-
-def generate(cfg, run, nets, train, x_0, test, result):
-    """Every arm samples with the same seeds and count and is measured against the test split. Rows,
-    curves and pictures go to `result`."""
-    N, C, H, W = x_0.shape
-    n = min(cfg.samples or 1000, N)
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    with edge.first_alone():  # where the LeNet is not there yet, one process trains it
-        judge = measure.Judge(train, x_0, test, n, [root, data.cache_root(), run.folder])
-    result |= judge.summary()
-    numbers = torch.arange(n, device=run.device)
+    judge = measure.Judge(train, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
+    arms, pictures = generate(cfg, run, net, pixels, judge)
+    run.seconds["eval"] = judge.seconds
+    run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
+                "arms": arms, "curves": loss_curve(rows), "pictures": pictures} | judge.summary())
+
+
+def starts(cfg, run, pixels, sources, numbers):
+    """(arm, x_init, t_start, its prior, seconds that this took): noise, then each prior noised to
+    each t_start."""
+    eps = noise_start(cfg, sources.shape, numbers)
+    yield "ddpm", eps, cfg.timesteps, None, 0.0
+    for arm, prior in PRIORS.items() if cfg.mode == "prior" else ():
+        if arm.startswith("dip-") and arm.removeprefix("dip-") not in cfg.dip_source:
+            continue
+        with run.timed("dip" if arm.startswith("dip-") else None) as took:
+            x = prior(cfg, pixels, sources, run.track)
+        for t_start in cfg.t_start:
+            yield arm, start_from_prior(cfg, x, t_start, numbers), t_start, x, took.seconds
+
+
+def generate(cfg, run, net, pixels, judge):
+    """Every arm samples with the same seed and count and is measured against the test split: rows
+    of results.json, pictures."""
+    numbers = torch.arange(cfg.samples, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
-    sources = x_0[measure.subset(N, n).to(run.device)]
-    arms, pictures, priors, films, first_start = result["arms"], {}, {}, {}, {}
-    for network in nets.values():  # the first call of all would pay for what is set up once
-        x_init = torch.zeros(min(n, SAMPLE_BATCH), C, H, W, device=run.device)
-        sample(cfg, network, x_init, 2, 2, 0.0, numbers[:len(x_init)], run.autocast)
-
-    def starts():
-        """(arm, x_init, t_start, seconds that its prior took)"""
-        eps = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
-        yield "ddpm", eps, cfg.timesteps, 0.0
-        for arm, prior in PRIORS.items() if cfg.mode == "prior" else ():
-            if arm.startswith("dip-") and arm.removeprefix("dip-") not in cfg.dip_source:
-                continue
-            began = time.time()
-            priors[arm] = edge.of_the_first(prior(cfg, x_0, sources, run))
-            edge.synchronize(run.device)
-            seconds = time.time() - began
-            run.seconds["dip"] += seconds if arm.startswith("dip") else 0.0
-            for t_start in steps_of_prior(cfg):
-                yield arm, start_from_prior(cfg, priors[arm], t_start, numbers), t_start, seconds
-
-    for arm, x_init, t_start, prior_seconds in starts():
-        first_start.setdefault(arm, (x_init, t_start, prior_seconds))
-        for trained, nfe, setting in itertools.product(
-                ("full",) if arm == "ddpm" else cfg.train, cfg.nfe, samplers(cfg)):
-            shown = (arm, nfe) not in pictures  # only the first sampler's are
-            film = [] if shown and nfe == film_nfe(cfg) else None
-            x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe, setting,
-                                  numbers, film=film)
-            row |= {"train": trained, "seconds": round(row["seconds"] + prior_seconds, 3),
-                    "prior_seconds": round(prior_seconds, 3)}
+    sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
+    rows, priors, grids = [], {}, {}
+    x = noise_start(cfg, sources[:SAMPLE_BATCH].shape, numbers[:SAMPLE_BATCH])
+    sample(cfg, net, x, 2, 2, 0.0, numbers[:SAMPLE_BATCH], run.autocast)  # pays for what is once
+    for arm, x_init, t_start, prior, seconds in starts(cfg, run, pixels, sources, numbers):
+        for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
+            with run.timed("sample") as took:
+                x = sample(cfg, net, x_init, t_start, nfe, eta, numbers, run.autocast)
+            row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
+                   "seconds": took.seconds + seconds, "prior_seconds": seconds}
             row |= judge(x, sources if arm in HAS_SOURCE else None)
             if arm in HAS_SOURCE:  # the KL of x_init to its source's is SNR(t_start) / 2 times this
-                square = (priors[arm] - sources.float() / 127.5 + 1).square()
-                row["prior_square_error"] = round(square.sum().item() / n, 4)
-            arms.append(row)
-            if shown:
-                pictures[arm, nfe] = x[:16].cpu()
-            if film:
-                films[arm] = film
-            edge.say(describe(row))
-    curves = result["curves"]
-    for row in arms:
-        if "fid_lenet" in row:
-            series = setting_of(row, cfg)
-            curves.setdefault(f"quality/{series}", []).append([row["nfe"], row["fid_lenet"]])
-            curves.setdefault(f"seconds/{series}", []).append(
-                [row["seconds"] * 1000 / n, row["fid_lenet"]])
-    result["notes"] += headlines(cfg, arms, n)
-    for name, network in nets.items():
-        curves |= convergence(cfg, run, name, network, first_start, numbers, judge, test)
-    result["pictures"] += draw_arms(cfg, run, pictures, priors, sources)
-    if films:  # which a process without images has none of
-        result["pictures"].append(draw_film(run, films))
-    run.seconds["eval"] = judge.seconds
+                square = (prior - sources.float() / 127.5 + 1).square()
+                row["prior_square_error"] = square.sum().item() / len(x)
+            rows.append(row)
+            grids.setdefault(nfe, {}).setdefault(arm, (x[:16] + 1) / 2)
+            say(describe(row))
+        if prior is not None:
+            priors[arm] = (prior[:16] + 1) / 2
+    eta = f"eta = {cfg.eta[0]:g}"
+    pictures = [measure.draw(run.folder / f"samples-nfe{nfe}.png",
+                             f"{nfe} network evaluations, {eta}", arms)
+                for nfe, arms in grids.items()]
+    if priors:
+        pictures.append(measure.draw(
+            run.folder / "priors.png", "what the arms start from, before noise; source: the "
+            f"training images that {' and '.join(sorted(HAS_SOURCE))} are made of",
+            {"source": sources[:16].float() / 255} | priors))
+    return rows, pictures
 
 
-def headlines(cfg, arms, n):
-    """For each arm with a prior: with how few evaluations it is as good as the noise start at its
-    most, plus 5 %, and from how many images on the seconds of its prior are paid back. A list of
-    sentences; of a single run, so no more than a hint."""
-    notes, most = [], max(cfg.nfe)
-    if not all("fid_lenet" in row for row in arms):
-        return notes
-    noise = min((row for row in arms if row["name"] == "ddpm" and row["nfe"] == most),
-                key=lambda row: row["fid_lenet"])
-    series = {}
-    for row in arms:
-        if row["name"] != "ddpm":
-            series.setdefault(setting_of(row, cfg), []).append(row)
-    for name, rows in series.items():
-        there = [row for row in rows if row["fid_lenet"] <= 1.05 * noise["fid_lenet"]]
-        if not there:
-            notes.append(f"{name} does not reach the noise start's quality at {most} evaluations "
-                         f"({noise['fid_lenet']:.2f}, plus 5 %): at best "
-                         f"{min(row['fid_lenet'] for row in rows):.2f}")
-            continue
-        row = min(there, key=lambda row: row["nfe"])
-        once = row["prior_seconds"] if row["name"] != "dip-images" else 0.0
-        saved = (noise["seconds"] - row["seconds"] + once) / n  # an image
-        notes.append(
-            f"{name} reaches the noise start's quality at {most} evaluations "
-            f"({noise['fid_lenet']:.2f}, plus 5 %) with {row['nfe']}; recall {row['recall']:.3f} "
-            f"against {noise['recall']:.3f}; " + (
-                f"{once:.1f} s for its prior are paid back from {math.ceil(once / saved)} images on"
-                if saved > 0 else "its prior is never paid back"))
-    return notes
-
-
-def timed_sample(cfg, run, arm, net, x_init, t_start, nfe, setting, numbers, film=None,
-                 measured=None):
-    """`sample`, a part of the images in each process, and a row of results.json that says how it
-    was done and how long it took."""
-    eta, order, grid = setting
-    began = time.time()
-    rank, size = edge.processes()
-    x, mine = torch.zeros_like(x_init), torch.arange(len(x_init)).tensor_split(size)[rank]
-    if len(mine):
-        x[mine] = sample(cfg, net, x_init[mine], t_start, nfe, eta, numbers[mine], run.autocast,
-                         order, grid, film, measured and measured.part(mine))
-    x = edge.total(x)
-    edge.synchronize(run.device)
-    took = time.time() - began
-    run.seconds["sample"] += took
-    if run.stop:
-        raise KeyboardInterrupt
-    return x, {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
-               "order": order, "grid": grid, "seconds": round(took, 3)}
-
-
-# ------------------------------------------------------------------ method 1: restoration
-
-def check_size(task, H, W):
-    """ValueError if images of this size cannot be halved, or quartered, as the task does."""
-    factor = {"sr": 2, "sr-4": 4}.get(task, 1)
-    if H % factor or W % factor:
-        raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of "
-                         f"{factor}")
-
-
-def corrupt(cfg, task, truth, numbers):
-    """truth [n, C, H, W] in [0, 1] -> the Measurement y = A truth + sigma eps, not clipped."""
-    n, _, H, W = truth.shape
-    mask = torch.ones(n, 1, H, W, device=truth.device)
-    if task == "inpaint":
-        u = kernels.uniform(mask.shape, cfg.seed, numbers, MASK_DRAW, kernels.CORRUPTION,
-                            truth.device)
-        mask = (u < 0.5).float()
-    if task == "inpaint-box":
-        mask[:, :, H // 4:H - H // 4, W // 4:W - W // 4] = 0
-    sigma = cfg.sigma if cfg.sigma is not None else 0.1 if task == "denoise" else 0.0
-    exact = Measurement(task, truth, mask, sigma)
-    y = exact.A(truth)
-    eps = kernels.normal(y.shape, cfg.seed, numbers, 0, kernels.CORRUPTION, truth.device)
-    return exact._replace(y=y + sigma * exact.A(torch.ones_like(truth)) * eps)
-
-
-def start_from_noisy(cfg, measured):
-    """y with noise, sigma > 0, is x_t up to scale for the t whose noise is y's -> x_t, t_start."""
-    ab = SCHEDULES[cfg.schedule](cfg.timesteps).alpha_bar
-    noise = (1 / ab - 1).sqrt()  # of x_t / sqrt(ab), which is in [-1, 1]: twice sigma
-    t = (noise - 2 * measured.sigma).abs().argmin()
-    return (measured.y * 2 - 1) * ab[t].sqrt().float(), t.item() + 1
-
-
-def restore(cfg, run, nets, task, test, result):
-    """Restore n test images: a DIP alone; the DDPM from noise; the DDPM from the DIP's output and,
-    as a control, from A+ y, which costs nothing; to denoise also from y itself, which is x_t (up to
-    scale) for the t whose noise is y's. The DDPM's steps are kept consistent with y. Rows and
-    pictures go to `result`."""
-    n = min(cfg.samples or 256, len(test.pixels))
-    chosen = measure.subset(len(test.pixels), n)
-    truth = test.pixels[chosen].to(run.device).float() / 255
-    numbers = torch.arange(n, device=run.device)
-    measured = corrupt(cfg, task, truth, numbers)
-    corrupted = measured.back(measured.y).clamp(0, 1)
-    rows, shown = [], {"truth": truth[:16], "corrupted": corrupted[:16]}
-
-    def add(row, x):
-        rows.append({"task": task, "sigma": measured.sigma} | row | measure.measures(x, truth))
-        edge.say(describe(rows[-1]))
-
-    add({"name": "corrupted", "seed": cfg.seed}, corrupted)
-    began = time.time()
-    x_dip = fit_in_groups(cfg, measured.y, numbers, cfg.dip_iters or 300, run, measured)
-    if not measured.sigma:  # what is known exactly is kept, as the arms that sample keep it
-        x_dip = ((measured.consistent(x_dip * 2 - 1) + 1) / 2).clamp(0, 1)
-    edge.synchronize(run.device)
-    dip_seconds = round(time.time() - began, 3)
-    run.seconds["dip"] += dip_seconds
-    shown["dip"] = x_dip[:16]
-    add({"name": "dip", "seed": cfg.seed, "seconds": dip_seconds}, x_dip)
-
-    def starts():
-        """(arm, x_init, t_start, seconds that the start took)"""
-        eps = kernels.normal(truth.shape, cfg.seed, numbers, 0, kernels.INIT_NOISE, truth.device)
-        yield "ddpm", eps, cfg.timesteps, 0.0
-        for t_start in steps_of_prior(cfg):
-            for arm, x, seconds in ("dip-images", x_dip, dip_seconds), ("pinv", corrupted, 0.0):
-                yield arm, start_from_prior(cfg, x * 2 - 1, t_start, numbers), t_start, seconds
-        if task == "denoise" and measured.sigma:
-            yield "ddpm-y", *start_from_noisy(cfg, measured), 0.0
-
-    for arm, x_init, t_start, seconds in starts():
-        trained = "full" if arm in ("ddpm", "ddpm-y") else list(nets)[-1]  # --train's last
-        noisy = measured.sigma > 0 and arm != "ddpm-y"  # the steps then have noise of their own
-        for nfe, setting in itertools.product(cfg.nfe, samplers(cfg, noisy)):
-            if nfe > t_start:
-                continue  # no such short steps
-            x, row = timed_sample(cfg, run, arm, nets[trained], x_init, t_start, nfe, setting,
-                                  numbers, measured=None if arm == "ddpm-y" else measured)
-            x = ((x + 1) / 2).clamp(0, 1)
-            add(row | {"train": trained, "seconds": round(row["seconds"] + seconds, 3),
-                       "prior_seconds": seconds}, x)
-            if nfe == film_nfe(cfg):
-                shown.setdefault(arm, x[:16])
-    for row in rows[1:]:
-        result["curves"].setdefault(f"restored {task}/{setting_of(row, cfg)}", []).append(
-            [row.get("nfe", 0), row["psnr"]])
-    result["arms"] += rows
-    result["pictures"].append(measure.draw(
-        run.folder / f"{task}.png", f"{task}, sigma = {measured.sigma:g}, {film_nfe(cfg)} network "
-        "evaluations", shown))
-
-
-# ------------------------------------------------------------------ method 1: curves
-
-
-def convergence(cfg, run, name, net, first_start, numbers, judge, test):
-    """Curves over a training's snapshots: fid_lenet of the noise start and of each DIP arm that
-    sample with this network, against training seconds plus the DIP's; and the loss on held-out
-    images against steps, each at a fixed t. The arms begin where they began, {arm: (x_init,
-    t_start, seconds)}. Seconds of training are steps times the median step's, so that neither a
-    pause nor a busy minute bends the curve. The noise start is also shown at the most evaluations
-    of the run: its best, where the DIPs' is early."""
-    curves, net = {}, copy.deepcopy(net)
-    files = sorted((run.folder / "snapshots").glob(f"{name}-*.pt"))
-    pace, t_max = median_step(run.state[name]["rows"]), run.state[name].get("t_max", cfg.timesteps)
-    mine = [arm for arm in first_start if (name == "full" if arm == "ddpm" else
-                                         arm.startswith("dip") and name in cfg.train)]
-    for file in files:
-        saved = torch.load(file, map_location=run.device, weights_only=True)
-        edge.load_weights(net, saved["ema"], file)
-        for label, loss in held_out_losses(cfg, net, test.pixels, t_max, run).items():
-            curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
-        for arm in mine:
-            x_init, t_start, prior_seconds = first_start[arm]
-            network = f" {name}" if arm != "ddpm" and len(cfg.train) > 1 else ""
-            for nfe in sorted({film_nfe(cfg), max(cfg.nfe)} if arm == "ddpm" else {film_nfe(cfg)}):
-                x, _ = timed_sample(cfg, run, arm, net, x_init, t_start, nfe, samplers(cfg)[0],
-                                    numbers)
-                quality = judge(x).get("fid_lenet")
-                curves.setdefault(f"training/{arm}{network}, {nfe} evaluations", []).append(
-                    [saved["step"] * pace + prior_seconds, quality])
-                edge.say(f"{arm:<12}{name} step {saved['step']}  nfe {nfe}  fid_lenet {quality}")
-    return curves
-
-
-def median_step(rows):
-    """Seconds of a training step: the median over the log's rows."""
-    steps, seconds = [[0, *(row[i] for row in rows)] for i in (1, 3)]
-    return statistics.median((s - r) / (n - m) for m, n, r, s in
-                             zip(steps, steps[1:], seconds, seconds[1:]))
-
-
-@torch.no_grad()
-def held_out_losses(cfg, net, pixels, t_max, run, n=1000):
-    """Mean of (out - target)^2, not weighted, on n test images at five t, as far as they are below
-    t_max: {"t = 0.1 T": loss}."""
-    coef = forward_table(SCHEDULES[cfg.schedule](cfg.timesteps), cfg.predict)
-    coef[:, 4] = 1
-    coef, x_0 = coef.to(run.device), pixels[:n].to(run.device)
-    numbers, losses = torch.arange(len(x_0), device=run.device), {}
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        tau = max(1, round(share * cfg.timesteps))
-        if tau > t_max:
-            break
-        loss = 0.0
-        for index in numbers.split(SAMPLE_BATCH):
-            t = torch.full_like(index, tau - 1)
-            x_t = kernels.q_sample(x_0, index, t, coef, cfg.seed, index, 0, kernels.HELD_OUT)
-            with run.autocast():
-                out = net(x_t, t)
-            loss += kernels.noise_loss(out, x_0, index, t, coef, cfg.seed, index, 0,
-                                       kernels.HELD_OUT).sum().item()
-        losses[f"t = {share:g} T"] = loss / len(x_0)
-    return losses
-
-
-def setting_of(row, cfg):
-    """'gauss t_start 600 eta 0': the arm, and what else tells its rows apart in this run."""
-    prior = row["name"] != "ddpm"
-    several = {"train": cfg.train if prior else (), "t_start": steps_of_prior(cfg) if prior else (),
-               "eta": cfg.eta, "order": cfg.order, "grid": cfg.grid}
-    return " ".join([row["name"]] + [f"{key} {show(row[key])}" for key, values in several.items()
-                                     if len(values) > 1 and key in row])
-
-
-# ------------------------------------------------------------------ method 2: guide
+# ================================================================== 9 method 2: guide
 #
 # A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
 # what it is fitted to must not be the judge: y = A x + sigma n is split once (see `split`); the
 # rungs of a ladder add more noise to the half that is fitted; the other half judges each output.
-# Nothing below is given the truth but `run_guide` and `run_dip`, which measure with it.
+# Nothing below is given the truth but `Follow`, which measures with it.
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
@@ -1744,41 +1080,40 @@ def noise_level(y):
 
 
 class Halves(NamedTuple):
-    """What n images' replicas are fitted to, the targets of each rung, and judged by, each
-    [n M, ...]; weights of the values, that sum to 1 over each; and the part of a risk that is the
-    judge's own noise."""
+    """What n images' replicas are fitted to, `targets` [rungs, n M, ...], and judged by, y_minus
+    [n M, ...]; the weights of either's values, which sum to 1 over each; and the variance of
+    y_minus's noise."""
 
-    targets: list
+    targets: torch.Tensor
     fitted: torch.Tensor
-    judge: torch.Tensor
+    y_minus: torch.Tensor
     judged: torch.Tensor
-    noise: float
+    variance: float
 
-    def part(self, which):
-        return self._replace(fitted=self.fitted[which], judge=self.judge[which],
-                             judged=self.judged[which])
+    def target(self, rung, M):
+        """What is fitted by images that stand on `rung` int64 [n]: [n M, ...]."""
+        return self.targets[rung.repeat_interleave(M), torch.arange(len(self.fitted)).to(rung)]
 
     def risk(self, A_x, M):
         """Estimates without bias the mean error of an image's M replicas A x_m, `A_x`
         [n M, ...], from what these were not fitted to: [n],
 
-            R = mean_m |A x_m - judge_m|^2 / values - noise.
+            R = mean_m |A x_m - y_minus_m|^2 / values - variance.
 
-        The error of their average, which is what is wanted, is less by mean_m |A x_m - A x|^2. An
+        The error of their average, which is what is wanted, is lower by mean_m |A x_m - A x|^2. An
         estimate that subtracts that has no bias either, and is no better to stop by: the replicas'
         spread grows as they learn their noises, and without that slope chance finds its minimum
-        later (on 48, 32 and 48 training digits, one seed, at sigma = 0.1, 0.2, 0.4 it lost 0.15,
-        0.21 and 0.47 dB of what could be had, this one 0.11, 0.23 and 0.31)."""
-        error = (A_x - self.judge).square() * self.judged
-        return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.noise
+        later."""
+        error = (A_x - self.y_minus).square() * self.judged
+        return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.variance
 
     def weights(self, risk, least, M):
         """How likely the judges make an output of this risk, in units of one of the least, [n]:
-        their noise is normal, so each says log p(judge | x) = - values R / (2 noise) + ... They
-        share y's noise: more than one, less than M that are independent, and so, as a rule of
+        their noise is normal, so each says log p(y_minus | x) = - values R / (2 variance) + ...
+        They share y's noise: more than one, fewer than M that are independent, and so, as a rule of
         thumb, sqrt(M). Where there is no noise to go by only the least counts."""
-        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0]
-        scale = 2 * max(self.noise, 1e-30) / (values * math.sqrt(M))
+        values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0].clamp(min=1)
+        scale = 2 * max(self.variance, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
 
 
@@ -1787,26 +1122,32 @@ def rung_levels(rungs):
     return [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)] if rungs > 1 else [1.0]
 
 
-def halves(cfg, measured, numbers, rungs):
+def replicas_of(numbers, M):
+    """The numbers of n images' M replicas each: [n M]."""
+    return (numbers[:, None] * M + torch.arange(M, device=numbers.device)).flatten()
+
+
+def halves(cfg, known, numbers, rungs):
     """y with noise, `split`: rung k's target is y_plus + sqrt(s_k^2 - s^2) eps_k, s^2 = sigma^2
     (1 + alpha^2) the variance of y_plus's noise and s_k = s times `rung_levels`. y_minus judges,
     whose noise has the variance sigma^2 (1 + 1/alpha^2). numbers int64 [n M]: `replicas_of`."""
-    y, sigma, M, alpha = measured.y, measured.sigma, cfg.replicas, cfg.alpha
-    given = measured.given()
+    y, sigma, M, alpha = known.y, known.sigma, cfg.replicas, cfg.alpha
+    given = known.given()
     y_plus, y_minus = split(y, given, sigma, alpha, numbers, M, cfg.seed)
     given = given.repeat_interleave(M, 0)
-    targets = [y_plus + given * sigma * math.sqrt((1 + alpha**2) * (level**2 - 1)) * kernels.normal(
-        given.shape, cfg.seed, numbers, RUNG_DRAW + k, kernels.CORRUPTION, y.device)
-        for k, level in enumerate(rung_levels(rungs))]
-    share = given / given.sum(dim=(1, 2, 3), keepdim=True)
-    return Halves(targets, share, y_minus, share, sigma**2 * (1 + 1 / alpha**2))
+    targets = torch.stack([
+        y_plus + given * sigma * math.sqrt((1 + alpha**2) * (level**2 - 1)) * kernels.normal(
+            given.shape, cfg.seed, numbers, RUNG_DRAW + k, kernels.CORRUPTION, y.device)
+        for k, level in enumerate(rung_levels(rungs))])
+    weights = given / given.sum(dim=(1, 2, 3), keepdim=True)
+    return Halves(targets, weights, y_minus, weights, sigma**2 * (1 + 1 / alpha**2))
 
 
-def held_out(cfg, measured, numbers, rungs):
+def held_out(cfg, known, numbers, rungs):
     """y without noise cannot be split, and has no rungs: each replica judges by a tenth of the
     pixels (of M > 10 replicas, one in M) that it alone is not fitted to."""
-    y, M = measured.y, cfg.replicas
-    given = measured.given()
+    y, M = known.y, cfg.replicas
+    given = known.given()
     u = kernels.uniform((len(y), 1, *y.shape[2:]), cfg.seed, numbers[::M] // M, HELD_DRAW,
                         kernels.CORRUPTION, y.device)
     whose = (u.repeat_interleave(M, 0) * max(10, M)).long()
@@ -1814,469 +1155,268 @@ def held_out(cfg, measured, numbers, rungs):
     y, given = y.repeat_interleave(M, 0), given.repeat_interleave(M, 0)
     fitted, judged = (v / v.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
                       for v in (given * ~held, given * held))
-    return Halves([y], fitted, y, judged, 0.0)
-
-
-def replicas_of(members, M):
-    """The numbers of n images' M replicas each: [n M]."""
-    return (members[:, None] * M + torch.arange(M, device=members.device)).flatten()
+    return Halves(y[None], fitted, y, judged, 0.0)
 
 
 class LikelyMean:
-    """The mean of each image's outputs at all looks so far, x [n, C, H, W], by `Halves.weights`.
-    Chance in one risk then matters less than where the least is all that counts: on 48 training
-    digits, one seed, at sigma = 0.1, 0.2, 0.4 the mean gap to the best look fell from 0.22, 0.22,
-    0.36 dB to 0.22, 0.17, 0.29, the worst from 1.4, 1.6, 1.6 to 0.8, 0.8, 1.4."""
+    """The mean of each image's outputs at all looks so far, x [n, C, H, W], by `Halves.weights`:
+    chance in one risk then matters less than where the least is all that counts."""
 
     def __init__(self, x):
         self.x, self.weight = x, torch.zeros_like(x[:, 0, 0, 0])
         self.least = torch.full_like(self.weight, math.inf)
 
-    def add(self, image, x, risk, half, M):
-        """The outputs x of the images whose numbers are `image`, and their risks. Weights are in
-        units of that of the least risk: a new least makes all before it weigh less."""
-        least = torch.minimum(self.least[image], risk)
-        before = self.weight[image] * half.weights(self.least[image], least, M)
-        now = half.weights(risk, least, M)
-        share = (now / (before + now)).view(-1, 1, 1, 1)
-        self.x[image] += share * (x - self.x[image])
-        self.weight[image], self.least[image] = before + now, least
+    def add(self, fitting, x, risk, half, M):
+        """The outputs x and risks [n] of a look, which count for the images that are `fitting`
+        (bool [n]). Weights are in units of that of the least risk: a new least makes all before it
+        weigh less."""
+        least = torch.where(fitting, torch.minimum(self.least, risk), self.least)
+        before = self.weight * half.weights(self.least, least, M)
+        now = half.weights(risk, least, M) * fitting
+        self.x += (now / (before + now)).view(-1, 1, 1, 1) * (x - self.x)
+        self.weight, self.least = before + now, least
 
 
-def fit_guided(cfg, measured, members, rungs, budget, run, watch=None):
+def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    --patience iterations; then weights, Adam's memory and output go back to the rung's best. The
-    ladder ends where a rung is no better than the one before: the image leaves the group. One rung
-    is an early stop alone. A replica whose loss jumps back half of the way to that of a flat output
-    has collapsed, and goes back to the best as well.
+    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. One
+    rung is an early stop alone. A replica that has collapsed to a flat output goes back to the best
+    as well. What an image does after its ladder's end counts no more.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
-    image took [n]. `watch` is called at each look with the iteration and the outputs; of images
-    that have left, with their results. RuntimeError where a fit leaves the finite numbers."""
-    n, C, (H, W), M = len(measured.y), measured.y.shape[1], measured.mask.shape[2:], cfg.replicas
-    device, dtype = measured.y.device, measured.y.dtype
-    patience = cfg.patience or (50 if max(H, W) <= 64 else 200)
-    numbers = replicas_of(members, M)
-    half = (halves if measured.sigma else held_out)(cfg, measured, numbers, rungs)
-    group = DIPGroup(cfg, numbers, C, H, W, dtype)
-    result = LikelyMean(torch.zeros(n, C, H, W, dtype=dtype, device=device))
-    iterations = torch.full((n,), budget, device=device)
-    # of each image that is still in the group: its number, its rung, iterations without a lower
-    # risk, and the least risk on this rung and on the last; of each replica its least loss
-    image, rung, since = torch.arange(n, device=device), *torch.zeros(
-        2, n, dtype=torch.int64, device=device)
-    best, last = torch.full((2, n), math.inf, dtype=dtype, device=device)
-    low = torch.full((n * M,), math.inf, dtype=dtype, device=device)
-    replica = torch.arange(n * M, device=device)  # those that are still in the group
-    target, A = half.targets[0], measured.part(replica // M).A
-    progress = edge.Progress(f"guide, {rungs} rung{'s' * (rungs > 1)}", budget, n * M)
-    for i in range(budget):
-        _, losses = group.iterate(i, target, half.fitted, A)
-        progress(i + 1)
-        if (i + 1) % CHECK and i + 1 < budget:
+    image took [n]. `look` is called at each look with the iteration and the outputs; of images
+    that have ended, with their results. RuntimeError where a fit leaves the finite numbers."""
+    n, C, (H, W), M = len(known.y), known.y.shape[1], known.mask.shape[2:], cfg.replicas
+    numbers = replicas_of(numbers, M)
+    half = (halves if known.sigma else held_out)(cfg, known, numbers, rungs)
+    group = DIPGroup(cfg, numbers, C, H, W, known.y.dtype)
+    result = LikelyMean(torch.zeros_like(group.average[::M]))
+    target, A = half.targets[0], known.part(torch.arange(n).repeat_interleave(M)).A
+    best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
+    rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
+    took, fitting = torch.full_like(rung, cfg.budget), torch.ones_like(rung, dtype=torch.bool)
+    for i in track(range(1, cfg.budget + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
+        _, losses = group.iterate(i - 1, target, half.fitted, A)
+        if i % CHECK and i < cfg.budget:
             continue
-        if run.stop:
-            raise KeyboardInterrupt
-        flat = (target * half.fitted).sum(dim=(1, 2, 3), keepdim=True)
-        flat = ((target - flat).square() * half.fitted).sum(dim=(1, 2, 3))  # a flat output's loss
-        collapsed = (low < flat) & (losses > (low + flat) / 2)
-        group.rewind(collapsed)
-        low = torch.where(collapsed, low, torch.minimum(low, losses))
+        # a look at what the replicas' mean is worth
+        group.rewind(group.collapsed(losses, target, half.fitted))
+        x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
-        if torch.minimum(torch.minimum(best, last), risk).isinf().any():
-            raise group.not_finite(i)
-        x = group.average.view(-1, M, C, H, W).mean(1).nan_to_num()
-        result.add(image, x, risk, half, M)
-        since = torch.where(risk < best, 0, since + CHECK)
+        result.add(fitting, x, risk, half, M)
         group.save((risk < best).repeat_interleave(M))
-        best = torch.minimum(best, risk)
-        ended = since >= patience
-        leaves = ended & ((rung == len(half.targets) - 1) | (best >= last))
-        climbs = ended & ~leaves
-        if climbs.any():  # to the next rung, from this one's best
-            rung = rung + climbs
-            last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
-            up, since = climbs.repeat_interleave(M), since * ~climbs
-            group.rewind(up)
-            group.age[up], low[up] = 0, math.inf
-            target = target.clone()
-            for k in rung[climbs].unique():
-                there = (climbs & (rung == k)).repeat_interleave(M)
-                target[there] = half.targets[k][replica[there]]
-        iterations[image[leaves]] = i + 1
-        image, x = image[~leaves], x[~leaves]
-        if watch is not None:
-            watch(i + 1, result.x.index_copy(0, image, x))
-        if leaves.all():
-            progress(budget)
+        since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
+        if (fitting & (risk.isinf() | best.isinf())).any():
+            raise group.not_finite()
+        # a rung ends without a lower risk; the ladder, where a rung was no better than the last
+        ends = fitting & (since >= cfg.patience)
+        climbs = ends & (rung < len(half.targets) - 1) & (best < last)
+        fitting = fitting & (climbs | ~ends)
+        took = torch.where(ends & ~climbs, i, took)
+        if look is not None:
+            look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
+        if not fitting.any():
             break
-        if leaves.any():
-            stay = ~leaves
-            rung, since, best, last = (v[stay] for v in (rung, since, best, last))
-            stay = stay.repeat_interleave(M)
-            group.keep(stay)
-            replica, low, target, half = (replica[stay], low[stay], target[stay],
-                                          half.part(stay))
-            A = measured.part(replica // M).A
-    return result.x, iterations
+        # to the next rung, from this one's best
+        rung, since = rung + climbs, since * ~climbs
+        last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
+        group.begin_rung(climbs.repeat_interleave(M))
+        target = half.target(rung, M)
+    return result.x, took
 
 
-class WindowedVariance:
-    """ES-WMV (Wang, Li et al. 2023, algorithm 1): stop where the variance of the last W outputs,
-    summed over pixels, has had its minimum and not fallen below it for `patience` iterations. The
-    window's sums are kept, so an iteration costs a few passes over the pixels whatever W is. Call
-    it with each iteration's outputs and what would be returned [K, C, H, W]; then `x` holds what it
-    would have returned, `stopped` after how many iterations [K], inf where it has not."""
+def fit_plain(cfg, known, numbers, rungs, track=untracked, look=None):
+    """A DIP for each image that nothing stops: as `fit_guided`, of one network each."""
+    def seldom(i, _, average):
+        if look is not None and (i % CHECK == 0 or i == cfg.budget):
+            look(i, average)
+    x = fit_dips(cfg, known, numbers, cfg.budget, track, seldom)
+    return x, torch.full((len(x),), cfg.budget, device=x.device)
 
-    def __init__(self, window, patience):
-        self.W, self.patience, self.outputs = window, patience, []
 
-    def __call__(self, i, output, x):
-        if not self.outputs:
-            self.sum, self.squares = torch.zeros(2, *x.shape, dtype=torch.float64, device=x.device)
-            self.x, self.least = x.clone(), torch.full_like(self.sum[:, 0, 0, 0], math.inf)
-            self.best = torch.zeros_like(self.least)
-            self.stopped = torch.full_like(self.least, math.inf)
-        self.outputs.append(output)
-        self.sum += output
-        self.squares += output.square()
-        if len(self.outputs) > self.W:
-            old = self.outputs.pop(0)
-            self.sum -= old
-            self.squares -= old.square()
-        if len(self.outputs) == self.W:
-            variance = (self.squares / self.W - (self.sum / self.W) ** 2).sum(dim=(1, 2, 3))
-            better = (variance < self.least) & self.stopped.isinf()
-            self.x[better], self.least[better], self.best[better] = x[better], variance[better], i
-            done = self.stopped.isinf() & (i - self.best >= self.patience)
-            self.stopped[done] = i + 1
+class Follow:
+    """PSNR of each image at each look: its mean's curve, and each image's best look, which only the
+    truth [n, C, H, W] can tell."""
+
+    def __init__(self, truth):
+        self.truth, self.looks = truth, {}
+        self.best, self.psnr = torch.zeros_like(truth), truth.new_full((len(truth),), -math.inf)
+        self.psnr, self.when = self.psnr.double(), torch.zeros_like(self.psnr)
+
+    def __call__(self, i, rows, x):
+        psnr = measure.psnr(x.clamp(0, 1), self.truth[rows])
+        self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
+        up = psnr > self.psnr[rows]
+        self.best[rows[up]], self.psnr[rows[up]], self.when[rows[up]] = x[up], psnr[up], i
+
+    def curve(self):
+        """[[iteration, mean PSNR]]; an image that has left stays where it was."""
+        points, last = [], None
+        for i, psnr in sorted(self.looks.items()):
+            last = psnr if last is None else torch.where(psnr.isnan(), last, psnr)
+            points.append([i, last.nanmean().item()])
+        return points
 
 
 class Observed(NamedTuple):
-    """What --mode dip and guide start from: the test split, the truth [n, C, H, W] in [0, 1] if
-    there is one, the images' Measurement, whose sigma is what the fit believes; what a row says of
-    it; the images' numbers; and how many iterations a fit may take."""
+    """What --mode dip and guide start from: the truth [n, C, H, W] in [0, 1] if there is one; the
+    images' Measurement, whose sigma is what the fit believes; the images' numbers int64 [n]; what a
+    row says of this, and results.json of the data."""
 
-    images: data.Images
     truth: torch.Tensor | None
-    measured: Measurement
+    known: Measurement
+    numbers: torch.Tensor
     about: dict
-    members: torch.Tensor
-    budget: int
+    data: dict
 
 
 def observe(cfg, run):
-    """Load the test images and add what --sigma, --noise and --task say. A noise level that is not
-    given is the median over the images, which are taken to come from one source."""
-    test = load_images(cfg, "test", limit=cfg.samples or 16)
-    if len(cfg.task) > 1:
-        raise ValueError(f"--task {show(cfg.task)}: --mode {cfg.mode} takes one task")
-    task = "denoise" if cfg.task[0] == "generate" else cfg.task[0]
-    N, C, H, W = test.pixels.shape
-    check_size(task, H, W)
+    """Load the test images and add what --sigma and --task say -> Config, Observed. A noise level
+    that is not given is the median over the images, which are taken to come from one source."""
+    test = load_images(cfg, "test", limit=cfg.samples)
     truth = test.pixels.to(run.device).float() / 255
-    members = torch.arange(N, device=run.device)
-    if cfg.noise == "own":
-        measured, truth = Measurement(task, truth, torch.ones_like(truth[:, :1]), 0.0), None
+    numbers = torch.arange(len(truth), device=run.device)
+    about = {"seed": cfg.seed, "task": cfg.task}
+    if cfg.sigma == "own":
+        sigma = noise_level(truth).median().item()
+        known, truth = exact(truth)._replace(sigma=sigma), None
+        about["sigma_estimate"] = sigma
     else:
-        measured = corrupt(cfg, task, truth, members)
-    if cfg.mode == "guide" and not measured.sigma and not {"plain", "mean", "split"} & {*cfg.arms}:
-        raise ValueError(f"--arms {show(cfg.arms)}: there is no noise to make rungs of")
-    about = {"seed": cfg.seed, "task": task}
-    if truth is not None:
-        about["sigma"] = measured.sigma
-    if cfg.noise != "given":
-        measured = measured._replace(sigma=noise_level(measured.y).median().item())
-        about["sigma_estimate"] = round(measured.sigma, 5)
-    budget = cfg.dip_iters or (1000 if max(H, W) <= 64 else 3000)
-    DIPGroup(cfg, members[:1], C, H, W)  # who cannot take this size says so before run.begin
-    run.begin()
-    edge.say(f"data: {test.name}, {N} image{'s' * (N > 1)} of {C}x{H}x{W}; {task}, sigma "
-             f"{measured.sigma:.3g}{'' if cfg.noise == 'given' else ' (estimated)'}; at most "
-             f"{budget} iterations; {run.device}")
-    return Observed(test, truth, measured, about, members, budget)
+        known = corrupt(cfg, cfg.task, truth, cfg.sigma, numbers)
+        about["sigma"] = cfg.sigma
+    n, (C, H, W) = len(numbers), test.pixels.shape[1:]
+    cfg = run.begin(resolve(cfg, test.pixels.shape))
+    say(f"data: {test.name}, {n} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}, sigma "
+        f"{known.sigma:.3g}{' (estimated)' * (truth is None)}; at most {cfg.budget} iterations; "
+        f"{run.device}")
+    return cfg, Observed(truth, known, numbers, about, {"name": test.name, "train": 0, "test": n,
+                                                        "sha256": test.sha256})
 
 
-def in_groups(cfg, members, replicas):
-    """The images' numbers, as many together as --dip-group has networks for."""
-    return members.split(max(1, cfg.dip_group // replicas))
+def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
+    """`fit` of any number of images, as many together as dip_group has networks for: outputs
+    [n, C, H, W] in [0, 1] and iterations [n]. `follow` is called with the iteration, the rows that
+    are fitted and the outputs."""
+    fits = []
+    for rows in seen.numbers.split(max(1, cfg.dip_group // replicas)):
+        look = follow and (lambda i, x, rows=rows: follow(i, rows, x))
+        fits.append(fit(cfg, seen.known.part(rows), rows, rungs, run.track, look))
+    x, took = map(torch.cat, zip(*fits))
+    return x.clamp(0, 1), took
 
 
-def fit_guided_in_groups(cfg, seen, rungs, run, tell=False):
-    """`fit_guided` for any number of images: outputs, iterations and, where there is a truth, the
-    best PSNR of each image, of every look and the result, and the mean over the images by
-    iteration, [[i, PSNR]]; a group that has ended stays where it was. With `tell` PSNR and SSIM are
-    printed now and then."""
-    fits, lines, psnr = [], [], measure.psnr
-    for rows in in_groups(cfg, seen.members, cfg.replicas):
-        line = []
-
-        def look(i, x, truth=None if seen.truth is None else seen.truth[rows]):
-            line.append((i, psnr(x.clamp(0, 1), truth)))
-            if tell and i % 50 == 0:
-                ssim = measure.ssim(x.clamp(0, 1), truth).mean()
-                edge.say(f"iteration {i}: psnr {line[-1][1].mean():.2f}, ssim {ssim:.4f}")
-
-        fits.append(fit_guided(cfg, seen.measured.part(rows), rows, rungs, seen.budget, run,
-                               look if seen.truth is not None else None))
-        lines.append(line)
-    x, iterations = map(torch.cat, zip(*fits))
-    if seen.truth is None:
-        return x, iterations, None, []
-    best = torch.cat([torch.stack([p for _, p in line]).max(0).values for line in lines])
-    best = torch.maximum(best, psnr(x.clamp(0, 1), seen.truth))  # of those that end with the budget
-    curve = [[i, round(torch.cat([line[min(k, len(line) - 1)][1] for line in lines]).mean().item(),
-                       3)] for k, (i, _) in enumerate(max(lines, key=len))]
-    return x, iterations, best, curve
+FITS = {"dip": {"dip": (fit_guided, False)},  # of each mode {arm: (how it is fitted, on a ladder?)}
+        "guide": {"plain": (fit_plain, False), "split": (fit_guided, False),
+                  "ladder": (fit_guided, True)}}
 
 
-def fit_plain(cfg, measured, members, replicas, targets, truth, budget, run):
-    """DIPs that nothing stops, of M replicas each, averaged; fitted to `targets` (see `fit_dips`).
-    Returns {arm: (outputs, iterations [n])}: their end, `plain`; their best moment, which only the
-    truth can tell, `oracle`; and where the variance of their outputs stops, `es-wmv`; and the curve
-    of their PSNR [(iteration, [n])]."""
-    M, shape = replicas, truth.shape
-    stop = WindowedVariance(*((30, 300) if max(shape[2:]) <= 32 else (100, 1000)))
-    best, curve = torch.zeros_like(truth), []
-    oracle = torch.full((len(truth),), -math.inf, dtype=torch.float64, device=truth.device)
-    when = torch.zeros_like(oracle)
+def run_fits(cfg, run):
+    """--mode dip: test images, or one's own, each fitted and stopped where the risk says so.
+    --mode guide: that, `split`, and the `ladder` (where there is noise to make rungs of) beside a
+    DIP that nothing stops, `plain`, and its best moment, `oracle`. Where the truth is known PSNR is
+    followed: it rises, peaks, and falls back as a network learns the noise (Ulyanov et al. 2018,
+    section 3)."""
+    cfg, seen = observe(cfg, run)
+    truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
+    rows, curves, shown = [], {}, {} if truth is None else {"truth": truth[:16]}
 
-    def mean(x):
-        return x.view(-1, M, *shape[1:]).mean(1)
-
-    def watch(i, x, average):
-        if run.stop:
-            raise KeyboardInterrupt
-        stop(i, mean(x), mean(average))
-        if (i + 1) % CHECK == 0 or i + 1 == budget:
-            psnr = measure.psnr(mean(average).clamp(0, 1), truth)
-            up = psnr > oracle
-            best[up], oracle[up], when[up] = mean(average)[up], psnr[up], i + 1
-            curve.append((i + 1, psnr))
-
-    y = [y.repeat_interleave(M, 0) for y in targets]
-    part = measured.part(torch.arange(len(truth), device=truth.device).repeat_interleave(M))
-    progress = edge.Progress("plain", budget, len(y[0]))
-    x = mean(fit_dips(cfg, y, replicas_of(members, M), budget, progress, part, 0.0, watch))
-    return {"plain": (x, torch.full_like(when, budget)), "oracle": (best, when),
-            "es-wmv": (stop.x, stop.stopped.clamp(max=budget))}, curve
-
-
-def leaking_rungs(cfg, measured, truth, sigma, members):
-    """What `literal` is fitted to: the clean image under the noise of each rung, drawn afresh; and
-    the mean of these by their precisions, which is all that they tell of it. -> a list of y's shape
-    for each rung, and y's shape."""
-    clean, given, levels = measured.A(truth), measured.given(), rung_levels(cfg.rungs)
-    rungs = [clean + given * (sigma * level) * kernels.normal(
-        clean.shape, cfg.seed, members, RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
-        clean.device) for k, level in enumerate(levels)]
-    weights = [level**-2 for level in levels]
-    return rungs, sum(w * y for w, y in zip(weights, rungs)) / sum(weights)
-
-
-def run_guide(cfg, run):
-    """--mode guide: test images with noise, fitted by every arm for equally many iterations at
-    most. `plain`, `oracle` and `es-wmv` are one fit, looked at in three ways, of one network an
-    image; `-mean` is the same of as many networks, averaged, as `split` and `ladder` have. `split`
-    is `ladder` with one rung: all that is left of it where there is no noise. `literal` fits noised
-    copies of the *clean* image and `literal-mean` one DIP to their precision-weighted mean: both
-    are handed the truth, and say so."""
-    seen = test, truth, measured, about, members, budget = observe(cfg, run)
-    n, sigma, M = len(truth), about["sigma"], cfg.replicas
-    rows, curves = [], {}
-    shown = {"truth": truth[:16], "corrupted": measured.back(measured.y)[:16]}
-    bound = None  # the oracle of one network: PSNR of each image
-
-    def add(name, x, iterations, networks, seconds=None, **more):
-        x = x.clamp(0, 1)
-        mean = iterations.double().mean().item()
-        row = {"name": name} | about | measure.measures(x, truth) | {
-            "iterations": round(mean, 1), "networks": networks,
-            "network_steps": round(networks * mean)} | more
-        if bound is not None:
-            gap = bound - measure.psnr(x, truth)
-            row |= {"gap": round(gap.mean().item(), 3), "gap_worst": round(gap.max().item(), 3)}
-        rows.append(row | ({} if seconds is None else {"seconds": round(seconds, 2)}))
+    def add(name, x, **more):
+        compared = {} if truth is None else measure.measures(x, truth)
+        rows.append({"name": name} | seen.about | compared | more)
         shown[name] = x[:16]
-        edge.say(describe(rows[-1]))
+        say(describe(rows[-1]))
 
-    def plain(replicas, targets):
-        """`fit_plain` in groups: {arm: (outputs, iterations)}, PSNR's curve, seconds."""
-        began = time.time()
-        fits, looks = zip(*(fit_plain(cfg, measured.part(g), g, replicas, [y[g] for y in targets],
-                                      truth[g], budget, run)
-                            for g in in_groups(cfg, members, replicas)))
-        arms = {arm: tuple(map(torch.cat, zip(*(fit[arm] for fit in fits)))) for arm in fits[0]}
-        curve = [[look[0][0], round(torch.cat([psnr for _, psnr in look]).mean().item(), 3)]
-                 for look in zip(*looks)]
-        return arms, curve, time.time() - began
-
-    first = time.time()
-    for wanted, replicas, suffix in ("plain", 1, ""), ("mean", M, "-mean"):
-        if wanted not in cfg.arms or suffix and M == 1:
+    add("corrupted", corrupted)
+    bound = None  # PSNR of each image at the best moment of a plain DIP
+    for name, (fit, ladder) in FITS[cfg.mode].items():
+        if ladder and not seen.known.sigma:
             continue
-        arms, curves[f"psnr/plain{suffix}"], took = plain(replicas, [measured.y])
-        if not suffix:
-            bound = measure.psnr(arms["oracle"][0].clamp(0, 1), truth)
-        for arm, (x, iterations) in arms.items():
-            share = {"plain": 1.0, "es-wmv": iterations.mean().item() / budget}.get(arm)
-            add(arm + suffix, x, iterations, replicas, share and share * took)
-    for name, rungs in (("split", 1), ("ladder", cfg.rungs))[:2 if sigma else 1]:
-        if name not in cfg.arms:
-            continue
-        began = time.time()
-        x, iterations, best, curves[f"psnr/{name}"] = fit_guided_in_groups(cfg, seen, rungs, run)
-        took = time.time() - began
-        gap = best - measure.psnr(x.clamp(0, 1), truth)
-        add(name, x, iterations, M, took, own_gap=round(gap.mean().item(), 3),
-            own_gap_worst=round(gap.max().item(), 3))
-    notes = []
-    if sigma and "literal" in cfg.arms:
-        leaking, mean = leaking_rungs(cfg, measured, truth, sigma, members)
-        for name, targets in ("literal", leaking), ("literal-mean", [mean]):
-            arms, curves[f"psnr/{name}"], took = plain(1, targets)
-            best = measure.psnr(arms["oracle"][0].clamp(0, 1), truth).mean().item()
-            add(name, *arms["plain"], 1, took, leaks=True, psnr_oracle=round(best, 3))
-        notes = ["literal and literal-mean were fitted to noised copies of the clean image: they "
-                 "leak it"]
-    run.seconds["dip"] = time.time() - first
-    finish(run, {"notes": notes,
-                 "data": {"name": test.name, "train": 0, "test": n, "sha256": test.sha256},
-                 "arms": rows, "curves": curves, "pictures": [measure.draw(
-                     run.folder / "guide.png", f"{measured.task}, sigma = {sigma:g}", shown)]})
-    edge.say(measure.text_tables([run.folder], ("psnr", "ssim")))
-
-
-# ------------------------------------------------------------------ other runs
-
-
-def run_dip(cfg, run):
-    """--mode dip: fit DIPs to test images with noise and stop each where the risk says so, as the
-    guide's `split`. Where the truth is known PSNR and SSIM are followed: they rise, peak, and would
-    fall back as the network learns the noise (Ulyanov et al. 2018, section 3)."""
-    seen = test, truth, measured, about, *_ = observe(cfg, run)
-    began = time.time()
-    x, iterations, best, curve = fit_guided_in_groups(cfg, seen, 1, run, tell=True)
-    x = x.clamp(0, 1)
-    run.seconds["dip"] = took = time.time() - began
-    corrupted = measured.back(measured.y).clamp(0, 1)
-    arms = [{"name": name} | about for name in ("corrupted", "dip")]
-    arms[1] |= {"seconds": round(took, 3), "networks": cfg.replicas,
-                "iterations": round(iterations.float().mean().item(), 1)}
-    curves, marks = {}, {}
-    if truth is not None:
-        arms[0] |= measure.measures(corrupted, truth)
-        arms[1] |= measure.measures(x, truth) | {"psnr_oracle": round(best.mean().item(), 3)}
-        curves["psnr/mean over images"] = curve
-        marks["psnr"] = {"best": max(curve, key=lambda point: point[1])[0], "end": curve[-1][0]}
-    for row in arms:
-        edge.say(describe(row))
-    for k, image in enumerate(x[:16]):
+        follow = None if truth is None else Follow(truth)
+        networks = 1 if fit is fit_plain else cfg.replicas
+        with run.timed("dip") as took:
+            x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
+                                          networks, follow)
+        cost = steps_taken(iterations, networks) | {"seconds": took.seconds}
+        if follow:  # what stopping elsewhere would have gained
+            psnr = measure.psnr(x, truth)
+            best = torch.maximum(follow.psnr, psnr)
+            bound = best if fit is fit_plain else bound
+            cost |= {"psnr_oracle": best.mean().item()} | lack("own_gap", best - psnr)
+            cost |= {} if bound is None else lack("gap", bound - psnr)
+            curves[f"psnr/{name}"] = follow.curve()
+        add(name, x, **cost)
+        if name == "plain":
+            add("oracle", follow.best.clamp(0, 1), **steps_taken(follow.when, 1))
+    for k, image in enumerate(x[:16]) if cfg.mode == "dip" else ():
         measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
-    shown = {} if truth is None else {"truth": truth[:16]}
-    picture = measure.draw(run.folder / "dip.png", f"{measured.task}, sigma = {measured.sigma:.3g}",
-                           shown | {"corrupted": corrupted[:16], "dip": x[:16]})
-    finish(run, {
-        "data": {"name": test.name, "train": 0, "test": len(x), "sha256": test.sha256},
-        "arms": arms, "curves": curves, "pictures": [picture], "marks": marks})
+    picture = measure.draw(run.folder / f"{cfg.mode}.png",
+                           f"{cfg.task}, sigma = {seen.known.sigma:.3g}", shown)
+    run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture]},
+               ("psnr", "ssim"))
+
+
+def steps_taken(iterations, networks):
+    """What a fit of [n] iterations took, of so many networks an image."""
+    mean = iterations.double().mean().item()
+    return {"iterations": mean, "networks": networks, "network_steps": networks * mean}
+
+
+def lack(name, gap):
+    """A gap in dB [n], in the mean and at worst."""
+    return {name: gap.mean().item(), f"{name}_worst": gap.max().item()}
+
+
+# ================================================================== 10 the edge
+
+CHECKPOINT, CHECKPOINT_FORMAT, CHECKPOINT_SECONDS = "checkpoint.pt", 2, 60.0
+CHECKPOINT_KEYS = {"data", "shape", "step", "seconds", "rows", "losses", "net", "ema", "optimizer"}
+SAMPLE_BATCH, SAMPLE_BATCH_CUDA = 250, 2000  # images at once: a CPU's cache holds no more
+
+# ------------------------------------------------------------------ pictures and rows
 
 
 def run_sample(cfg, run):
     """--mode sample: pictures from a finished run's network, from noise; needs no data."""
-    saved = edge.load_checkpoint(cfg.resume)
-    if "full" not in saved["networks"]:
-        raise ValueError(f"{cfg.resume} holds no network for all t")
+    saved = load_checkpoint(cfg.resume)
     C, H, W = saved["shape"]
     net = make_unet(cfg, C, run.device)
-    edge.load_weights(net, saved["networks"]["full"]["ema"], cfg.resume)
-    run.begin()
-    n = cfg.samples or 64
-    numbers = torch.arange(n, device=run.device)
-    x_init = kernels.normal((n, C, H, W), cfg.seed, numbers, 0, kernels.INIT_NOISE, run.device)
-    arms, pictures, films = [], [], {}
-    for nfe, setting in itertools.product(cfg.nfe, samplers(cfg)):
-        film = [] if (nfe, setting) == (film_nfe(cfg), samplers(cfg)[0]) else None
-        x, row = timed_sample(cfg, run, "ddpm", net, x_init, cfg.timesteps, nfe, setting, numbers,
-                              film=film)
-        films |= {"ddpm": film} if film else {}
-        arms.append(row)
-        file = "-".join(["samples", f"nfe{nfe}", *setting_of(row, cfg).split()[1:]]) + ".png"
+    load_weights(net, saved["ema"], cfg.resume)
+    cfg = run.begin(resolve(cfg, (cfg.samples, C, H, W)))
+    numbers = torch.arange(cfg.samples, device=run.device)
+    x_init, arms, pictures = noise_start(cfg, (cfg.samples, C, H, W), numbers), [], []
+    for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
+        with run.timed("sample") as took:
+            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast)
+        arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "t_start": cfg.timesteps,
+                     "eta": eta, "seconds": took.seconds})
+        file = f"samples-nfe{nfe}{f'-eta{eta:g}' * (len(cfg.eta) > 1)}.png"
         picture = measure.grid(((x + 1) / 2).clamp(0, 1).cpu(), scale=measure.zoom(x))
         measure.save_png(picture, run.folder / file)
-        pictures.append({"file": file, "caption": f"{n} samples, {nfe} network evaluations, "
-                         f"eta = {setting[0]:g}, order {setting[1]}, {setting[2]} grid"})
-        edge.say(describe(row) + f"   {run.folder / file}")
-    pictures.append(draw_film(run, films))
-    finish(run, {"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
-                 "parameters": sum(p.numel() for p in net.parameters())})
+        pictures.append({"file": file, "caption": f"{len(x)} samples, {nfe} network evaluations, "
+                         f"eta = {eta:g}"})
+        say(describe(arms[-1]) + f"   {run.folder / file}")
+    run.finish({"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
+                "parameters": sum(p.numel() for p in net.parameters())})
 
 
-MODES = {"dip": run_dip, "ddpm": run_prior, "prior": run_prior, "guide": run_guide,
+MODES = {"dip": run_fits, "ddpm": run_prior, "prior": run_prior, "guide": run_fits,
          "sample": run_sample}
-
-
-# ------------------------------------------------------------------ results and pictures
 
 
 def describe(row):
     """One row of results as one line of text."""
-    keys = ("task", "train", "nfe", "t_start", "eta", "order", "grid", "fid_lenet", "precision",
-            "recall", "nearest", "psnr", "ssim", "psnr_oracle", "seconds")
-    return f"{row['name']:<13}" + "  ".join(f"{k} {show(row[k])}" for k in keys if k in row)
+    keys = ("task", "nfe", "t_start", "eta", "fid_lenet", "precision", "recall", "nearest", "psnr",
+            "ssim", "psnr_oracle", "seconds")
+    return f"{row['name']:<13}" + "  ".join(
+        f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}"
+        for k in keys if k in row)
 
 
-def loss_curves(rows):
-    """log.csv's rows -> {"loss/network": [[step, loss], ...]}, thinned to about 200 points."""
-    curves = {}
-    for name, step, _, _, loss, _ in rows:
-        curves.setdefault(f"loss/{name}", []).append([step, round(loss, 5)])
-    return {k: v[::max(1, len(v) // 200)] for k, v in curves.items()}
-
-
-def draw_arms(cfg, run, pictures, priors, sources):
-    """A picture for each number of evaluations, a row for each arm, by the first sampler and from
-    the first t_start; and one of the priors."""
-    eta, order, grid = samplers(cfg)[0]
-    drawn = []
-    for nfe in cfg.nfe:
-        rows = {arm: (x + 1) / 2 for (arm, n), x in pictures.items() if n == nfe}
-        drawn.append(measure.draw(
-            run.folder / f"samples-nfe{nfe}.png", f"{nfe} network evaluations, eta = {eta:g}, "
-            f"order {order}, {grid} grid", rows))
-    if priors:
-        n = min(16, *map(len, priors.values()))
-        rows = {"source": sources[:n].float() / 255}
-        rows |= {arm: (x[:n] + 1) / 2 for arm, x in priors.items()}
-        drawn.append(measure.draw(
-            run.folder / "priors.png", "what the arms start from, before noise; source: the "
-            f"training images that {' and '.join(HAS_SOURCE)} are made of", rows))
-    return drawn
-
-
-def film_nfe(cfg):
-    """The number of evaluations that is filmed: the nearest to ten."""
-    return min(cfg.nfe, key=lambda nfe: abs(nfe - 10))
-
-
-def draw_film(run, films):
-    """The reverse process of the first image as a strip, {arm: [x_t, ...]}."""
-    steps = len(next(iter(films.values()))) - 1
-    return measure.draw(run.folder / "film.png", "the reverse process of one image, from left to "
-                        f"right, in {steps} network evaluations",
-                        {arm: (torch.cat(film) + 1) / 2 for arm, film in films.items()})
-
-
-def finish(run, result):
-    """Write results.json and report.html; say where they are."""
-    run.seconds["total"] = run.clock()
-    result = {"mode": run.config["mode"], "config": run.config, "command": run.command,
-              "device": run.device_name, "precision": run.precision, "torch": torch.__version__,
-              "commit": run.commit, "seconds": {k: round(v, 2) for k, v in run.seconds.items()},
-              } | result
-    measure.write_json(result, run.folder / "results.json")
-    measure.report(run.folder)
-    edge.say(f"report: {run.folder / 'report.html'}")
+def loss_curve(rows):
+    """log.csv's rows -> {"loss/ddpm": [[step, loss], ...]}, thinned to about 200 points."""
+    curve = [[step, loss] for _, step, _, _, loss, _ in rows]
+    return {"loss/ddpm": curve[::max(1, len(curve) // 200)]}
 
 
 def write_log(run, rows):
@@ -2284,126 +1424,532 @@ def write_log(run, rows):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["network", "step", "epoch", "seconds", "loss", "lr"])
-    writer.writerows(rows)
+    writer.writerows([name, step, f"{epoch:.4f}", f"{seconds:.2f}", loss, lr]
+                     for name, step, epoch, seconds, loss, lr in rows)
     measure.write_text(text.getvalue(), run.folder / "log.csv")
+
+
+# ------------------------------------------------------------------ command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the page of usage before an error: one line, exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"dipddpm: {message}\n")
+
+
+def flag_name(f):
+    return "--" + f.name.replace("_", "-")
+
+
+def listed(kind):
+    """A reader of lists: listed(int)("3,5") -> (3, 5)."""
+    def read(text):
+        return tuple(kind(part) for part in text.split(","))
+    read.__name__ = f"list of {kind.__name__}"  # which an error says
+    return read
+
+
+def sigma(text):
+    return text if text == "own" else float(text)
+
+
+def parser():
+    """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
+    so that the caller can tell a flag that was given from one that was not."""
+    p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                      description="Deep Image Prior, DDPM and two ways of combining them.")
+    groups = {}
+    for f in fields(Config):
+        if f.metadata:
+            m, title = f.metadata, f.metadata["group"]
+            groups[title] = groups.get(title) or p.add_argument_group(title)
+            read = sigma if f.name == "sigma" else listed(m["of"]) if "of" in m else f.type
+            choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
+            shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
+            groups[title].add_argument(
+                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
+                metavar=None if choices else f.name.upper())
+    return p
+
+
+def show(value):
+    """(3, 5) -> '3,5': a list as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# What a network's meaning, and what its training depends on: resuming may not change these.
+NETWORK_FIELDS = ("timesteps", "schedule", "predict", "width")
+TRAINING_FIELDS = NETWORK_FIELDS + ("data", "size", "crop", "seed", "epochs", "limit", "batch",
+                                    "lr")
+
+
+def read_config(argv):
+    """Command line -> Config. With --resume the saved run's flags are the defaults, and those that
+    its network depends on may not differ; --mode sample resumes the newest run unless another is
+    named. ValueError says what is wrong."""
+    given = vars(parser().parse_args(argv))
+    if "resume" in given or given.get("mode") == "sample":
+        folder = run_folder(given["resume"]) if "resume" in given else newest_run()
+        saved = asdict(saved_config(folder))
+        sampling = given.get("mode", saved["mode"]) == "sample"
+        for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
+            if name in given and given[name] != saved[name]:
+                raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
+                                 f"and cannot become {given[name]}")
+        saved |= {"out": None, "samples": None if sampling else saved["samples"]}
+        given = saved | given | {"resume": str(folder)}
+    if "mode" not in given:
+        raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
+    return check(resolve(Config(**given)))
+
+
+def saved_config(folder):
+    """config.json of a run's folder -> its Config; ValueError if it is damaged."""
+    path = folder / "config.json"
+    try:
+        saved = {k: tuple(v) if isinstance(v, list) else v
+                 for k, v in json.loads(path.read_text()).items()}
+        cfg = Config(**saved)
+        for f in fields(cfg):
+            value, kinds = getattr(cfg, f.name), {float: (float, int)}.get(f.type, f.type)
+            kinds = (float, int, str) if f.name == "sigma" else kinds
+            if value != f.default and not isinstance(value, kinds):
+                raise ValueError(f"{f.name} cannot be {value!r}")
+        return check(resolve(cfg))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error}") from error
+
+
+def resolve(cfg, shape=None):
+    """Config -> one without None for what is used: first what the mode decides, then, given the
+    shape (N, C, H, W) of the images, what they do."""
+    fitting = cfg.mode in ("dip", "guide")
+    samples = cfg.samples or {"sample": 64, "dip": 16, "guide": 16}.get(cfg.mode, 1000)
+    sigma = cfg.sigma
+    if sigma is None and fitting:
+        sigma = 0.1 if cfg.task == "denoise" else 0.0
+    t_start = cfg.t_start or (max(1, round(0.6 * cfg.timesteps)),)
+    cfg = replace(cfg, samples=samples, sigma=sigma, t_start=t_start)
+    if shape is None:
+        return cfg
+    small = max(shape[2:]) <= 64
+    # a larger rate has the better best moment, but as a prior leaves less smooth errors
+    rate = 0.05 if small and fitting else 0.01
+    return replace(cfg, samples=min(samples, shape[0]),
+                   dip_width=cfg.dip_width or (16 if small else 128),
+                   dip_lr=cfg.dip_lr or rate, budget=cfg.budget or (1000 if small else 3000),
+                   patience=cfg.patience or (50 if small else 200))
+
+
+def check(cfg):
+    """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
+    for f in fields(cfg):
+        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
+        for v in value if isinstance(value, tuple) else () if value is None else (value,):
+            number = isinstance(v, (int, float))
+            if isinstance(v, float) and not math.isfinite(v):
+                raise ValueError(f"{name} must be a finite number, not {v}")
+            if number and v < m.get("low", v):
+                raise ValueError(f"{name} must be at least {m['low']}, not {v}")
+            if number and v > min(m.get("high", v), 2**63 - 1):
+                raise ValueError(f"{name} must be at most {m.get('high', 2**63 - 1)}, not {v}")
+            if v not in m.get("choices", (v,)):
+                raise ValueError(f"{name} {v} is none of {', '.join(m['choices'])}")
+    if cfg.lr == 0:
+        raise ValueError("--lr must be above 0")
+    if cfg.width % 8:
+        raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
+    if cfg.sigma == "own" and (cfg.mode != "dip" or cfg.task != "denoise"):
+        raise ValueError("--sigma own is for --mode dip --task denoise: there is no truth to "
+                         "compare with, and no noise level can be told from what is lost")
+    if max(cfg.t_start) > cfg.timesteps:
+        raise ValueError(f"--t-start {max(cfg.t_start)} is beyond T = --timesteps {cfg.timesteps}")
+    start = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
+    if cfg.mode in ("ddpm", "prior", "sample") and max(cfg.nfe) > start:
+        raise ValueError(f"--nfe {max(cfg.nfe)} is above --t-start {start}: "
+                         "a step cannot be shorter than one")
+    return cfg
+
+
+def load_images(cfg, split, name=None, limit=None):
+    """The images of a split that --data, --size and --crop ask for."""
+    return data.load(name or cfg.data, cfg.data_dir, split, limit, cfg.size, cfg.crop)
+
+
+# ------------------------------------------------------------------ a run, its folder, checkpoints
+
+
+class Run:
+    """What surrounds the mathematics: a folder, a device, a precision, clocks, a wish to stop."""
+
+    def __init__(self, cfg, argv):
+        join_processes(cfg)
+        self.cfg, self.command = cfg, "python dipddpm.py " + shlex.join(argv)
+        self.device = pick_device(cfg.device)
+        self.precision = pick_precision(cfg.precision, self.device)
+        self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
+        self.stop = 0  # the number of the signal that asked for it
+        self.begun, self.saved, self.about = False, None, {}
+        continues = cfg.resume and cfg.mode in ("ddpm", "prior")
+        self.folder = Path(cfg.resume) if continues and not cfg.out else new_folder(cfg)
+        self.fresh = not continues or bool(cfg.out)
+        if continues and (Path(cfg.resume) / CHECKPOINT).exists():
+            self.saved = load_checkpoint(cfg.resume)
+        self.began = time.time() - (self.saved or {}).get("seconds", 0.0)
+
+    def begin(self, cfg, about=None, shape=None):
+        """Make the folder: not before the input is known to be good, so that misuse leaves none.
+        Returns the Config, which config.json then holds."""
+        if self.saved and self.saved["data"] != about:
+            raise ValueError(f"--resume {cfg.resume}: the data was {self.saved['data']}, now "
+                             f"{about}")
+        if processes()[1] > min(cfg.batch, cfg.limit or cfg.batch):
+            raise ValueError(f"--batch {cfg.batch} is too small for as many processes")
+        self.cfg, self.about = replace(cfg, out=str(self.folder)), {"data": about, "shape": shape}
+        self.begun = True
+        if processes()[0] == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            measure.write_json(asdict(self.cfg), self.folder / "config.json")
+            if self.fresh and self.saved:
+                save(self.saved, self.folder / CHECKPOINT)
+        return self.cfg
+
+    def autocast(self):
+        """bf16 inside the networks where asked for; the mathematics around them stays float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def timed(self, part=None):
+        """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to."""
+        took, began = SimpleNamespace(), time.time()
+        yield took
+        synchronize(self.device)
+        took.seconds = time.time() - began
+        if part:
+            self.seconds[part] += took.seconds
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def track(self, steps, label, per_step):
+        """`steps`, a range, one after the other, with a line of progress. KeyboardInterrupt if
+        somebody asked to stop."""
+        for step in progress(steps, label, len(steps), per_step):
+            yield step
+            if self.stop:
+                raise KeyboardInterrupt
+
+    def continue_training(self, parts):
+        """Give the network, its average and the optimiser what a checkpoint holds of them, or leave
+        them at their beginning: -> steps done, rows, losses since the last row, clock."""
+        saved = self.saved or {"step": 0, "rows": [], "losses": [], "seconds": 0.0}
+        began = time.time() - saved["seconds"]
+        if self.saved:
+            load_weights(parts["net"], saved["net"], "checkpoint")
+            load_weights(parts["ema"], saved["ema"], "checkpoint")
+            parts["optimizer"].load_state_dict(saved["optimizer"])
+        # they are the first process's: several would add them up
+        losses = [loss.to(self.device) for loss in saved["losses"] if processes()[0] == 0]
+        return saved["step"], list(saved["rows"]), losses, lambda: time.time() - began
+
+    def save_training(self, parts, step, rows, losses, seconds):
+        if processes()[0] == 0:
+            save({"format": CHECKPOINT_FORMAT, "step": step, "rows": rows, "losses": losses,
+                  "seconds": seconds, **self.about}
+                 | {name: part.state_dict() for name, part in parts.items()},
+                 self.folder / CHECKPOINT)
+
+    def finish(self, result, keys=("fid_lenet", "psnr")):
+        """Write results.json and report.html, print the table, say where they are."""
+        self.seconds["total"] = time.time() - self.began
+        measure.write_json({
+            "mode": self.cfg.mode, "config": asdict(self.cfg), "command": self.command,
+            "device": device_name(self.device), "precision": self.precision,
+            "torch": torch.__version__, "commit": commit(), "seconds": self.seconds} | result,
+            self.folder / "results.json")
+        measure.report(self.folder)
+        say(f"report: {self.folder / 'report.html'}")
+        say(measure.text_tables([self.folder], keys))
+
+
+def new_folder(cfg):
+    """--out, or a new name in runs/. A folder that holds something is never written to."""
+    stem = Path(cfg.data).stem or "data"
+    folder = Path(cfg.out) if cfg.out else Path("runs") / (
+        f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
+                         f"{folder} or name another")
+    return folder
+
+
+def run_folder(path):
+    """--resume's folder, given as itself or as its checkpoint.pt; ValueError if it is no run."""
+    folder = Path(path).parent if Path(path).name == CHECKPOINT else Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--resume {path}: no run there (no {folder / 'config.json'})")
+    return folder
+
+
+def newest_run():
+    """The run in runs/ with the newest checkpoint."""
+    found = sorted(Path("runs").glob(f"**/{CHECKPOINT}"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError("--mode sample needs a trained network: none in runs/; train one with "
+                         "--mode ddpm or name a run with --resume")
+    return found[-1].parent
+
+
+def save(content, path):
+    """torch.save, written beside, synced, renamed: an old file stays until the new one is whole."""
+    beside = path.with_suffix(".pt.tmp")
+    try:
+        with open(beside, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(folder):
+    """A checkpoint's content, tensors and plain values only: {"format", "data", "shape", "step",
+    "seconds", "rows", "losses", "net", "ema", "optimizer"}. FileNotFoundError, or ValueError in one
+    line if it is not one of ours."""
+    path = Path(folder) / CHECKPOINT
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no checkpoint there")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a broken file leads it into
+        raise ValueError(f"{path}: not a readable checkpoint "
+                         f"({type(error).__name__})") from error
+    known = isinstance(saved, dict) and saved.get("format") == CHECKPOINT_FORMAT
+    if not known or not saved.keys() >= CHECKPOINT_KEYS:
+        raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
+    return saved
+
+
+def load_weights(module, state, where):
+    """load_state_dict; ValueError, naming `where` they are from, for another architecture."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: its network has another architecture: "
+                         f"{str(error).splitlines()[-1].strip()}") from error
+
+
+def check_finite(net, done, cfg):
+    """RuntimeError where a weight is not a finite number any more."""
+    if not torch.stack(torch._foreach_norm(list(net.parameters()))).isfinite().all():
+        raise RuntimeError(f"the training is not finite after {done} steps with --lr {cfg.lr:g}; "
+                           "the last good checkpoint is kept")
+
+
+# ------------------------------------------------------------------ processes and progress
+
+
+def processes():
+    """(this process's number, how many train together): torchrun starts many. Each trains on its
+    part of a batch; the first alone samples, measures, writes and speaks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(cfg):
+    """Meet the other processes if torchrun started this one: by NCCL on CUDA, by gloo elsewhere."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if cfg.mode not in ("ddpm", "prior"):
+        raise ValueError(f"--mode {cfg.mode} runs in one process, without torchrun")
+    if not cfg.out and not cfg.resume:
+        raise ValueError("several processes need --out: the clock gives each another folder")
+    cuda = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def total(x):
+    """The sum over the processes of a tensor x, in each; x may be overwritten."""
+    if processes()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def agreed(stop):
+    """The largest `run.stop` of the processes: a signal's number, 0 for none."""
+    if processes()[1] > 1:
+        stop = torch.tensor(stop, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+    return int(stop)
+
+
+def say(line):
+    if processes()[0] == 0:
+        print(line, flush=True)
+
+
+def progress(items, label, steps, per_step, done=0, note=str):
+    """The items, one for each step from `done` on; meanwhile a line that rewrites itself on a
+    terminal, a new one each half minute elsewhere: done of all steps, rate in images (or fits x
+    iterations) a second, time left, and what `note` says."""
+    start, live = time.time(), sys.stdout.isatty()
+    shown = 0.0 if live else start
+    for at, item in enumerate(items, done + 1):
+        yield item
+        now, last = time.time(), at == steps
+        if processes()[0] or not last and now - shown < (0.2 if live else 30):
+            continue
+        shown, rate = now, (at - done) / max(now - start, 1e-9)
+        left = round((steps - at) / rate)
+        line = (f"{label}: {at}/{steps}  {rate * per_step:.0f}/s  {left // 60}:{left % 60:02d} left"
+                f"  {note()}")
+        print(f"\r{line:<78}" if live else line, end="\n" if last or not live else "", flush=True)
+
+
+# ------------------------------------------------------------------ devices
+
+
+def pick_device(name):
+    """--device, or CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def about_cpu(key):
+    """A line of /proc/cpuinfo, where there is one: its first value of `key`, or ''."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(key):
+                return line.split(":")[1].strip()
+    return ""
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = about_cpu("model name") or f"{platform.machine()} CPU"
+    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def pick_precision(name, device):
+    """--precision, or bf16 where there are matrix units for it: elsewhere it is slowly emulated."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if "amx_bf16" in about_cpu("flags") else "fp32"
+
+
+class Graphed:
+    """`work`, a function of nothing that returns nothing, to be called again and again. On CUDA the
+    first three calls run as they are and allocate what lasts; the fourth is recorded as one CUDA
+    graph, which is replayed from then on: one launch for hundreds of kernels, and nothing that the
+    host waits for. So what changes between calls must lie in tensors that `work` itself reads and
+    writes in place. Elsewhere a call is a call."""
+
+    def __init__(self, work, device):
+        self.work, self.calls, self.graph = work, 0, None
+        alone = processes()[1] == 1  # what processes tell each other is not recorded
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and alone else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.work()
+        self.calls += 1
+        if self.calls <= 3:
+            current = torch.cuda.current_stream(self.stream.device)
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self.work()
+            return current.wait_stream(self.stream)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.work()
+        self.graph.replay()
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed blocks for the next step instead of returning them to the kernel,
+    which would zero each page again."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def commit():
+    """The commit that the code was at, with a + if changed since; None outside a checkout."""
+    def git(*args):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], check=True,
+                              capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 # ------------------------------------------------------------------ main
 
 
-def configs(argv):
-    """Command line -> one Config, or with --sweep NAME=V1,V2,... one for each value, as if --NAME
-    had been given it, each with a folder of its own; of several sweeps, for each combination."""
-    cfg = read_config(argv)
-    if not cfg.sweep:
-        return [cfg]
-    each, names = [[]], set()
-    for sweep in cfg.sweep:
-        name, _, values = sweep.partition("=")
-        known = asdict(cfg).keys() - {"sweep", "out", "resume", "overwrite"} - names
-        if name.replace("-", "_") not in known or not values:
-            raise ValueError(f"--sweep {sweep}: want NAME=V1,V2,... with NAME a flag's name, once")
-        names.add(name.replace("-", "_"))
-        each = [[*flags, f"{name}={v}"] for flags in each for v in dict.fromkeys(values.split(","))]
-    parent = Path(cfg.out or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
-    return [replace(read_config([*argv, *(f"--{f}" for f in flags),
-                                 f"--out={parent / '-'.join(flags)}"]), sweep=())
-            for flags in each]
-
-
-def left_of_a_sweep(cfg):
-    """One run of a sweep that may have been given before -> None if it is finished, the Config that
-    continues it, or starts it again where there is nothing to continue."""
-    folder = Path(cfg.out)
-    if cfg.overwrite or not (folder / "config.json").exists():
-        return cfg
-    saved = read_saved_flags(folder)
-    if Path(saved["resume"] or "").resolve() == folder.resolve():  # it was continued before
-        saved["resume"] = cfg.resume
-    free = {"out": None, "overwrite": False, "sweep": (), "data_dir": None}  # may differ
-    differs = sorted(k for k, v in (asdict(cfg) | free).items() if v != (saved | free)[k])
-    if differs:
-        raise ValueError(f"{folder} is a run with another --{differs[0].replace('_', '-')}: "
-                         "--overwrite it, or name another --out")
-    if (folder / "results.json").exists():
-        edge.say(f"{folder}: finished before")
-        return None
-    if cfg.mode in ("ddpm", "prior") and (not cfg.resume or (folder / edge.CHECKPOINT).exists()):
-        return replace(cfg, out=None, resume=str(folder))
-    return replace(cfg, overwrite=True)
-
-
 def main(argv=None):
     """The command line. Exit status: 0 done, 1 the run failed, 2 misuse or bad input, 130 or 143
     interrupted by SIGINT or SIGTERM (after a checkpoint)."""
-    argv = sys.argv[1:] if argv is None else argv
-    edge.keep_freed_memory()
-    run = None
+    argv, run = sys.argv[1:] if argv is None else argv, None
+    keep_freed_memory()
+
+    def stop_soon(number, _):
+        """First signal: at the next safe place. Second: at once."""
+        stopped, run.stop = run.stop, number
+        if stopped:
+            raise KeyboardInterrupt
+
+    status = 0
     try:
-        each = configs(argv)
-        folders = [cfg.out for cfg in each]
-        if read_config(argv).sweep:
-            edge.join_processes(each[0])
-            each = edge.the_first_ones([left_of_a_sweep(cfg) for cfg in each])
-        for cfg in each:
-            if run and run.stop:
-                raise KeyboardInterrupt
-            if cfg is None:
-                continue
-            run = edge.Run(cfg, argv)
-
-            def stop_soon(number, _, run=run):
-                """First signal: at the next safe place. Second: at once."""
-                stopped, run.stop = run.stop, number
-                if stopped:
-                    raise KeyboardInterrupt
-
-            before = {number: signal.signal(number, stop_soon)
-                      for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                MODES[cfg.mode](cfg, run)
-            finally:
-                run.close()
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-            run.begun = False  # it has ended well
-        if len(folders) > 1 and edge.processes()[0] == 0:
-            page = Path(folders[0]).parent / "comparison.html"
-            measure.compare(folders, page)
-            edge.say(measure.text_tables(folders))
-            edge.say(f"comparison: {page}")
+        cfg = read_config(argv)
+        run = Run(cfg, argv)
+        before = {number: signal.signal(number, stop_soon)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            MODES[cfg.mode](cfg, run)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (MemoryError, RuntimeError) as error:
-        said = "out of memory", "allocate memory", "enough memory"
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-                words in str(error) for words in said):
-            error = "out of memory: lower --batch in training, --samples or --dip-group after it"
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            error = f"another process ended{how_to_go_on(run)}"
-        sys.exit(fail(error, 1))
+        status, said = 1, str(error)
+        full = "out of memory", "allocate memory", "enough memory"
+        if isinstance(error, MemoryError) or any(words in said for words in full):
+            said = "out of memory: lower --batch in training, --samples after it"
+        elif isinstance(error, dist.DistError) or "gloo" in said:
+            said = "another process ended"
     except (ValueError, OSError) as error:
-        sys.exit(fail(error, 1 if error_of_disk(error) or run and run.begun else 2))
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        status, said = 1 if full or run and run.begun else 2, str(error)
     except KeyboardInterrupt:
-        print(f"dipddpm: interrupted{how_to_go_on(run)}", file=sys.stderr)
-        sys.exit(128 + (run.stop if run and run.stop else signal.SIGINT))
-
-
-def how_to_go_on(run):
-    """What to say of a run that did not end: a training goes on, from its checkpoint or anew."""
-    resumes = run and run.begun and run.config["mode"] in ("ddpm", "prior")
-    return f"; continue with --resume {run.folder}" if resumes else ""
-
-
-def error_of_disk(error):
-    """Whether a file could not be written for lack of room: a failed run, no misuse."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def fail(error, status):
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"dipddpm: {first}", file=sys.stderr)
-    return status
+        status, said = 128 + (run.stop if run and run.stop else signal.SIGINT), "interrupted"
+    if status:
+        goes_on = run and run.begun and run.cfg.mode in ("ddpm", "prior")
+        if goes_on and said in ("interrupted", "another process ended"):
+            said += f"; continue with --resume {run.folder}"
+        print("dipddpm:", (said.splitlines() or ["failed"])[0], file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .rng import (
-    BLOCK,
-    TRAIN_NOISE,
-    WARPS,
-    at,
-    elements,
-    fused,
-    jit,
-    normal_quads,
-    normal_ref,
-    tl,
-    triton,
-)
-
-# ------------------------------------------------------------------------------------- torch
+from .rng import TRAIN_NOISE, at, blocks, fused, jit, launch, normal_quads, normal_ref, place, tl
 
 
 def _pixels_ref(x_0, index):
@@ -30,153 +16,124 @@ def _pixels_ref(x_0, index):
     return (x * (1 / 127.5)).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 
-def _columns(coef, t):
+def _columns(table, t):
     """The five coefficients of each sample, [B, 1, 1, 1] each."""
-    return coef[t][:, :, None, None, None].unbind(1)
+    return table[t][:, :, None, None, None].unbind(1)
 
 
-def q_sample_ref(x_0, index, t, coef, seed, sample, draw, stream=TRAIN_NOISE, dtype=torch.float32):
+def q_sample_ref(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE, dtype=torch.float32):
     """See `q_sample`."""
-    signal, noise, *_ = _columns(coef, t)
+    signal, noise, *_ = _columns(table, t)
     x = _pixels_ref(x_0, index)
     eps = normal_ref(x.shape, seed, sample, draw, stream, x.device)
     return eps.mul_(noise).addcmul_(x, signal).to(dtype)
 
 
-def noise_loss_ref(out, x_0, index, t, coef, seed, sample, draw, stream=TRAIN_NOISE):
+def noise_loss_ref(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE):
     """(loss [B], its gradient by `out`); see `noise_loss`."""
-    _, _, target_x0, target_eps, weight = _columns(coef, t)
+    _, _, target_x0, target_eps, weight = _columns(table, t)
     eps = normal_ref(out.shape, seed, sample, draw, stream, out.device)
     error = eps.mul_(-target_eps).addcmul_(_pixels_ref(x_0, index), target_x0, value=-1).add_(out)
     loss = weight.flatten() * error.square().mean((1, 2, 3))
     return loss, error.mul_(weight * (2 / out[0].numel())).to(out.dtype)
 
 
-# ------------------------------------------------------------------------------------ Triton
-
-
 @jit
-def _pixels(x):
-    if x.dtype == tl.uint8:
-        return x.to(tl.float32) * (1 / 127.5) - 1.0
-    else:
-        return x.to(tl.float32)
-
-
-@jit
-def _noised(x, eps, signal, noise):
-    return signal * x + noise * eps
-
-
-@jit
-def _error(out, x, eps, target_x0, target_eps):
-    return out - target_x0 * x - target_eps * eps
-
-
-# Reads 1 byte an element (4 if x_0 is float32), writes 4 (2 in half precision); 40.5 instructions
-# on sm_90, which an H200 can issue for 826 G elements/s, while its memory can serve 860.
-@jit(do_not_specialize=["seed", "sample", "draw"])
-def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, coef_ptr, seed, sample, draw,
-                    stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+def _pixels(x_0_ptr, index, n, i, numel):
+    """Elements i of image n of the batch, in [-1, 1]."""
     row = n if index is None else tl.load(index + n)
-    coef_ptr += tl.load(t_ptr + n) * 5
-    signal = tl.load(coef_ptr)
-    noise = tl.load(coef_ptr + 1)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
     x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    return x.to(tl.float32) * (1 / 127.5) - 1.0 if x.dtype == tl.uint8 else x.to(tl.float32)
+
+
+# Reads 1 byte an element (4 if x_0 is float32), writes 4 (2 in half precision).
+@jit(do_not_specialize=["seed", "sample", "draw"])
+def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, draw,
+                    stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+    n, quad, i = place(BLOCK)
+    table_ptr += tl.load(t_ptr + n) * 5
+    signal = tl.load(table_ptr)
+    noise = tl.load(table_ptr + 1)
+    x = _pixels(x_0_ptr, index, n, i, numel)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
-    x_t = _noised(_pixels(x), eps, signal, noise)
+    x_t = signal * x + noise * eps
 
     tl.store(x_t_ptr + n * numel + i, x_t, mask=i < numel)
 
 
-# Reads 4 + 1 bytes an element (2 + 1 in half precision), writes 4 (2); 49.4 instructions on sm_90
-# need 70 % of the time that an H200's memory needs. Each program leaves the sum of its own errors,
-# to be added in one order and without atomics.
+# Reads 4 + 1 bytes an element (2 + 1 in half precision), writes 4 (2). Each program leaves the sum
+# of its own errors, to be added in one order and without atomics.
 @jit(do_not_specialize=["seed", "sample", "draw"])
-def noise_loss_kernel(loss_ptr, grad_ptr, out_ptr, x_0_ptr, index, t_ptr, coef_ptr, seed, sample,
+def noise_loss_kernel(grad_ptr, loss_ptr, out_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample,
                       draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    row = n if index is None else tl.load(index + n)
-    coef_ptr += tl.load(t_ptr + n) * 5
-    target_x0 = tl.load(coef_ptr + 2)
-    target_eps = tl.load(coef_ptr + 3)
-    weight = tl.load(coef_ptr + 4) / numel
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
-    x = tl.load(x_0_ptr + row * numel + i, mask=i < numel)
+    n, quad, i = place(BLOCK)
+    table_ptr += tl.load(t_ptr + n) * 5
+    target_x0 = tl.load(table_ptr + 2)
+    target_eps = tl.load(table_ptr + 3)
+    weight = tl.load(table_ptr + 4) / numel
+    x = _pixels(x_0_ptr, index, n, i, numel)
     out = tl.load(out_ptr + n * numel + i, mask=i < numel).to(tl.float32)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
-    error = _error(out, _pixels(x), eps, target_x0, target_eps)
+    error = out - target_x0 * x - target_eps * eps
     loss = weight * tl.sum(tl.where(i < numel, error * error, 0.0))
 
     tl.store(grad_ptr + n * numel + i, 2 * weight * error, mask=i < numel)
     tl.store(loss_ptr + n * tl.num_programs(1) + tl.program_id(1), loss)
 
 
-def q_sample_triton(x_0, index, t, coef, seed, sample, draw, stream=TRAIN_NOISE,
+def q_sample_triton(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE,
                     dtype=torch.float32):
     """See `q_sample`."""
     x_t = torch.empty((len(t), *x_0.shape[1:]), dtype=dtype, device=x_0.device)
-    numel = x_0[0].numel()
-    with torch.cuda.device_of(x_t):
-        q_sample_kernel[len(t), triton.cdiv(numel, 4 * BLOCK)](
-            x_t, x_0.contiguous(), index, t, coef, seed % 2**64, sample, draw, stream, numel,
-            BLOCK, num_warps=WARPS)
-    return x_t
+    tensors = x_t, x_0.contiguous(), index, t, table
+    return launch(q_sample_kernel, tensors, seed, sample, draw, stream)
 
 
-def noise_loss_triton(out, x_0, index, t, coef, seed, sample, draw, stream=TRAIN_NOISE):
+def noise_loss_triton(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE):
     """(loss [B], its gradient by `out`); see `noise_loss`."""
-    out, numel = out.contiguous(), out[0].numel()
-    blocks = triton.cdiv(numel, 4 * BLOCK)
-    loss, gradient = torch.empty(len(out), blocks, device=out.device), torch.empty_like(out)
-    with torch.cuda.device_of(out):
-        noise_loss_kernel[len(out), blocks](
-            loss, gradient, out, x_0.contiguous(), index, t, coef, seed % 2**64, sample, draw,
-            stream, numel, BLOCK, num_warps=WARPS)
-    return loss.sum(1) if blocks > 1 else loss[:, 0], gradient
+    out = out.contiguous()
+    gradient = torch.empty_like(out)
+    loss = torch.empty(len(out), blocks(out[0].numel()), device=out.device)
+    tensors = gradient, loss, out, x_0.contiguous(), index, t, table
+    launch(noise_loss_kernel, tensors, seed, sample, draw, stream)
+    return loss.sum(1) if loss.shape[1] > 1 else loss[:, 0], gradient
 
 
-# ------------------------------------------------------------------------------------ public
-
-
-def q_sample(x_0, index, t, coef, seed, sample, draw, stream=TRAIN_NOISE, dtype=torch.float32):
+def q_sample(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE, dtype=torch.float32):
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
     x_t is [B, C, H, W] of `dtype`. x_0 [N, C, H, W] is uint8, scaled to [-1, 1] here, or float in
     [-1, 1]; the batch is its rows `index` (int64 [B]; None for all in order) at the times t (int64
-    [B]). `coef` is float32 [T, 5]: sqrt(alpha_bar), sqrt(1 - alpha_bar) and what `noise_loss`
+    [B]). `table` is float32 [T, 5]: sqrt(alpha_bar), sqrt(1 - alpha_bar) and what `noise_loss`
     needs. `seed`, `sample`, `draw` and `stream` name eps as in `normal`. AssertionError if shapes
     or types do not fit.
     """
-    _check(x_0, index, t, coef, sample)
-    return (q_sample_triton if fused(x_0) else q_sample_ref)(
-        x_0, index, t, coef, seed, sample, draw, stream, dtype)
+    _check(x_0, index, t, table, sample)
+    return (q_sample_triton if fused(x_0.device) else q_sample_ref)(
+        x_0, index, t, table, seed, sample, draw, stream, dtype)
 
 
-def noise_loss(out, x_0, index, t, coef, seed, sample, draw, stream=TRAIN_NOISE):
+def noise_loss(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE):
     """L_b = weight_t mean (out - target_x0_t x_0 - target_eps_t eps)^2 over pixels: float32 [B].
 
-    The eps of `q_sample` with the same arguments, drawn again. Columns 2 to 4 of `coef` hold
+    The eps of `q_sample` with the same arguments, drawn again. Columns 2 to 4 of `table` hold
     (target_x0, target_eps, weight): (0, 1, 1) is L_simple (Ho et al. 2020, eq. 14), (1, 0, .)
     predicts x_0, (-sqrt(1 - alpha_bar), sqrt(alpha_bar), .) predicts v. `out` [B, C, H, W] may be
     half precision; the arithmetic is float32 and the gradient, found in the same pass, has out's
     type. AssertionError if shapes or types do not fit.
     """
-    _check(x_0, index, t, coef, sample)
+    _check(x_0, index, t, table, sample)
     assert out.shape == (len(t), *x_0.shape[1:]), f"out {tuple(out.shape)}, x_0 {tuple(x_0.shape)}"
-    return _NoiseLoss.apply(out, x_0, index, t, coef, seed, sample, draw, stream)
+    return _NoiseLoss.apply(out, x_0, index, t, table, seed, sample, draw, stream)
 
 
 class _NoiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, *arguments):
-        loss, gradient = (noise_loss_triton if fused(out) else noise_loss_ref)(out, *arguments)
+        loss_and_gradient = noise_loss_triton if fused(out.device) else noise_loss_ref
+        loss, gradient = loss_and_gradient(out, *arguments)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -188,9 +145,9 @@ class _NoiseLoss(torch.autograd.Function):
         return torch.mul(gradient, g[:, None, None, None], out=product), *[None] * 8
 
 
-def _check(x_0, index, t, coef, sample):
+def _check(x_0, index, t, table, sample):
     assert x_0.dim() == 4 and (x_0.dtype == torch.uint8 or x_0.is_floating_point()), x_0.dtype
     assert t.shape == ((len(x_0),) if index is None else index.shape), f"t {tuple(t.shape)}"
-    assert coef.dim() == 2 and coef.shape[1] == 5 and coef.dtype == torch.float32, coef.shape
-    for vector in (index, t, coef, sample):  # the kernels step through these by one
+    assert table.dim() == 2 and table.shape[1] == 5 and table.dtype == torch.float32, table.shape
+    for vector in (index, t, table, sample):  # the kernels step through these by one
         assert not isinstance(vector, torch.Tensor) or vector.is_contiguous()

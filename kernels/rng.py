@@ -24,16 +24,25 @@ except ImportError:  # macOS and Windows: the references serve everything, the k
         return function or jit
 
 
-(TRAIN_NOISE, TRAIN_TIME, INIT_NOISE, STEP_NOISE, DIP_CODE, DIP_JITTER, DATA_ORDER, CORRUPTION,
- WEIGHTS, HELD_OUT) = range(10)
+# Streams: what a number is for. A new purpose takes the next number here and its name in
+# __init__.py. A number is never changed nor given away: all results that it made would change.
+TRAIN_NOISE = 0  # eps of a training step
+TRAIN_TIME = 1  # t of a training step
+INIT_NOISE = 2  # x_T, or what noises a prior up to its t
+STEP_NOISE = 3  # z of a reverse step
+DIP_CODE = 4  # input of a DIP; a prior's draws of codes and coefficients
+DIP_JITTER = 5  # noise on a DIP's input, anew in each iteration
+DATA_ORDER = 6  # order of the images in an epoch
+CORRUPTION = 7  # noise and masks of measurements, and their splits
+WEIGHTS = 8  # first weights of a network
+HELD_OUT = 9  # eps of a loss on held-out images (studies)
 
 WORD = 0xFFFFFFFF
 BLOCK, WARPS = 256, 2  # quads and warps to a program: a lane's four quads share its work on the key
 
 
-def fused(tensor_or_device) -> bool:
-    """Whether the Triton kernels serve this tensor or device."""
-    device = getattr(tensor_or_device, "device", tensor_or_device)
+def fused(device) -> bool:
+    """Whether the Triton kernels serve this device."""
     return triton is not None and torch.device(device).type == "cuda"
 
 
@@ -72,32 +81,20 @@ def _circle(u):
     """(cos 2 pi u, sin 2 pi u) to 4e-7 for u in [0, 1] turns, by one body for torch and for Triton.
 
     With x = u - 1/2 they are (x^2 - 1/16) and x (x^2 - 1/4), which hold the zeros, times minimax
-    polynomials in x^2: no quadrants and no signs. Augmented assignment is in place in torch only.
+    polynomials in x^2: no quadrants and no signs.
     """
     x = u - 0.5
     y = x * x
-    cos = y * -6.54001
-    cos += 25.567091
-    cos *= y
-    cos += -58.571854
-    cos *= y
-    cos += 81.78964
-    cos *= y
-    cos += -59.827274
-    cos *= y
-    cos += 16.0
-    cos *= y - 0.0625
-    sin = y * 12.233301
-    sin += -38.123196
-    sin *= y
-    sin += 67.0439
-    sin *= y
-    sin += -64.83468
-    sin *= y
-    sin += 25.13273
-    x *= y - 0.25
-    sin *= x
-    return cos, sin
+    cos = y * -6.54001 + 25.567091
+    cos = cos * y - 58.571854
+    cos = cos * y + 81.78964
+    cos = cos * y - 59.827274
+    cos = cos * y + 16.0
+    sin = y * 12.233301 - 38.123196
+    sin = sin * y + 67.0439
+    sin = sin * y - 64.83468
+    sin = sin * y + 25.13273
+    return cos * (y - 0.0625), sin * (x * (y - 0.25))
 
 
 def uniform_ref(shape, seed, sample, draw, stream, device="cpu"):
@@ -112,8 +109,7 @@ def normal_ref(shape, seed, sample, draw, stream, device="cpu"):
     quad, sample, draw = _counters(shape, sample, draw, device)
     N, Q = len(sample), quad.numel()
     z = torch.empty((N, Q, 2, 2), device=device)  # [sample, quad, pair, cos or sin]
-    # A hundred passes stay in the cache and below the size at which torch wakes a second thread for
-    # each of them, which costs a time slice a pass where other processes hold the cores.
+    # Blocks stay in the cache, and below the size at which torch wakes a second thread.
     rows = max(1, 2**14 // (Q + 1)) if z.device.type == "cpu" else max(1, N)
     for block, numbers in zip(z.split(rows), sample.split(rows)):
         w0, w1, w2, w3 = philox_ref(quad, numbers, draw, stream, seed)
@@ -133,10 +129,7 @@ def normal_ref(shape, seed, sample, draw, stream, device="cpu"):
 @jit
 def at(x, n):
     """x[n] of a vector on the device, or x + n of a plain integer: a scalar is at(x, 0)."""
-    if x.dtype.is_ptr():
-        return tl.load(x + n)
-    else:
-        return x + n
+    return tl.load(x + n) if x.dtype.is_ptr() else x + n
 
 
 @jit
@@ -200,30 +193,26 @@ def normal_quads(quad, sample, draw, stream, seed):
 
 
 @jit
-def elements(quad):
-    """Positions of a block of quads' elements in the flattened sample: [BLOCK, 4]."""
-    return quad[:, None] * 4 + tl.arange(0, 4)[None, :]
-
-
-# Writes 4 bytes an element, reads nothing; 33.4 instructions on sm_90. An H200 can issue that for
-# 1000 G elements/s and store 1075 (computed by kernels.bench, like all such figures here).
-@jit(do_not_specialize=["seed", "sample", "draw"])
-def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+def place(BLOCK: tl.constexpr):
+    """A program's sample number n, its quads [BLOCK] and their elements' positions [BLOCK, 4]."""
     n = tl.program_id(0).to(tl.int64)
     quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
+    return n, quad, quad[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+# This kernel and the next write 4 bytes an element and read nothing.
+@jit(do_not_specialize=["seed", "sample", "draw"])
+def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+    n, quad, i = place(BLOCK)
 
     z = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
 
     tl.store(z_ptr + n * numel + i, z, mask=i < numel)
 
 
-# Writes 4 bytes an element, reads nothing; 19.1 instructions on sm_90: bound by bandwidth.
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def uniform_kernel(u_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
+    n, quad, i = place(BLOCK)
 
     w0, w1, w2, w3 = philox(quad, at(sample, n), at(draw, 0), stream, seed)
     u = (interleave(w0, w1, w2, w3) >> 8).to(tl.float32) * 2.0**-24
@@ -231,23 +220,30 @@ def uniform_kernel(u_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK
     tl.store(u_ptr + n * numel + i, u, mask=i < numel)
 
 
-def _fill(kernel, shape, seed, sample, draw, stream, device):
-    x = torch.empty(shape, device=device)
-    numel = math.prod(shape[1:])
+def blocks(numel):
+    """How many programs serve a sample of `numel` elements."""
+    return triton.cdiv(numel, 4 * BLOCK)
+
+
+def launch(kernel, tensors, seed, sample, draw, stream):
+    """Run a kernel on each sample of tensors[0], [N, ...], and return that tensor. The kernel takes
+    the tensors, what names its random numbers (see `normal`), a sample's elements and BLOCK."""
+    x = tensors[0]
+    numel = math.prod(x.shape[1:])
     with torch.cuda.device_of(x):
-        grid = (shape[0], triton.cdiv(numel, 4 * BLOCK))
-        kernel[grid](x, seed % 2**64, sample, draw, stream, numel, BLOCK, num_warps=WARPS)
+        kernel[len(x), blocks(numel)](
+            *tensors, seed % 2**64, sample, draw, stream, numel, BLOCK, num_warps=WARPS)
     return x
 
 
 def normal_triton(shape, seed, sample, draw, stream, device="cuda"):
     """See `normal`."""
-    return _fill(normal_kernel, shape, seed, sample, draw, stream, device)
+    return launch(normal_kernel, [torch.empty(shape, device=device)], seed, sample, draw, stream)
 
 
 def uniform_triton(shape, seed, sample, draw, stream, device="cuda"):
     """See `uniform`."""
-    return _fill(uniform_kernel, shape, seed, sample, draw, stream, device)
+    return launch(uniform_kernel, [torch.empty(shape, device=device)], seed, sample, draw, stream)
 
 
 # ------------------------------------------------------------------------------------ public
@@ -269,10 +265,8 @@ def normal(shape, seed, sample, draw, stream, device="cpu"):
 def uniform(shape, seed, sample, draw, stream, device="cpu"):
     """U[0, 1) as multiples of 2^-24: float32 of `shape`, one word for an element.
 
-    `sample` holds the N = shape[0] global sample numbers (int64 [N]) or is the first of them; shape
-    (N,) takes element 0 of each sample. `draw` is an integer or an int64 scalar tensor. A pure
-    function of (seed, sample, draw, stream, position), the same bits on CPU and GPU; AssertionError
-    if `sample` does not fit.
+    The arguments are those of `normal`, and so are the errors; shape (N,) takes element 0 of each
+    sample. A pure function of (seed, sample, draw, stream, position), the same bits on CPU and GPU.
     """
     return (uniform_triton if fused(device) else uniform_ref)(
         shape, seed, sample, draw, stream, device)
