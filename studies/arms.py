@@ -246,7 +246,7 @@ def median_step(rows):
                              zip(steps, steps[1:], seconds, seconds[1:]))
 
 
-def convergence(cfg, run, name, net, rows, begun, numbers, judge, test):
+def convergence(cfg, run, name, net, rows, begun, judge, test):
     """Curves over a training's snapshots: fid_lenet of the noise start and of each DIP arm that
     sample with this network, against training seconds plus the DIP's; and the loss on held-out
     images against steps, each at a fixed t. The arms begin where they began, `begun` {arm: (x_init,
@@ -263,6 +263,7 @@ def convergence(cfg, run, name, net, rows, begun, numbers, judge, test):
             curves.setdefault(f"held-out/{name} {label}", []).append([saved["step"], loss])
         for arm in arms:
             x_init, t_start, seconds = begun[arm]
+            numbers = torch.arange(len(x_init), device=x_init.device)
             for nfe in sorted({few, most} if arm == "ddpm" else {few}):
                 with run.timed("sample"):
                     x = dipddpm.sample(cfg, net, x_init, t_start, nfe, cfg.eta[0], numbers,
@@ -273,9 +274,32 @@ def convergence(cfg, run, name, net, rows, begun, numbers, judge, test):
     return curves
 
 
+def sampled(own, cfg, run, nets, pixels, judge):
+    """As `dipddpm.generate`, but every prior arm samples with each network that --train lists: rows
+    of results.json, and where each arm began, {arm: (x_init, t_start, seconds)}."""
+    numbers = torch.arange(cfg.samples, device=run.device)
+    sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
+    rows, begun = [], {}
+    for arm, x_init, t_start, prior, seconds in dipddpm.starts(cfg, run, pixels, sources, numbers):
+        begun.setdefault(arm, (x_init, t_start, seconds))
+        used, has_source = ("full",) if arm == "ddpm" else own.train, arm in dipddpm.HAS_SOURCE
+        for name, nfe, eta in itertools.product(used, cfg.nfe, cfg.eta):
+            with run.timed("sample") as took:
+                x = dipddpm.sample(cfg, nets[name], x_init, t_start, nfe, eta, numbers,
+                                   run.autocast)
+            row = {"name": arm, "seed": cfg.seed, "train": name, "nfe": nfe, "t_start": t_start,
+                   "eta": eta, "seconds": took.seconds + seconds, "prior_seconds": seconds}
+            rows.append(row | judge(x, sources if has_source else None))
+            if has_source:
+                square = (prior - sources.float() / 127.5 + 1).square()
+                rows[-1]["prior_square_error"] = square.sum().item() / len(x)
+            dipddpm.say(dipddpm.describe(rows[-1]))
+    return rows, begun
+
+
 def run_prior(own, cfg, run):
-    """As `dipddpm.run_prior`, with the networks that --train lists: `full`, on images, from which
-    the noise start samples; `smoothed`, on DIP outputs. Every prior arm samples with each."""
+    """As `dipddpm.run_prior`, with two networks: `full`, on images, from which the noise start
+    samples; `smoothed`, on DIP outputs; and curves of their training."""
     # what is asked for, and the data
     if "smoothed" in own.train and not {*SMOOTHERS} & {*own.dip_source}:
         raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
@@ -296,35 +320,17 @@ def run_prior(own, cfg, run):
         seen = pixels if name == "full" else smoothed(cfg, pixels, run)
         nets[name], logs[name] = train(cfg, seen, run, name, own.snapshots)
     dipddpm.write_log(run, [row for rows in logs.values() for row in rows])
-    # sampling
+    # sampling, and curves
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
     judge = measure.Judge(images, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
-    numbers = torch.arange(cfg.samples, device=run.device)
-    sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
-    arms, begun = [], {}
-    for arm, x_init, t_start, prior, seconds in dipddpm.starts(cfg, run, pixels, sources, numbers):
-        begun.setdefault(arm, (x_init, t_start, seconds))
-        used = ("full",) if arm == "ddpm" else own.train
-        for name, nfe, eta in itertools.product(used, cfg.nfe, cfg.eta):
-            with run.timed("sample") as took:
-                x = dipddpm.sample(cfg, nets[name], x_init, t_start, nfe, eta, numbers,
-                                   run.autocast)
-            has_source = arm in dipddpm.HAS_SOURCE
-            row = {"name": arm, "seed": cfg.seed, "train": name, "nfe": nfe, "t_start": t_start,
-                   "eta": eta, "seconds": took.seconds + seconds, "prior_seconds": seconds}
-            arms.append(row | judge(x, sources if has_source else None))
-            if has_source:
-                square = (prior - sources.float() / 127.5 + 1).square()
-                arms[-1]["prior_square_error"] = square.sum().item() / len(x)
-            dipddpm.say(dipddpm.describe(arms[-1]))
-    # curves
-    curves = {f"loss/{name}": next(iter(dipddpm.loss_curve(rows).values()))
-              for name, rows in logs.items()}
+    rows, begun = sampled(own, cfg, run, nets, pixels, judge)
+    curves = {f"loss/{name}": next(iter(dipddpm.loss_curve(log).values()))
+              for name, log in logs.items()}
     for name, net in nets.items():
-        curves |= convergence(cfg, run, name, net, logs[name], begun, numbers, judge, test)
+        curves |= convergence(cfg, run, name, net, logs[name], begun, judge, test)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in nets["full"].parameters()),
-                "arms": arms, "curves": curves, "pictures": []} | judge.summary())
+                "arms": rows, "curves": curves, "pictures": []} | judge.summary())
 
 
 # ------------------------------------------------------------------ command line

@@ -211,6 +211,8 @@ def instead(mode, work, argv, command):
     """The command line of `dipddpm.py --mode MODE`, its errors, signals and exit status, with
     `work` (cfg, run) in the mode's place; `command` is what results.json says of it."""
     def named(cfg, run):
+        if dipddpm.processes()[1] > 1:
+            raise ValueError("a study runs in one process, without torchrun")
         run.command = command
         work(cfg, run)
     before = dipddpm.MODES[mode]
