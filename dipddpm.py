@@ -465,8 +465,9 @@ def train_ddpm(cfg, pixels, run, each=None):
                                      capturable=pixels.is_cuda)  # a tensor: a graph reads it
     (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
     steps = cfg.epochs * per_epoch
-    progress = Progress("train", steps, B, began)
-    for done, loss in train_steps(cfg, pixels, **parts, done=began, autocast=run.autocast):
+    training = train_steps(cfg, pixels, **parts, done=began, autocast=run.autocast)
+    for done, loss in progress(training, "train", steps, B, began,
+                               lambda: f"loss {rows[-1][4]:.4f}" if rows else ""):
         losses.append(loss.clone())
         if each is not None:
             each(done, ema, clock())
@@ -477,7 +478,6 @@ def train_ddpm(cfg, pixels, run, each=None):
             rows.append(["ddpm", done, done / per_epoch, clock(), mean,
                          learning_rate(cfg, done - 1, steps)])
             losses = []
-            progress(done, f"loss {mean:.4f}")
         stop = agreed(run.stop) if row_due or processes()[1] == 1 else 0
         if stop or done == steps or row_due and time.time() - saved_at > CHECKPOINT_SECONDS:
             check_finite(net, done, cfg)
@@ -991,7 +991,7 @@ def run_prior(cfg, run):
     write_log(run, rows)
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
     judge = measure.Judge(train, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
-    arms, priors, pictures = generate(cfg, run, net, pixels, judge)
+    arms, pictures = generate(cfg, run, net, pixels, judge)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
                 "arms": arms, "curves": loss_curve(rows), "pictures": pictures} | judge.summary())
@@ -1013,11 +1013,11 @@ def starts(cfg, run, pixels, sources, numbers):
 
 def generate(cfg, run, net, pixels, judge):
     """Every arm samples with the same seed and count and is measured against the test split: rows
-    of results.json, {arm: prior}, pictures."""
+    of results.json, pictures."""
     numbers = torch.arange(cfg.samples, device=run.device)
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
-    rows, priors, grids, films = [], {}, {}, {}
+    rows, priors, grids = [], {}, {}
     x = noise_start(cfg, sources[:SAMPLE_BATCH].shape, numbers[:SAMPLE_BATCH])
     sample(cfg, net, x, 2, 2, 0.0, numbers[:SAMPLE_BATCH], run.autocast)  # pays for what is once
     for arm, x_init, t_start, prior, seconds in starts(cfg, run, pixels, sources, numbers):
@@ -1033,9 +1033,8 @@ def generate(cfg, run, net, pixels, judge):
             rows.append(row)
             grids.setdefault(nfe, {}).setdefault(arm, (x[:16] + 1) / 2)
             say(describe(row))
-        if arm not in films:  # the first image's way
-            films[arm] = film(cfg, run, net, x_init, t_start, numbers)
-            priors |= {} if prior is None else {arm: (prior[:16] + 1) / 2}
+        if prior is not None:
+            priors[arm] = (prior[:16] + 1) / 2
     eta = f"eta = {cfg.eta[0]:g}"
     pictures = [measure.draw(run.folder / f"samples-nfe{nfe}.png",
                              f"{nfe} network evaluations, {eta}", arms)
@@ -1045,8 +1044,7 @@ def generate(cfg, run, net, pixels, judge):
             run.folder / "priors.png", "what the arms start from, before noise; source: the "
             f"training images that {' and '.join(sorted(HAS_SOURCE))} are made of",
             {"source": sources[:16].float() / 255} | priors))
-    pictures.append(draw_film(run, films))
-    return rows, priors, pictures
+    return rows, pictures
 
 
 # ================================================================== 9 method 2: guide
@@ -1239,22 +1237,18 @@ def fit_plain(cfg, known, numbers, rungs, track=untracked, look=None):
 
 class Follow:
     """PSNR of each image at each look: its mean's curve, and each image's best look, which only the
-    truth [n, C, H, W] can tell. With `tell` means are printed now and then."""
+    truth [n, C, H, W] can tell."""
 
-    def __init__(self, truth, tell=False):
-        self.truth, self.tell, self.looks = truth, tell, {}
+    def __init__(self, truth):
+        self.truth, self.looks = truth, {}
         self.best, self.psnr = torch.zeros_like(truth), truth.new_full((len(truth),), -math.inf)
         self.psnr, self.when = self.psnr.double(), torch.zeros_like(self.psnr)
 
     def __call__(self, i, rows, x):
-        truth = self.truth[rows]
-        psnr = measure.psnr(x.clamp(0, 1), truth)
+        psnr = measure.psnr(x.clamp(0, 1), self.truth[rows])
         self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
         up = psnr > self.psnr[rows]
         self.best[rows[up]], self.psnr[rows[up]], self.when[rows[up]] = x[up], psnr[up], i
-        if self.tell and i % 50 == 0:
-            ssim = measure.ssim(x.clamp(0, 1), truth).mean()
-            say(f"iteration {i}: psnr {psnr.mean():.2f}, ssim {ssim:.4f}")
 
     def curve(self):
         """[[iteration, mean PSNR]]; an image that has left stays where it was."""
@@ -1338,7 +1332,7 @@ def run_fits(cfg, run):
     for name, (fit, ladder) in FITS[cfg.mode].items():
         if ladder and not seen.known.sigma:
             continue
-        follow = None if truth is None else Follow(truth, tell=cfg.mode == "dip")
+        follow = None if truth is None else Follow(truth)
         networks = 1 if fit is fit_plain else cfg.replicas
         with run.timed("dip") as took:
             x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
@@ -1376,6 +1370,7 @@ def lack(name, gap):
 # ================================================================== 10 the edge
 
 CHECKPOINT, CHECKPOINT_FORMAT, CHECKPOINT_SECONDS = "checkpoint.pt", 2, 60.0
+CHECKPOINT_KEYS = {"data", "shape", "step", "seconds", "rows", "losses", "net", "ema", "optimizer"}
 SAMPLE_BATCH, SAMPLE_BATCH_CUDA = 250, 2000  # images at once: a CPU's cache holds no more
 
 # ------------------------------------------------------------------ pictures and rows
@@ -1401,28 +1396,12 @@ def run_sample(cfg, run):
         pictures.append({"file": file, "caption": f"{len(x)} samples, {nfe} network evaluations, "
                          f"eta = {eta:g}"})
         say(describe(arms[-1]) + f"   {run.folder / file}")
-    pictures.append(draw_film(run, {"ddpm": film(cfg, run, net, x_init, cfg.timesteps, numbers)}))
     run.finish({"data": saved["data"], "arms": arms, "curves": {}, "pictures": pictures,
                 "parameters": sum(p.numel() for p in net.parameters())})
 
 
 MODES = {"dip": run_fits, "ddpm": run_prior, "prior": run_prior, "guide": run_fits,
          "sample": run_sample}
-
-
-def film(cfg, run, net, x_init, t_start, numbers):
-    """Every x_t of the first image's way, in the number of evaluations that is nearest to ten:
-    [nfe + 1, C, H, W] in [0, 1] where it ends."""
-    nfe = min(cfg.nfe, key=lambda nfe: abs(nfe - 10))
-    way = reverse(cfg, net, x_init[:1].clone(), t_start, nfe, cfg.eta[0], numbers[:1],
-                  run.autocast)
-    return torch.cat([(x_t + 1) / 2 for x_t in way])
-
-
-def draw_film(run, films):
-    steps = len(next(iter(films.values()))) - 1
-    return measure.draw(run.folder / "film.png", "the reverse process of one image, from left to "
-                        f"right, in {steps} network evaluations", films)
 
 
 def describe(row):
@@ -1460,6 +1439,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"dipddpm: {message}\n")
 
 
+def flag_name(f):
+    return "--" + f.name.replace("_", "-")
+
+
 def listed(kind):
     """A reader of lists: listed(int)("3,5") -> (3, 5)."""
     def read(text):
@@ -1486,7 +1469,7 @@ def parser():
             choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
             shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
             groups[title].add_argument(
-                "--" + f.name.replace("_", "-"), type=read, choices=choices, help=m["help"] + shown,
+                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
                 metavar=None if choices else f.name.upper())
     return p
 
@@ -1528,7 +1511,13 @@ def saved_config(folder):
     try:
         saved = {k: tuple(v) if isinstance(v, list) else v
                  for k, v in json.loads(path.read_text()).items()}
-        return check(resolve(Config(**saved)))
+        cfg = Config(**saved)
+        for f in fields(cfg):
+            value, kinds = getattr(cfg, f.name), {float: (float, int)}.get(f.type, f.type)
+            kinds = (float, int, str) if f.name == "sigma" else kinds
+            if value != f.default and not isinstance(value, kinds):
+                raise ValueError(f"{f.name} cannot be {value!r}")
+        return check(resolve(cfg))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error}") from error
 
@@ -1557,7 +1546,7 @@ def resolve(cfg, shape=None):
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        name, m, value = "--" + f.name.replace("_", "-"), f.metadata, getattr(cfg, f.name)
+        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
             number = isinstance(v, (int, float))
             if isinstance(v, float) and not math.isfinite(v):
@@ -1640,20 +1629,16 @@ class Run:
         took.seconds = time.time() - began
         if part:
             self.seconds[part] += took.seconds
-        self.heed()
-
-    def heed(self):
-        """KeyboardInterrupt if somebody asked to stop."""
         if self.stop:
             raise KeyboardInterrupt
 
     def track(self, steps, label, per_step):
-        """`steps`, a range, one after the other, with a line of progress."""
-        progress = Progress(label, len(steps), per_step)
-        for done, step in enumerate(steps, 1):
+        """`steps`, a range, one after the other, with a line of progress. KeyboardInterrupt if
+        somebody asked to stop."""
+        for step in progress(steps, label, len(steps), per_step):
             yield step
-            progress(done)
-            self.heed()
+            if self.stop:
+                raise KeyboardInterrupt
 
     def continue_training(self, parts):
         """Give the network, its average and the optimiser what a checkpoint holds of them, or leave
@@ -1664,7 +1649,8 @@ class Run:
             load_weights(parts["net"], saved["net"], "checkpoint")
             load_weights(parts["ema"], saved["ema"], "checkpoint")
             parts["optimizer"].load_state_dict(saved["optimizer"])
-        losses = [loss.to(self.device) for loss in saved["losses"]]
+        # they are the first process's: several would add them up
+        losses = [loss.to(self.device) for loss in saved["losses"] if processes()[0] == 0]
         return saved["step"], list(saved["rows"]), losses, lambda: time.time() - began
 
     def save_training(self, parts, step, rows, losses, seconds):
@@ -1741,7 +1727,8 @@ def load_checkpoint(folder):
     except Exception as error:  # torch.load raises whatever a broken file leads it into
         raise ValueError(f"{path}: not a readable checkpoint "
                          f"({type(error).__name__})") from error
-    if not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT:
+    known = isinstance(saved, dict) and saved.get("format") == CHECKPOINT_FORMAT
+    if not known or not saved.keys() >= CHECKPOINT_KEYS:
         raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
     return saved
 
@@ -1805,26 +1792,22 @@ def say(line):
         print(line, flush=True)
 
 
-class Progress:
-    """One line that rewrites itself on a terminal, a new line each half minute elsewhere: done of
-    all steps, rate in images (or fits x iterations) a second, time left."""
-
-    def __init__(self, label, steps, per_step, done=0):
-        self.label, self.steps, self.per_step, self.first = label, steps, per_step, done
-        self.start, self.live = time.time(), sys.stdout.isatty()
-        self.shown = 0.0 if self.live else self.start
-
-    def __call__(self, done, note=""):
-        now, last = time.time(), done == self.steps
-        if processes()[0] or not last and now - self.shown < (0.2 if self.live else 30):
-            return
-        self.shown = now
-        rate = max(done - self.first, 1) / max(now - self.start, 1e-9)
-        left = round((self.steps - done) / rate)
-        line = (f"{self.label}: {done}/{self.steps}  {rate * self.per_step:.0f}/s  "
-                f"{left // 60}:{left % 60:02d} left  {note}")
-        print(f"\r{line:<78}" if self.live else line, end="\n" if last or not self.live else "",
-              flush=True)
+def progress(items, label, steps, per_step, done=0, note=str):
+    """The items, one for each step from `done` on; meanwhile a line that rewrites itself on a
+    terminal, a new one each half minute elsewhere: done of all steps, rate in images (or fits x
+    iterations) a second, time left, and what `note` says."""
+    start, live = time.time(), sys.stdout.isatty()
+    shown = 0.0 if live else start
+    for at, item in enumerate(items, done + 1):
+        yield item
+        now, last = time.time(), at == steps
+        if processes()[0] or not last and now - shown < (0.2 if live else 30):
+            continue
+        shown, rate = now, (at - done) / max(now - start, 1e-9)
+        left = round((steps - at) / rate)
+        line = (f"{label}: {at}/{steps}  {rate * per_step:.0f}/s  {left // 60}:{left % 60:02d} left"
+                f"  {note()}")
+        print(f"\r{line:<78}" if live else line, end="\n" if last or not live else "", flush=True)
 
 
 # ------------------------------------------------------------------ devices

@@ -2,8 +2,7 @@
 
 Without a GPU: every kernel is compiled ahead of time for sm_80 and sm_90 and its machine code is
 counted. Instructions over the issue rate and bytes over the bandwidth are two times an element; the
-larger is the limit. With a GPU, also: time, at sizes from one batch to 2^28 elements, against that
-limit, against plain torch and against torch.compile.
+larger is the limit. With a GPU, also: time against that limit, plain torch and torch.compile.
 """
 
 import itertools
@@ -11,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -25,9 +25,8 @@ CHIPS = {
     90: ("H200", 132 * 128 * 1.98e9, 4.3e12),  # bandwidth as measured by a copy
 }
 TYPES = {  # of the kernels' arguments, by name
-    **dict.fromkeys(("z_ptr", "u_ptr", "x_t_ptr", "x_s_ptr", "out_ptr", "grad_ptr", "loss_ptr",
-                     "table_ptr"), "*fp32"),
-    **dict.fromkeys(("index", "t_ptr", "sample", "draw", "step"), "*i64"),
+    **dict.fromkeys("x_t_ptr x_s_ptr out_ptr grad_ptr loss_ptr table_ptr".split(), "*fp32"),
+    **dict.fromkeys("index t_ptr sample draw step".split(), "*i64"),
     "x_0_ptr": "*u8", "seed": "i64", "numel": "i32",
 }
 
@@ -42,8 +41,8 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("normal", rng.normal_kernel, 4, {"draw": "i32"}),
-    Case("uniform", rng.uniform_kernel, 4, {"draw": "i32"}),
+    Case("normal", rng.normal_kernel, 4, {"z_ptr": "*fp32", "draw": "i32"}),
+    Case("uniform", rng.uniform_kernel, 4, {"u_ptr": "*fp32", "draw": "i32"}),
     Case("q_sample uint8 to fp32", noising.q_sample_kernel, 5),
     Case("q_sample uint8 to bf16", noising.q_sample_kernel, 3, {"x_t_ptr": "*bf16"}),
     Case("q_sample fp32 to fp32", noising.q_sample_kernel, 8, {"x_0_ptr": "*fp32"}),
@@ -56,9 +55,6 @@ CASES = (
 )
 
 
-# ------------------------------------------------------------------------------------ static
-
-
 def machine_code(case, capability):
     """The kernel's SASS up to its last EXIT, an instruction to a string: what follows is padding.
     Needs no GPU."""
@@ -68,8 +64,7 @@ def machine_code(case, capability):
     # An argument without a type is a constant: the stream, the block, or a tensor that is None.
     names = case.kernel.arg_names
     types = {name: (TYPES | case.types).get(name, "constexpr") for name in names}
-    values = {"stream": 0, "BLOCK": BLOCK}
-    constants = {(i,): values.get(name) for i, name in enumerate(names)
+    constants = {(i,): {"stream": 0, "BLOCK": BLOCK}.get(name) for i, name in enumerate(names)
                  if types[name] == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if types[name][0] == "*" or name == "numel"}  # as at a launch, for 28 x 28
@@ -88,12 +83,11 @@ def machine_code(case, capability):
 
 def accesses(code, opcode):
     """How many accesses of global memory are how many bits wide: {128: 4, 32: 2}."""
-    found = {}
+    found = Counter()
     for line in code:
         if m := re.search(rf"\b{opcode}\.E(\S*)", line):
             width = re.search(r"\.[US]?(8|16|64|128)\b", m[1])
-            bits = int(width[1]) if width else 32
-            found[bits] = found.get(bits, 0) + 1
+            found[int(width[1]) if width else 32] += 1
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -126,19 +120,15 @@ def print_static():
                   f"{widths(r['stores']):<14}{r['local']:>5}{r['registers']:>10}")
 
 
-# ------------------------------------------------------------------------------------ on a GPU
-
-
 def inputs(images, device):
     """Random numbers throughout: on zeros kernels can be faster than on data."""
     shape = (images, 1, 28, 28)
-    x, out = torch.randn(2, *shape, device=device)
     return SimpleNamespace(
         x_0=torch.randint(256, shape, dtype=torch.uint8, device=device),
         index=torch.randperm(images, device=device),
         t=torch.randint(1000, (images,), device=device),
-        x=x,  # x_t, or the eps that plain torch must keep
-        out=out,
+        x=torch.randn(shape, device=device),  # x_t, or the eps that plain torch must keep
+        out=torch.randn(shape, device=device),
         forward=torch.rand(1000, 5, device=device),
         reverse=torch.rand(50, 6, device=device),
         draw=torch.zeros((), dtype=torch.int64, device=device))
@@ -149,13 +139,8 @@ def q_sample_plain(s):
     return signal * (s.x_0[s.index].float() / 127.5 - 1) + noise * torch.randn_like(s.x)
 
 
-def noise_loss(s):
-    """Both passes at once, as the kernel does it."""
-    function = noising.noise_loss_triton if rng.fused(s.x) else noising.noise_loss_ref
-    return function(s.out, s.x_0, s.index, s.t, s.forward, 1, 0, s.draw)
-
-
 def noise_loss_plain(s):
+    """Loss and gradient at once, as the kernel does it."""
     p, q, weight = s.forward[s.t, 2:5, None, None, None].unbind(1)
     error = s.out - p * (s.x_0[s.index].float() / 127.5 - 1) - q * s.x
     return weight.flatten() * error.square().mean((1, 2, 3)), error * (2 / 784 * weight)
@@ -172,7 +157,9 @@ TIMED = {  # by the name of the case that gives the limit: ours, and the same in
                lambda s: torch.randn_like(s.x)),
     "q_sample uint8 to fp32": (
         lambda s: noising.q_sample(s.x_0, s.index, s.t, s.forward, 1, 0, s.draw), q_sample_plain),
-    "noise_loss fp32": (noise_loss, noise_loss_plain),
+    "noise_loss fp32": (
+        lambda s: noising.noise_loss_triton(s.out, s.x_0, s.index, s.t, s.forward, 1, 0, s.draw),
+        noise_loss_plain),
     "posterior_step fp32": (
         lambda s: posterior.posterior_step(s.x, s.out, s.reverse, s.draw, 1, 0),
         posterior_step_plain),
@@ -191,9 +178,8 @@ def print_timed(sizes=(128 * 784, 2**20, 2**24, 2**26)):
           f"instructions x {lanes:.2f}; medians; limits of an {CHIPS[capability][0]}")
     print(f"{'kernel':<24}{'elements':>11}{'us':>10}{'GB/s':>7}{'of limit':>9}{'x plain':>9}"
           f"{'x compiled':>11}")
-    cases = {case.name: case for case in CASES}
     for (name, (ours, plain)), size in itertools.product(TIMED.items(), sizes):
-        row = static(cases[name], capability)
+        row = static({case.name: case for case in CASES}[name], capability)
         elements = size // 784 * 784
         copies = min(64, 1 + 2 * gpu.L2_cache_size // (row["bytes"] * elements))
         sets = [inputs(elements // 784, "cuda") for _ in range(copies)]

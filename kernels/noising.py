@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .rng import TRAIN_NOISE, at, blocks, elements, fused, jit, launch, normal_quads, normal_ref, tl
-
-# ------------------------------------------------------------------------------------- torch
+from .rng import TRAIN_NOISE, at, blocks, fused, jit, launch, normal_quads, normal_ref, place, tl
 
 
 def _pixels_ref(x_0, index):
@@ -40,9 +38,6 @@ def noise_loss_ref(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_N
     return loss, error.mul_(weight * (2 / out[0].numel())).to(out.dtype)
 
 
-# ------------------------------------------------------------------------------------ Triton
-
-
 @jit
 def _pixels(x_0_ptr, index, n, i, numel):
     """Elements i of image n of the batch, in [-1, 1]."""
@@ -55,12 +50,10 @@ def _pixels(x_0_ptr, index, n, i, numel):
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, draw,
                     stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+    n, quad, i = place(BLOCK)
     table_ptr += tl.load(t_ptr + n) * 5
     signal = tl.load(table_ptr)
     noise = tl.load(table_ptr + 1)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
     x = _pixels(x_0_ptr, index, n, i, numel)
 
     eps = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
@@ -74,13 +67,11 @@ def q_sample_kernel(x_t_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample, dra
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def noise_loss_kernel(grad_ptr, loss_ptr, out_ptr, x_0_ptr, index, t_ptr, table_ptr, seed, sample,
                       draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+    n, quad, i = place(BLOCK)
     table_ptr += tl.load(t_ptr + n) * 5
     target_x0 = tl.load(table_ptr + 2)
     target_eps = tl.load(table_ptr + 3)
     weight = tl.load(table_ptr + 4) / numel
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
     x = _pixels(x_0_ptr, index, n, i, numel)
     out = tl.load(out_ptr + n * numel + i, mask=i < numel).to(tl.float32)
 
@@ -110,9 +101,6 @@ def noise_loss_triton(out, x_0, index, t, table, seed, sample, draw, stream=TRAI
     return loss.sum(1) if loss.shape[1] > 1 else loss[:, 0], gradient
 
 
-# ------------------------------------------------------------------------------------ public
-
-
 def q_sample(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE, dtype=torch.float32):
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
@@ -123,7 +111,7 @@ def q_sample(x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE, dtype
     or types do not fit.
     """
     _check(x_0, index, t, table, sample)
-    return (q_sample_triton if fused(x_0) else q_sample_ref)(
+    return (q_sample_triton if fused(x_0.device) else q_sample_ref)(
         x_0, index, t, table, seed, sample, draw, stream, dtype)
 
 
@@ -144,7 +132,8 @@ def noise_loss(out, x_0, index, t, table, seed, sample, draw, stream=TRAIN_NOISE
 class _NoiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, *arguments):
-        loss, gradient = (noise_loss_triton if fused(out) else noise_loss_ref)(out, *arguments)
+        loss_and_gradient = noise_loss_triton if fused(out.device) else noise_loss_ref
+        loss, gradient = loss_and_gradient(out, *arguments)
         ctx.save_for_backward(gradient)
         return loss
 

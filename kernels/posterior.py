@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .rng import STEP_NOISE, at, elements, fused, jit, launch, normal_quads, normal_ref, tl
+from .rng import STEP_NOISE, at, fused, jit, launch, normal_quads, normal_ref, place, tl
 
 
 def posterior_step_ref(x_t, out, table, step, seed, sample, stream=STEP_NOISE, inplace=False,
@@ -29,7 +29,7 @@ def posterior_step_ref(x_t, out, table, step, seed, sample, stream=STEP_NOISE, i
 @jit(do_not_specialize=["seed", "sample", "step"])
 def posterior_step_kernel(x_s_ptr, x_t_ptr, out_ptr, x0_prev_ptr, table_ptr, seed, sample, step,
                           stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+    n, quad, i = place(BLOCK)
     step = at(step, 0)
     table_ptr += step * 6
     a = tl.load(table_ptr)
@@ -37,8 +37,6 @@ def posterior_step_kernel(x_s_ptr, x_t_ptr, out_ptr, x0_prev_ptr, table_ptr, see
     c0 = tl.load(table_ptr + 2)
     ct = tl.load(table_ptr + 3)
     sigma = tl.load(table_ptr + 4)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
     there, first = i < numel, n * numel
     x_t = tl.load(x_t_ptr + first + i, mask=there).to(tl.float32)
     out = tl.load(out_ptr + first + i, mask=there).to(tl.float32)
@@ -76,13 +74,12 @@ def posterior_step(x_t, out, table, step, seed, sample, stream=STEP_NOISE, inpla
     Second order: `x0_prev` (float32, finite) holds the x0_hat of the step before and is overwritten
     with this one's, and x0_hat + k (x0_hat - x0_prev) takes its place in x_s (Lu et al. 2022,
     DPM-Solver++(2M)). x_s is linear in x0_hat, so what corrects x0_hat can be added to x_s later.
-    AssertionError if a shape or a type does not fit, or if a tensor other than `out` is not
-    contiguous.
+    AssertionError if a shape or type does not fit or a tensor other than `out` is not contiguous.
     """
     assert x_t.shape == out.shape, f"x_t {tuple(x_t.shape)}, out {tuple(out.shape)}"
     assert table.dim() == 2 and table.shape[1] == 6 and table.dtype == torch.float32, table.shape
     assert x0_prev is None or x0_prev.shape == x_t.shape and x0_prev.dtype == torch.float32
     for tensor in (x_t, x0_prev, table, sample, step):  # the kernel steps through these by one
         assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
-    return (posterior_step_triton if fused(x_t) else posterior_step_ref)(
+    return (posterior_step_triton if fused(x_t.device) else posterior_step_ref)(
         x_t, out, table, step, seed, sample, stream, inplace, x0_prev)

@@ -41,9 +41,8 @@ WORD = 0xFFFFFFFF
 BLOCK, WARPS = 256, 2  # quads and warps to a program: a lane's four quads share its work on the key
 
 
-def fused(tensor_or_device) -> bool:
-    """Whether the Triton kernels serve this tensor or device."""
-    device = getattr(tensor_or_device, "device", tensor_or_device)
+def fused(device) -> bool:
+    """Whether the Triton kernels serve this device."""
     return triton is not None and torch.device(device).type == "cuda"
 
 
@@ -130,10 +129,7 @@ def normal_ref(shape, seed, sample, draw, stream, device="cpu"):
 @jit
 def at(x, n):
     """x[n] of a vector on the device, or x + n of a plain integer: a scalar is at(x, 0)."""
-    if x.dtype.is_ptr():
-        return tl.load(x + n)
-    else:
-        return x + n
+    return tl.load(x + n) if x.dtype.is_ptr() else x + n
 
 
 @jit
@@ -197,29 +193,26 @@ def normal_quads(quad, sample, draw, stream, seed):
 
 
 @jit
-def elements(quad):
-    """Positions of a block of quads' elements in the flattened sample: [BLOCK, 4]."""
-    return quad[:, None] * 4 + tl.arange(0, 4)[None, :]
-
-
-# Writes 4 bytes an element, reads nothing.
-@jit(do_not_specialize=["seed", "sample", "draw"])
-def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+def place(BLOCK: tl.constexpr):
+    """A program's sample number n, its quads [BLOCK] and their elements' positions [BLOCK, 4]."""
     n = tl.program_id(0).to(tl.int64)
     quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
+    return n, quad, quad[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+# This kernel and the next write 4 bytes an element and read nothing.
+@jit(do_not_specialize=["seed", "sample", "draw"])
+def normal_kernel(z_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
+    n, quad, i = place(BLOCK)
 
     z = normal_quads(quad, at(sample, n), at(draw, 0), stream, seed)
 
     tl.store(z_ptr + n * numel + i, z, mask=i < numel)
 
 
-# Writes 4 bytes an element, reads nothing.
 @jit(do_not_specialize=["seed", "sample", "draw"])
 def uniform_kernel(u_ptr, seed, sample, draw, stream: tl.constexpr, numel, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    quad = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = elements(quad)
+    n, quad, i = place(BLOCK)
 
     w0, w1, w2, w3 = philox(quad, at(sample, n), at(draw, 0), stream, seed)
     u = (interleave(w0, w1, w2, w3) >> 8).to(tl.float32) * 2.0**-24

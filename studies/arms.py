@@ -282,13 +282,14 @@ def run_prior(own, cfg, run):
     # the data, and what is asked for
     settings = {"arch": own.network_arch, "width": own.network_width, "iters": own.network_iters}
     dipddpm.PRIORS["dip-network"] = functools.partial(networks.prior_dip_network, **settings)
-    cfg = replace(with_settings(cfg, own.set), dip_source=own.dip_source)
+    cfg = with_settings(cfg, own.set)
     images = dipddpm.load_images(cfg, "train")
     test = dipddpm.load_images(cfg, "test", images.name if cfg.data == "auto" else None)
     pixels = images.pixels[:cfg.limit].to(run.device)
     about = {"name": images.name, "train": len(pixels), "test": len(test.pixels),
              "sha256": images.sha256}
     cfg = run.begin(dipddpm.resolve(cfg, pixels.shape), about, list(pixels.shape[1:]))
+    cfg = replace(cfg, dip_source=own.dip_source)  # config.json knows no `network`
     # training: the noise start's network first
     nets, logs = {}, {}
     for name in dict.fromkeys(("full", *own.train)):
