@@ -1081,6 +1081,8 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta, predict):
         assert c0 + ct * signal == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
     assert rows[-1, 2:].tolist() == [1, 0, 0, 0]  # the last step adds no noise
+    ddpm = dipddpm.reverse_table(cfg, taus, 1.0).double()
+    torch.testing.assert_close(rows[:, 4], eta * ddpm[:, 4])  # Song et al. 2021, eq. 16
 
 
 def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
@@ -1247,7 +1249,7 @@ def test_late_in_a_training_its_average_follows_slowly():
 
 
 def test_a_training_is_steps_of_adamw_and_its_log_their_mean_loss_and_rate(tmp_path):
-    run = bare_run(tmp_path, epochs=14, batch=8, width=8, timesteps=20, lr=1e-3)
+    run = bare_run(tmp_path, epochs=14, batch=8, width=8, timesteps=20, lr=5e-3)
     x_0, cfg = pixels(70, 1, 8, 8).cpu(), run.cfg  # 8 steps an epoch, 112 in all
     net = dipddpm.make_unet(cfg, 1, "cpu")
     ema, lr = copy.deepcopy(net), torch.tensor(0.0)
@@ -1258,9 +1260,9 @@ def test_a_training_is_steps_of_adamw_and_its_log_their_mean_loss_and_rate(tmp_p
     for begin, (_, step, _, at, loss, lr) in zip((0, 50, 100), rows):
         assert loss == pytest.approx(np.mean(losses[begin:step]), rel=1e-3)
         assert lr == dipddpm.learning_rate(cfg, step - 1, 112) and 0 < at <= seconds + 0.01
-    for name in "leave.weight", "leave.bias":  # a bias before a norm has rounding for a gradient
-        torch.testing.assert_close(trained.get_parameter(name), ema.get_parameter(name), rtol=1e-2,
-                                   atol=1e-3)
+    for name in "enter.weight", "leave.weight":
+        torch.testing.assert_close(trained.get_parameter(name), ema.get_parameter(name), rtol=1e-3,
+                                   atol=1e-4)
 
 
 def tiny_images(n=64):
@@ -1311,8 +1313,9 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at_step_38)
     good = (tmp_path / "checkpoint.pt").read_bytes()
-    for stops in (None, lambda run, *_: setattr(run, "stop", signal.SIGINT)):
-        error_line(RuntimeError, lambda: train(tmp_path, stops, lr=1e30), "not finite", "1e+30")
+    for stop, n in (None, 50), (lambda run, *_: setattr(run, "stop", signal.SIGINT), 39):
+        error_line(RuntimeError, lambda stop=stop: train(tmp_path, stop, lr=1e30),
+                   f"not finite after {n} steps with --lr 1e+30")
         assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
 
