@@ -2997,7 +2997,7 @@ def test_command_compares_two_pictures_of_any_depth_colour_and_turn(tmp_path, ca
     assert list(found) == ["mse", "mae", "psnr", "ssim", "delta_e"]
     assert float(found["mse"]) == pytest.approx(0.04) and float(found["mae"]) == pytest.approx(0.2)
     assert "float.tiff" in said("float.tiff") and "mode F" in said("float.tiff")
-    assert "grey.png is 12×12" in said("low.png")
+    assert "[1, 1, 12, 12] and [1, 1, 11, 12]" in said("low.png")
 
 
 def test_command_fails_in_one_line(tmp_path, capsys):
