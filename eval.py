@@ -984,11 +984,13 @@ def _page(results, runs):
         kind, _, label = name.partition("/")
         drawn.setdefault(kind, {})[label or kind] = lines
 
-    body = [_section(heading, [_table(cells)]) for heading, cells in tables(results)]
-    body += [_section("Curves", [_chart(kind, series, floor) for kind, series in drawn.items()]),
-             _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
-             _section("Pictures", map(_picture, results["pictures"])),
-             _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
+    body = [
+        _section("Rows", [f"<figure>{esc(about)}{_table(cells)}</figure>"
+                          for about, cells in tables(results)]),
+        _section("Curves", [_chart(kind, series, floor) for kind, series in drawn.items()]),
+        _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
+        _section("Pictures", map(_picture, results["pictures"])),
+        _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
     return PAGE.format(title=title, css=CSS, body="".join(body))
 
 
