@@ -1611,7 +1611,7 @@ class Run:
         self.begun = True
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            measure.write_json(asdict(self.cfg), self.folder / "config.json")
+            measure.write_json(asdict(self.cfg), self.folder / "config.json", digits=17)
             if self.fresh and self.saved:
                 save(self.saved, self.folder / CHECKPOINT)
         return self.cfg
