@@ -1048,11 +1048,11 @@ def test_tables_keep_precision_where_alpha_bar_is_nearly_one():
 
 @pytest.mark.parametrize("predict, target", [("eps", (0, 1)), ("v", (-0.8, 0.6)), ("x0", (1, 0))])
 def test_every_prediction_is_the_published_one_and_gives_back_x_0(predict, target):
-    published, _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(0.36, dtype=torch.float64))
+    published, _, _ = dipddpm.prediction(predict, torch.tensor(0.36, dtype=torch.float64))
     assert [v.item() for v in published] == pytest.approx(target)
     ab = dipddpm.cosine_schedule(50).alpha_bar[:49, None]
     x_0, eps = torch.linspace(-1, 1, 9).double(), torch.linspace(2, -2, 9).double()
-    (p, q), (a, b), weight = dipddpm.PREDICTIONS[predict](ab)
+    (p, q), (a, b), weight = dipddpm.prediction(predict, ab)
     x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
     torch.testing.assert_close(a * x_t + b * (p * x_0 + q * eps), x_0.expand(49, 9))
     # an error d in x_0 is d / b in the target: min-SNR is one objective in three scales
@@ -1081,7 +1081,7 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta, predict):
     rows = dipddpm.reverse_table(cfg, taus, eta).double()
     for (a, b, c0, ct, sigma, _), tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
-        (p, q), _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(ab_t).double())
+        (p, q), _, _ = dipddpm.prediction(predict, torch.tensor(ab_t).double())
         signal, noise = math.sqrt(ab_t), math.sqrt(1 - ab_t)
         assert [a * signal + b * p, a * noise + b * q] == pytest.approx([1, 0], abs=1e-6)
         assert c0 + ct * signal == pytest.approx(math.sqrt(ab_s), rel=1e-6)
@@ -1233,7 +1233,7 @@ def test_a_training_step_is_algorithm_1_with_a_clipped_gradient_and_an_average(p
         x_t = ab.sqrt() * x + (1 - ab).sqrt() * eps
         torch.testing.assert_close(net.asked, (x_t.float(), t))
         # the loss
-        (p, q), _, weight = dipddpm.PREDICTIONS[predict](ab)
+        (p, q), _, weight = dipddpm.prediction(predict, ab)
         error = gain[t].view(5, 1, 1, 1) * x_t - p * x - q * eps
         assert loss.item() == pytest.approx((weight * error.square()).mean().item(), rel=1e-4)
         # one step down its slope, at a rate that is a ramp times half a cosine
