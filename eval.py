@@ -492,9 +492,7 @@ class Judge:
 
     def __call__(self, x, sources=None):
         """x [n, C, H, W] in [-1, 1], its uint8 sources -> the set's measures, a flat dictionary."""
-        began = time.time()
-        x = (x + 1) / 2
-        row = {}
+        began, x, row = time.time(), (x + 1) / 2, {}
         if self.lenet is not None:
             f, seen = look(self.lenet, x)
             row["fid_lenet"] = frechet_distance(f, self.features)
@@ -946,11 +944,9 @@ vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
 td:first-child{text-align:left}tr:first-child{font-weight:600}pre{white-space:pre-wrap}"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark">
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
-<style>{css}</style>
+ content="default-src 'none';img-src data:;style-src 'unsafe-inline'"><style>{css}</style>
 <body><h1>{title}</h1>{body}</body></html>
 """
 
@@ -983,18 +979,18 @@ def _page(results, runs):
     floor = results.get("floor", {}).get("fid_lenet")
     same = {part: results.get(part) for part in (
         "device", "precision", "torch", "parameters", "seconds", "data", "features", "config")}
-    drawn, known = {}, list(CHARTS)
+    drawn = {kind: {} for kind in CHARTS}
     for name, lines in results["curves"].items():
         kind, _, label = name.partition("/")
         drawn.setdefault(kind, {})[label or kind] = lines
-    order = sorted(drawn, key=lambda kind: [*known, kind].index(
-        kind.split(" ")[0] if kind.split(" ")[0] in known else kind))
 
-    body = [_section(heading, [_table(cells)]) for heading, cells in tables(results)]
-    body += [_section("Curves", [_chart(kind, drawn[kind], floor) for kind in order]),
-             _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
-             _section("Pictures", map(_picture, results["pictures"])),
-             _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
+    body = [
+        _section("Rows", [f"<figure>{esc(about)}{_table(cells)}</figure>"
+                          for about, cells in tables(results)]),
+        _section("Curves", [_chart(kind, series, floor) for kind, series in drawn.items()]),
+        _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
+        _section("Pictures", map(_picture, results["pictures"])),
+        _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
     return PAGE.format(title=title, css=CSS, body="".join(body))
 
 
@@ -1023,34 +1019,15 @@ def _chart(kind, series, floor):
 def _picture(picture):
     """A PNG of a run's folder, with the names of its rows where the entry has them."""
     path, caption = picture["folder"] / Path(picture["file"]).name, esc(picture["caption"])
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return f"<figure>{esc(path.name)} is missing or damaged</figure>"
-    # small pictures are enlarged by whole factors, so that every pixel is drawn alike
-    scale = max(1, min(3, 960 // width, 480 // height))
-    style = f"width:{scale * width}px;image-rendering:{'pixelated' if scale > 1 else 'auto'}"
+    if not path.is_file():
+        return f"<figure>{esc(path.name)} is missing</figure>"
     names = "".join(f"<span>{esc(name)}</span>" for name in picture.get("rows", []))
     content = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><div><div class="rows">{names}</div><img style="{style}" alt="{caption}" '
-            f'src="data:image/png;base64,{content}"></div><figcaption>{caption}</figcaption>'
-            "</figure>")
+    return (f'<figure><div><div class="rows">{names}</div><img alt="{caption}" src="data:image/png;'
+            f'base64,{content}"></div><figcaption>{caption}</figcaption></figure>')
 
 
 # ---------------------------------------------------------------- command line
-
-
-def compare_pictures(a, b):
-    """Prints the image measures of two files; ValueError if they cannot be read or compared."""
-    x, y = map(data.read_picture, (a, b))
-    if x.shape[2:] != y.shape[2:]:
-        raise ValueError(f"{a} is {x.shape[3]}×{x.shape[2]}, {b} is {y.shape[3]}×{y.shape[2]}")
-    if x.shape != y.shape:  # one of them is grey
-        x, y = (z.expand(-1, 3, -1, -1) for z in (x, y))
-    for measure in (mse, mae, psnr, ssim, delta_e):
-        print(f"{measure.__name__:8}{measure(x, y).item():.6g}")
 
 
 def main(arguments=None):
@@ -1062,7 +1039,11 @@ def main(arguments=None):
         elif missing := [path for path in paths if not path.exists()]:
             raise ValueError(f"{missing[0]} does not exist")
         elif len(paths) == 2 and all(path.is_file() for path in paths):
-            compare_pictures(*paths)
+            a, b = map(data.read_picture, paths)
+            channels = max(a.shape[1], b.shape[1])  # 1 where both are grey
+            a, b = (x.expand(-1, channels, -1, -1) for x in (a, b))
+            for measure in (mse, mae, psnr, ssim, delta_e):
+                print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
         elif paths and all(path.is_dir() for path in paths):
             pages = [path / "report.html" for path in paths]
             for path in paths:
