@@ -3,20 +3,21 @@
  1 forward    x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps                   Ho et al. 2020, eq. 4
  2 reverse    x_s = c0 x0_hat + ct x_t + sigma z                          Song et al. 2021, eq. 12
  3 U-Net      out = net(x_t, t)
- 4 training   min E w_t |net(x_t, t) - v|^2                               Ho et al. 2020, eq. 14
- 5 sampling   2, nfe times, from x_T ~ N(0, 1)                            Lu et al. 2022, 2M
+ 4 training   min E w_t |net(x_t, t) - target|^2, target = v (eps, x_0)   Ho et al. 2020, eq. 14
+ 5 sampling   steps of section 2, nfe of them, from x_T ~ N(0, 1)         Lu et al. 2022, 2M
  6 DIP        min_theta |A f_theta(z) - y|^2, stopped early               Ulyanov et al. 2018
  7 codes      min_theta,c sum_i |g_theta(c_i) - x_i|^2                    Bojanowski et al. 2018
- 8 method 1   a DIP's output, noised by 1 to t_start, is where 5 begins
+ 8 method 1   a DIP's output, noised as in section 1 to t_start, is where section 5 begins
  9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop
-10 the edge   command line, folders, checkpoints, processes, devices: 1 to 9 do without
+10 the edge   command line, folders, checkpoints, processes, devices: to be skipped at first
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
     python dipddpm.py --mode guide --sigma 0.2    DIPs that know when to stop, and DIPs that do not
 
 Notation    x_0 image, x_t noised image, eps noise, alpha_bar_t (ab) = prod (1 - beta), T steps,
-            z and theta a DIP's input and weights; *_hat is predicted. `numbers` int64 [n] name each
-            image's noise, whatever shares its batch (the kernels' `sample`).
+            z and theta a DIP's input and weights; *_hat is predicted.
+Noise       is a function of (seed, the image's number, draw, stream), whatever shares its batch:
+            `numbers` int64 [n] are the images', draw is a step, a stream is one use.
 Index       code index t = 0 ... T-1 is the papers' t + 1. What counts steps of noise is a tau: from
             T (or t_start) to 0, the clean image; the network is asked at t = tau - 1.
 Ranges      x_0 is in [-1, 1] inside the diffusion, images are in [0, 1] inside DIP and every
@@ -141,10 +142,6 @@ class Schedule(NamedTuple):
 
     alpha_bar: torch.Tensor
 
-    @property
-    def T(self):
-        return len(self.alpha_bar)
-
     def at(self, tau):
         """alpha_bar after tau steps, float64; tau = 0 is the clean image."""
         return 1.0 if tau == 0 else self.alpha_bar[tau - 1].item()
@@ -157,31 +154,24 @@ def schedule_of(cfg):
     return SCHEDULES[cfg.schedule](cfg.timesteps)
 
 
-# The three things that a network can be asked for, as (target, its inverse, min-SNR weight), each
-# of alpha_bar `ab`. target = p x_0 + q eps; x_0 = a x_t + b target; Hang et al. 2023, gamma = 5,
-# with S = ab / (1 - ab) the signal-to-noise ratio.
+# What a network can be asked for: target = p x_0 + q eps. (p, q) from signal = sqrt(ab) and noise =
+# sqrt(1 - ab): eps (Ho et al. 2020, eq. 12), v (Salimans & Ho 2022) or x_0 itself.
+PREDICTIONS = {"eps": lambda signal, noise: (0 * signal, 1 + 0 * noise),
+               "v": lambda signal, noise: (-noise, signal),
+               "x0": lambda signal, noise: (1 + 0 * signal, 0 * noise)}
 GAMMA = 5.0
 
 
-def predict_eps(ab):
-    """eps itself (Ho et al. 2020, eq. 12); x_0 = (x_t - sqrt(1-ab) eps) / sqrt(ab) (eq. 15)."""
-    S = ab / (1 - ab)
-    return (0 * ab, 0 * ab + 1), (ab**-0.5, -((1 / ab - 1) ** 0.5)), S.clamp(max=GAMMA) / S
-
-
-def predict_v(ab):
-    """v = sqrt(ab) eps - sqrt(1-ab) x_0; x_0 = sqrt(ab) x_t - sqrt(1-ab) v (Salimans & Ho 2022)."""
-    S = ab / (1 - ab)
+def prediction(predict, ab):
+    """The target's (p, q), its inverse (a, b) in x_0 = a x_t + b target, and the min-SNR weight of
+    its squared error (Hang et al. 2023), each of alpha_bar `ab`. An error of the target is b times
+    as large in x_0, where the weight is the signal-to-noise ratio, up to gamma = 5: else what is
+    almost clean, and has little left to decide, would outvote the rest."""
     signal, noise = ab**0.5, (1 - ab) ** 0.5
-    return (-noise, signal), (signal, -noise), S.clamp(max=GAMMA) / (S + 1)
-
-
-def predict_x0(ab):
-    """x_0 itself."""
-    return (0 * ab + 1, 0 * ab), (0 * ab, 0 * ab + 1), (ab / (1 - ab)).clamp(max=GAMMA)
-
-
-PREDICTIONS = {"eps": predict_eps, "v": predict_v, "x0": predict_x0}
+    p, q = PREDICTIONS[predict](signal, noise)
+    D = q * signal - p * noise  # x_t = signal x_0 + noise eps and the target, solved for x_0
+    a, b = q / D, -noise / D
+    return (p, q), (a, b), (ab / (1 - ab)).clamp(max=GAMMA) * b**2
 
 
 def forward_table(cfg):
@@ -189,7 +179,7 @@ def forward_table(cfg):
     x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
     loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last."""
     ab = schedule_of(cfg).alpha_bar
-    (p, q), _, weight = PREDICTIONS[cfg.predict](ab)
+    (p, q), _, weight = prediction(cfg.predict, ab)
     return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight], dim=1).float()  # [T, 5]
 
 
@@ -201,7 +191,7 @@ def time_grid(t_start, nfe):
     1 <= nfe <= t_start."""
     assert nfe <= t_start, f"{nfe} evaluations in {t_start} steps"
     taus = [t_start]
-    for i in range(1, nfe):  # nfe - i steps are left below
+    for i in range(1, nfe):  # rounded, but falling, with a step left for each evaluation left
         taus.append(max(nfe - i, min(taus[-1] - 1, round(t_start * (nfe - i) / nfe))))
     return [*taus, 0]
 
@@ -213,8 +203,9 @@ def reverse_table(cfg, taus, eta):
         x0_hat = clip(a x_t + b out, -1, 1),    x_s = c0 x0_hat + ct x_t + sigma z.
 
     This is Song et al. 2021 (DDIM), eq. 12, with sigma from eq. 16 and eps_hat eliminated. With
-    eta = 1 and s = t - 1 it is DDPM's posterior (Ho et al. 2020, eq. 6-7); with eta = 0, DDIM. In
-    float32 the difference 1 - ab would lose four digits at small t: hence float64, cast last.
+    eta = 1 and s = t - 1 it is DDPM's posterior (Ho et al. 2020, eq. 6-7); with eta = 0, DDIM or,
+    with k, DPM-Solver++(2M). In float32 the difference 1 - ab would lose four digits at small t:
+    hence float64, cast last.
 
     k = h / (2 h_previous), h the step in half the log signal-to-noise ratio, is for the second
     order, where x0_hat + k (x0_hat - x0_hat_previous) takes x0_hat's place (Lu et al. 2022,
@@ -225,7 +216,7 @@ def reverse_table(cfg, taus, eta):
         sigma = eta * math.sqrt((1 - ab_s) / (1 - ab_t)) * math.sqrt(1 - ab_t / ab_s)
         ct = math.sqrt(max(0.0, 1 - ab_s - sigma**2) / (1 - ab_t))
         c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
-        _, (a, b), _ = PREDICTIONS[cfg.predict](torch.tensor(ab_t, dtype=torch.float64))
+        _, (a, b), _ = prediction(cfg.predict, torch.tensor(ab_t, dtype=torch.float64))
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
         rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous)])
         h_previous = h
@@ -384,9 +375,11 @@ def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast):
     pixels[index], int64 [n], and `numbers` their places in a batch of B. t and eps depend on seed,
     place and step alone, so a batch may be split at will."""
     t = draw_t(cfg, numbers, B, step)
+    # x_t = signal x_0 + noise eps, eps drawn from (seed, number, step)
     x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, numbers, step)  # [n, C, H, W]
     with autocast():
         out = net(x_t, t)
+    # weight mean (out - (p x_0 + q eps))^2: the same eps, drawn again
     return kernels.noise_loss(out, pixels, index, t, table, cfg.seed, numbers, step)
 
 
@@ -421,7 +414,8 @@ def steps_of(cfg, N):
 def train_steps(cfg, pixels, net, ema, optimizer, done=0, autocast=contextlib.nullcontext):
     """Minimise `denoising_loss` (Ho et al. 2020, algorithm 1) over pixels uint8 [N, C, H, W] from
     step `done` on: yields (steps done, loss), the loss a scalar tensor that the next step
-    overwrites. net, ema, its running average, optimizer and `done` are all that a resume needs."""
+    overwrites. net, ema, its running average, optimizer, whose rate is a tensor, and `done` are all
+    that a resume needs."""
     B, per_epoch = steps_of(cfg, len(pixels))
     steps, table = cfg.epochs * per_epoch, forward_table(cfg).to(pixels.device)
     rank, size = processes()
@@ -460,27 +454,27 @@ def train_ddpm(cfg, pixels, run, each=None):
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    began, rows, losses, clock = run.continue_training(parts)
+    first, rows, losses, clock = run.continue_training(parts)
     optimizer.param_groups[0].update(lr=torch.tensor(cfg.lr, device=run.device),
                                      capturable=pixels.is_cuda)  # a tensor: a graph reads it
     (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
     steps = cfg.epochs * per_epoch
-    training = train_steps(cfg, pixels, **parts, done=began, autocast=run.autocast)
-    for done, loss in progress(training, "train", steps, B, began,
+    training = train_steps(cfg, pixels, **parts, done=first, autocast=run.autocast)
+    for done, loss in progress(training, "train", steps, B, first,
                                lambda: f"loss {rows[-1][4]:.4f}" if rows else ""):
         losses.append(loss.clone())
         if each is not None:
             each(done, ema, clock())
         row_due = done % 50 == 0 or done == steps
-        if row_due:  # the only place where the host waits for the device
+        stop = agreed(run.stop) if row_due or processes()[1] == 1 else 0
+        if row_due or stop:  # the only place where the host waits for the device
             check_finite(net, done, cfg)
+        if row_due:
             mean = total(torch.stack(losses).sum()).item() / len(losses)
             rows.append(["ddpm", done, done / per_epoch, clock(), mean,
                          learning_rate(cfg, done - 1, steps)])
             losses = []
-        stop = agreed(run.stop) if row_due or processes()[1] == 1 else 0
         if stop or done == steps or row_due and time.time() - saved_at > CHECKPOINT_SECONDS:
-            check_finite(net, done, cfg)
             run.save_training(parts, done, rows, losses, clock())
             saved_at = time.time()
         if stop:
@@ -506,6 +500,7 @@ def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, autocast=contextlib.nullc
     def one_step():
         with autocast():
             out = net(x_t, times.index_select(0, step).expand(len(x_t)))
+        # x0_hat = clip(a x_t + b out, -1, 1); x_t <- c0 x0_hat + ct x_t + sigma z
         kernels.posterior_step(x_t, out, table, step[0], cfg.seed, numbers, inplace=True,
                                x0_prev=x0_prev)
         step.add_(1)
@@ -522,7 +517,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, numbers, autocast=contextlib.nul
     parts = torch.arange(len(x_init)).split(SAMPLE_BATCH_CUDA if x_init.is_cuda else SAMPLE_BATCH)
     ends = []
     for part in parts:
-        *_, x_0 = reverse(cfg, net, x_init[part].clone(), t_start, nfe, eta, numbers[part],
+        *_, x_0 = reverse(cfg, net, x_init[part], t_start, nfe, eta, numbers[part],
                           autocast)
         ends.append(x_0)
     return torch.cat(ends)
@@ -650,7 +645,7 @@ class Grouped:
 class Skip(nn.Module):
     """The hourglass of Ulyanov et al. (2018, supplementary). Each scale has a 4-channel 1x1 skip, a
     stride-2 and a plain 3x3 convolution on the way down, bilinear upsampling, a 3x3 and a 1x1
-    convolution on the way up. [B, K Ci, H, W] -> [B, K Co, H, W] in [0, 1]."""
+    convolution on the way up. [1, K Ci, H, W] -> [1, K Co, H, W] in [0, 1]."""
 
     def __init__(self, make, c_in, c_out, H, W, width):
         super().__init__()
@@ -698,16 +693,13 @@ class DIPGroup:
         self.cfg, self.K, self.Cz = cfg, len(numbers), min(cfg.dip_width, 32)
         make = Grouped(numbers, cfg.seed)
         self.net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
-        self.optimizer = self.adam()
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True)
         self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, numbers, 0,
                                        kernels.DIP_CODE, device)
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
         self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
         self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
         self.steps, self.saved = 0, None
-
-    def adam(self):
-        return torch.optim.Adam(self.net.parameters(), lr=self.cfg.dip_lr, fused=True)
 
     def iterate(self, i, y, share, A):
         """Iteration i: one Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each
@@ -733,7 +725,8 @@ class DIPGroup:
                             f"rate {self.cfg.dip_lr:g}")
 
     def collapsed(self, losses, y, share):
-        """Members whose loss has jumped back half of the way to that of a flat output: bool [K]."""
+        """Members whose loss has jumped back half of the way to that of a flat output, bool [K]: at
+        a large rate a network sometimes forgets all that it has learned."""
         flat = (y * share).sum(dim=(1, 2, 3), keepdim=True)
         flat = ((y - flat).square() * share).sum(dim=(1, 2, 3))  # a flat output's loss
         back = (self.low < flat) & (losses > (self.low + flat) / 2)
@@ -757,8 +750,9 @@ class DIPGroup:
         self.saved_at[which] = self.steps
 
     def rewind(self, which):
-        """Go back to what was saved. Adam divides its memory by 1 - beta^steps and counts steps for
-        all members together, so the memory is scaled to what it then was after that division."""
+        """Go back to what was saved. Adam divides its memory m by 1 - beta^steps, and counts steps
+        for all members together. So m becomes m (1 - beta^steps) / (1 - beta^saved_at): after that
+        division it is what it then was."""
         if not which.any():
             return
         for kept, now in zip(self.saved, self.state()):
@@ -943,7 +937,7 @@ def prior_pca(cfg, pixels, sources, track=untracked):
 
 def prior_gauss(cfg, pixels, sources, track=untracked):
     """Draws from one Gaussian with the training data's mean and full covariance: what can be had
-    with no DIP at all."""
+    with no DIP at all. Not clipped: it would not be that Gaussian."""
     scores, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
     z = kernels.normal((len(sources), len(axes)), cfg.seed, 0, GAUSS_DRAW, kernels.DIP_CODE,
                        pixels.device)
@@ -1019,7 +1013,8 @@ def generate(cfg, run, net, pixels, judge):
     sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
     rows, priors, grids = [], {}, {}
     x = noise_start(cfg, sources[:SAMPLE_BATCH].shape, numbers[:SAMPLE_BATCH])
-    sample(cfg, net, x, 2, 2, 0.0, numbers[:SAMPLE_BATCH], run.autocast)  # pays for what is once
+    # a first call, else the first arm pays for setting up
+    sample(cfg, net, x, 2, 2, 0.0, numbers[:SAMPLE_BATCH], run.autocast)
     for arm, x_init, t_start, prior, seconds in starts(cfg, run, pixels, sources, numbers):
         for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
             with run.timed("sample") as took:
@@ -1027,7 +1022,7 @@ def generate(cfg, run, net, pixels, judge):
             row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
                    "seconds": took.seconds + seconds, "prior_seconds": seconds}
             row |= judge(x, sources if arm in HAS_SOURCE else None)
-            if arm in HAS_SOURCE:  # the KL of x_init to its source's is SNR(t_start) / 2 times this
+            if arm in HAS_SOURCE:  # times SNR(t_start) / 2: KL of x_init from its noised source
                 square = (prior - sources.float() / 127.5 + 1).square()
                 row["prior_square_error"] = square.sum().item() / len(x)
             rows.append(row)
@@ -1207,7 +1202,7 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
         result.add(fitting, x, risk, half, M)
         group.save((risk < best).repeat_interleave(M))
         since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
-        if (fitting & (risk.isinf() | best.isinf())).any():
+        if (fitting & risk.isinf()).any():
             raise group.not_finite()
         # a rung ends without a lower risk; the ladder, where a rung was no better than the last
         ends = fitting & (since >= cfg.patience)
@@ -1227,7 +1222,7 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
 
 
 def fit_plain(cfg, known, numbers, rungs, track=untracked, look=None):
-    """A DIP for each image that nothing stops: as `fit_guided`, of one network each."""
+    """A DIP for each image that nothing stops, called as `fit_guided`; it has one rung."""
     def seldom(i, _, average):
         if look is not None and (i % CHECK == 0 or i == cfg.budget):
             look(i, average)
@@ -1240,9 +1235,9 @@ class Follow:
     truth [n, C, H, W] can tell."""
 
     def __init__(self, truth):
-        self.truth, self.looks = truth, {}
-        self.best, self.psnr = torch.zeros_like(truth), truth.new_full((len(truth),), -math.inf)
-        self.psnr, self.when = self.psnr.double(), torch.zeros_like(self.psnr)
+        self.truth, self.looks, self.best = truth, {}, torch.zeros_like(truth)
+        self.when = torch.zeros(len(truth), dtype=torch.float64, device=truth.device)
+        self.psnr = torch.full_like(self.when, -math.inf)
 
     def __call__(self, i, rows, x):
         psnr = measure.psnr(x.clamp(0, 1), self.truth[rows])
@@ -1451,7 +1446,7 @@ def listed(kind):
     return read
 
 
-def sigma(text):
+def number_or_own(text):
     return text if text == "own" else float(text)
 
 
@@ -1465,7 +1460,7 @@ def parser():
         if f.metadata:
             m, title = f.metadata, f.metadata["group"]
             groups[title] = groups.get(title) or p.add_argument_group(title)
-            read = sigma if f.name == "sigma" else listed(m["of"]) if "of" in m else f.type
+            read = number_or_own if f.name == "sigma" else listed(m["of"]) if "of" in m else f.type
             choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
             shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
             groups[title].add_argument(
@@ -1490,6 +1485,8 @@ def read_config(argv):
     its network depends on may not differ; --mode sample resumes the newest run unless another is
     named. ValueError says what is wrong."""
     given = vars(parser().parse_args(argv))
+    if "resume" in given and given.get("mode") in ("dip", "guide"):
+        raise ValueError("--resume continues --mode ddpm and prior, or gives sample its network")
     if "resume" in given or given.get("mode") == "sample":
         folder = run_folder(given["resume"]) if "resume" in given else newest_run()
         saved = asdict(saved_config(folder))
@@ -1605,13 +1602,13 @@ class Run:
         if self.saved and self.saved["data"] != about:
             raise ValueError(f"--resume {cfg.resume}: the data was {self.saved['data']}, now "
                              f"{about}")
-        if processes()[1] > min(cfg.batch, cfg.limit or cfg.batch):
+        if about and processes()[1] > min(cfg.batch, about["train"]):
             raise ValueError(f"--batch {cfg.batch} is too small for as many processes")
         self.cfg, self.about = replace(cfg, out=str(self.folder)), {"data": about, "shape": shape}
         self.begun = True
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            measure.write_json(asdict(self.cfg), self.folder / "config.json")
+            measure.write_json(asdict(self.cfg), self.folder / "config.json", digits=17)
             if self.fresh and self.saved:
                 save(self.saved, self.folder / CHECKPOINT)
         return self.cfg
@@ -1798,16 +1795,20 @@ def progress(items, label, steps, per_step, done=0, note=str):
     iterations) a second, time left, and what `note` says."""
     start, live = time.time(), sys.stdout.isatty()
     shown = 0.0 if live else start
-    for at, item in enumerate(items, done + 1):
-        yield item
-        now, last = time.time(), at == steps
-        if processes()[0] or not last and now - shown < (0.2 if live else 30):
-            continue
-        shown, rate = now, (at - done) / max(now - start, 1e-9)
-        left = round((steps - at) / rate)
-        line = (f"{label}: {at}/{steps}  {rate * per_step:.0f}/s  {left // 60}:{left % 60:02d} left"
-                f"  {note()}")
-        print(f"\r{line:<78}" if live else line, end="\n" if last or not live else "", flush=True)
+    try:
+        for at, item in enumerate(items, done + 1):
+            yield item
+            now = time.time()
+            if processes()[0] or at < steps and now - shown < (0.2 if live else 30):
+                continue
+            shown, rate = now, (at - done) / max(now - start, 1e-9)
+            left = round((steps - at) / rate)
+            line = (f"{label}: {at}/{steps}  {rate * per_step:.0f}/s  "
+                    f"{left // 60}:{left % 60:02d} left  {note()}")
+            print(f"\r{line:<78}" if live else line, end="" if live else "\n", flush=True)
+    finally:  # done, stopped or interrupted: the terminal's line is over
+        if live and shown:
+            print()
 
 
 # ------------------------------------------------------------------ devices
@@ -1846,7 +1847,7 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if "amx_bf16" in about_cpu("flags") else "fp32"
 
 

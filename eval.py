@@ -5,11 +5,10 @@
     LeNet features         feature_network, look, features, subset, floor
     all of a set           Judge
     files                  write_text, write_json, grid, save_png, draw
-    rows and runs          setting, tables, text_tables, charts, report, compare
+    rows and runs          setting, text_tables, report, compare
 
-`python eval.py A.png B.png` prints the image measures of two pictures;
-`python eval.py RUN...` rebuilds RUN/report.html from RUN/results.json, and for several runs also
-makes one page of them all, comparison.html beside them.
+`python eval.py A.png B.png` prints the image measures of two pictures; `python eval.py RUN...`
+makes RUN/report.html of RUN/results.json and, of several runs, comparison.html beside them.
 
 Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
 
@@ -83,8 +82,7 @@ def mae(a, b, data_range=1.0):
 
 
 def psnr(a, b, data_range=1.0):
-    """-10 log10 mean ((a - b) / data_range)²: [N, C, H, W] twice -> float64 [N] in dB, inf where
-    equal."""
+    """-10 log10 of `mse`: [N, C, H, W] twice -> float64 [N] in dB, inf where equal."""
     return -10 * mse(a, b, data_range).log10()
 
 
@@ -494,9 +492,7 @@ class Judge:
 
     def __call__(self, x, sources=None):
         """x [n, C, H, W] in [-1, 1], its uint8 sources -> the set's measures, a flat dictionary."""
-        began = time.time()
-        x = (x + 1) / 2
-        row = {}
+        began, x, row = time.time(), (x + 1) / 2, {}
         if self.lenet is not None:
             f, seen = look(self.lenet, x)
             row["fid_lenet"] = frechet_distance(f, self.features)
@@ -599,7 +595,7 @@ def draw(path, caption, rows):
 # ---------------------------------------------------------------- rows and tables
 
 SETTING = ("t_start", "eta", "order", "train", "grid")  # with its name they make a row's setting
-NO_MEASURES = ("nfe", "seed", "sigma", "images", *SETTING)
+KEYS = ("fid_lenet", "precision", "recall", "nearest", "psnr", "ssim")
 NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
          "kid": "KID", "psnr_oracle": "best PSNR, dB"}
 
@@ -670,35 +666,34 @@ def cell(rows, key, seeds=1):
 
 
 def tables(results, keys=()):
-    """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations,
-    a table for each of `keys` (none given: the headline); where nothing was evaluated settings ×
-    `keys` (none given: all measures)."""
+    """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations
+    for each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
     floor = results.get("floor", {}).get("fid_lenet")
     for (task,), rows in group(results["arms"], "task").items():
         seeds = len(group(rows, "seed"))
         over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
         if seeds == 1 and any("psnr_std" in row for row in rows):
             over += ", ± standard deviation over images"
-
-        # sheets of columns, (evaluations, measure)
         nfes = sorted({row.get("nfe") for row in rows}, key=lambda nfe: (nfe is not None, nfe))
-        every = dict.fromkeys(key for row in rows for key in row
-                              if key not in NO_MEASURES and not key.endswith("_std"))
-        sheets = {key: [(nfe, key) for nfe in nfes] for key in keys or [headline(rows)]}
+        found = [key for key in dict.fromkeys(key for row in rows for key in row)
+                 if _values(rows, key) and key[-4:] != "_std"]
+
+        def pivot(corner, columns):  # {head: (evaluations, measure)}
+            return [[corner, *columns]] + [[label, *(
+                cell([row for row in mine if row.get("nfe") == nfe], key, seeds)
+                for nfe, key in columns.values())]
+                for (label,), mine in group(rows, "setting").items()]
+
         if nfes == [None]:
-            sheets = {"arm": [(None, key) for key in keys or every]}
-        for name, columns in sheets.items():
-            columns = [(nfe, key) for nfe, key in columns if _values(rows, key)]
-            heads = [NAMES.get(key, key) if name == "arm" else show(nfe) for nfe, key in columns]
-            cells = [["arm" if name == "arm" else "evaluations", *heads]]
-            for (label,), mine in group(rows, "setting").items():
-                at = group(mine, "nfe")
-                cells.append([label, *(cell(at.get((nfe,), []), key, seeds)
-                                       for nfe, key in columns)])
-            about = [task, NAMES.get(name, name) if name != "arm" else "",
-                     f"floor {show(floor)}" if name == "fid_lenet" and floor else "", over]
-            if columns:
-                yield ", ".join(filter(None, about)), cells
+            measured = [key for key in found if key not in ("seed", "sigma", *SETTING)]
+            columns = {NAMES.get(key, key): (None, key) for key in keys or measured if key in found}
+            yield ", ".join(filter(None, (task, over))), pivot("arm", columns)
+            continue
+        for key in [key for key in keys or KEYS if key in found]:
+            bound = f"floor {show(floor)}" if key == "fid_lenet" and floor else ""
+            columns = {"none" if nfe is None else show(nfe): (nfe, key) for nfe in nfes}
+            yield (", ".join(filter(None, (task, NAMES.get(key, key), bound, over))),
+                   pivot("evaluations", columns))
 
 
 def markdown(cells):
@@ -743,33 +738,22 @@ MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4
          "M-4.5-1.5h9v3h-9z")
 
 
-def charts(results):
-    """Merged results -> {chart: {label: [line of each seed]}}: the runs' own curves and those of
-    their rows, fid_lenet against evaluations and seconds, or PSNR against evaluations."""
-    drawn = {}
-    for name, lines in results["curves"].items():
-        kind, _, label = name.partition("/")
-        drawn.setdefault(kind, {})[label or kind] = lines
-    for (task,), rows in group(results["arms"], "task").items():
-        key = headline(rows)
-        kinds = {"fid_lenet": ("quality", "seconds"), "psnr": ("restored",), "seconds": ()}[key]
-        for (label, name), mine in group(rows, "setting", "name").items():
-            if not _values(rows, "nfe") or name == "corrupted":
-                continue  # no arm made these
-            mine = [row | {"quality": row.get("nfe"), "restored": row.get("nfe") or 0,
-                           "seconds": per_thousand(row)} for row in mine]
-            for kind in kinds:
-                lines = group(sorted(mine, key=lambda row: row["restored"]), "seed").values()
-                drawn.setdefault(f"{kind} {task}".strip(), {})[label] = [
-                    [[row[kind], row.get(key)] for row in line] for line in lines]
-    order = [kind for first in CHARTS for kind in drawn if kind.split(" ")[0] == first]
-    return {kind: drawn[kind] for kind in [*order, *drawn]}
-
-
-def per_thousand(row):
-    """Seconds for 1,000 images, where they and the number of images are known."""
-    took, n = row.get("seconds"), row.get("images")
-    return 1000 * took / n if _number(took) and n else None
+def curves_of(rows, n):
+    """{"CHART/SETTING": [[x, y], ...]} of the rows of a run of n images: fid_lenet against
+    evaluations and against seconds per 1,000 images, or PSNR against evaluations."""
+    curves = {}
+    for (task,), mine in group(rows, "task").items():
+        key = headline(mine) if _values(mine, "nfe") else None
+        for row in sorted(mine, key=lambda row: row.get("nfe") or 0):
+            nfe, y, seconds, points = row.get("nfe") or 0, row.get(key), row.get("seconds"), {}
+            if key == "fid_lenet":
+                points["quality"] = [nfe, y]
+                points["seconds"] = [1000 * seconds / n if seconds and n else None, y]
+            if key == "psnr" and row["name"] != "corrupted":  # which no arm made
+                points[f"restored {task}".strip()] = [nfe, y]
+            for chart, point in points.items():
+                curves.setdefault(f"{chart}/{setting(row, mine)}", []).append(point)
+    return curves
 
 
 def styles(names):
@@ -863,9 +847,10 @@ def plot(axes, series, style, bound=None):
         mark = f'<path d="{MARKS[i]}" fill="currentColor" transform="translate'
         svg.append(f'<g style="color:var(--s{i})" fill="none" stroke-width="2">')
         for line in each:
-            band = [(x, y + s) for x, y, s in line]
-            band += [(x, max(y - s, low)) for x, y, s in reversed(line)]
-            svg.append(path(band, 'fill="currentColor" opacity=".18"'))
+            if any(s for _, _, s in line):
+                band = [(x, y + s) for x, y, s in line]
+                band += [(x, max(y - s, low)) for x, y, s in reversed(line)]
+                svg.append(path(band, 'fill="currentColor" opacity=".18"'))
             svg.append(path([(x, y) for x, y, _ in line], stroke))
             svg += [f'{mark}({at_x(x):.1f} {at_y(y):.1f})"/>' for x, y, _ in line if len(line) < 31]
         wide = 58 + 7.4 * len(label)  # of 13-pixel letters
@@ -899,7 +884,7 @@ def identity(run):
 def merge(folders):
     """Results of one or more runs as one. Runs of one `identity` but for their seed stand together;
     else every name says what differs. A flag that an older run did not know is no difference. A
-    curve becomes a list with a line for each seed, a row gets its setting and number of images."""
+    curve becomes a list with a line for each seed, a row gets its setting."""
     runs = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
     runs = [{key: value for key, value in run.items() if value is not None} for run in runs]
 
@@ -918,15 +903,16 @@ def merge(folders):
         suffix = f" ({label})" if label else ""
         clocks = {run.get("device") for run, its in zip(runs, labels) if its == label}
         unlike = ("seconds", "prior_seconds") if len(clocks) > 1 else ()
-        for row in run.get("arms", []):
-            row = {key: value for key, value in row.items() if key not in unlike} | {
-                "name": f"{row.get('name', '–')}{suffix}",
-                "task": f"{row['task']}, sigma {show(row.get('sigma'))}" if "task" in row else "",
-                "images": config.get("samples") or config["floor samples"]}
-            # of a seed that comes twice the last counts
-            rows[tuple(map(row.get, ("task", "name", "nfe", "seed", *SETTING)))] = row
-        for name, points in run.get("curves", {}).items():
+        mine = [{key: value for key, value in row.items() if key not in unlike} | {
+            "name": str(row.get("name", "–")),
+            "task": f"{row['task']}, sigma {show(row.get('sigma'))}" if "task" in row else ""}
+            for row in run.get("arms", [])]
+        n = config.get("samples") or config["floor samples"]
+        for name, points in (run.get("curves", {}) | curves_of(mine, n)).items():
             curves.setdefault(name + suffix, []).append(points)
+        for row in mine:  # of a seed that comes twice the last counts
+            row["name"] += suffix
+            rows[tuple(map(row.get, ("task", "name", "nfe", "seed", *SETTING)))] = row
         if label not in labels[:i]:  # the first seed's stand for all
             pictures += [picture | {"caption": picture.get("caption", "") + suffix,
                                     "folder": Path(folders[i])}
@@ -958,11 +944,9 @@ vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
 td:first-child{text-align:left}tr:first-child{font-weight:600}pre{white-space:pre-wrap}"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark">
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
-<style>{css}</style>
+ content="default-src 'none';img-src data:;style-src 'unsafe-inline'"><style>{css}</style>
 <body><h1>{title}</h1>{body}</body></html>
 """
 
@@ -990,23 +974,24 @@ def compare(folders, path):
 
 def _page(results, runs):
     """The whole page of merged results, as text."""
-    about, floor = results.get("data", {}), results.get("floor", {}).get("fid_lenet")
-    title = f"{runs} runs" if runs > 1 else results.get("mode", "results")
-    columns = dict.fromkeys(key for row in results["arms"] for key in row)
-    every = [list(columns)] + [[show(row.get(key)) for key in columns] for row in results["arms"]]
-    same = {key: results.get(key) for key in ("device", "precision", "torch", "parameters")}
-    same |= {f"{part} {key}": value for part in ("data", "features", "seconds")
-             for key, value in results.get(part, {}).items()} | results["config"]
-    same = "\n".join(f"{key}: {show(value)}" for key, value in same.items() if value is not None)
+    what = f"{runs} runs" if runs > 1 else results.get("mode", "results")
+    title = esc(f"{what} · {results.get('data', {}).get('name', '')}")
+    floor = results.get("floor", {}).get("fid_lenet")
+    same = {part: results.get(part) for part in (
+        "device", "precision", "torch", "parameters", "seconds", "data", "features", "config")}
+    drawn = {kind: {} for kind in CHARTS}
+    for name, lines in results["curves"].items():
+        kind, _, label = name.partition("/")
+        drawn.setdefault(kind, {})[label or kind] = lines
 
-    body = [_section(heading, [_table(cells)]) for heading, cells in tables(results)]
-    body += [_section("Curves", [_chart(kind, series, floor)
-                                 for kind, series in charts(results).items()]),
-             _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
-             _section("Pictures", map(_picture, results["pictures"])),
-             _section("Every row", [_table(every)] * bool(columns)),
-             _section("Configuration", [f"<pre>{esc(same)}</pre>"])]
-    return PAGE.format(title=esc(f"{title} · {about.get('name', '')}"), css=CSS, body="".join(body))
+    body = [
+        _section("Rows", [f"<figure>{esc(about)}{_table(cells)}</figure>"
+                          for about, cells in tables(results)]),
+        _section("Curves", [_chart(kind, series, floor) for kind, series in drawn.items()]),
+        _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
+        _section("Pictures", map(_picture, results["pictures"])),
+        _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
+    return PAGE.format(title=title, css=CSS, body="".join(body))
 
 
 def _section(heading, parts):
@@ -1034,34 +1019,15 @@ def _chart(kind, series, floor):
 def _picture(picture):
     """A PNG of a run's folder, with the names of its rows where the entry has them."""
     path, caption = picture["folder"] / Path(picture["file"]).name, esc(picture["caption"])
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return f"<figure>{esc(path.name)} is missing or damaged</figure>"
-    # small pictures are enlarged by whole factors, so that every pixel is drawn alike
-    scale = max(1, min(3, 960 // width, 480 // height))
-    style = f"width:{scale * width}px;image-rendering:{'pixelated' if scale > 1 else 'auto'}"
+    if not path.is_file():
+        return f"<figure>{esc(path.name)} is missing</figure>"
     names = "".join(f"<span>{esc(name)}</span>" for name in picture.get("rows", []))
     content = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><div><div class="rows">{names}</div><img style="{style}" alt="{caption}" '
-            f'src="data:image/png;base64,{content}"></div><figcaption>{caption}</figcaption>'
-            "</figure>")
+    return (f'<figure><div><div class="rows">{names}</div><img alt="{caption}" src="data:image/png;'
+            f'base64,{content}"></div><figcaption>{caption}</figcaption></figure>')
 
 
 # ---------------------------------------------------------------- command line
-
-
-def compare_pictures(a, b):
-    """Prints the image measures of two files; ValueError if they cannot be read or compared."""
-    x, y = map(data.read_picture, (a, b))
-    if x.shape[2:] != y.shape[2:]:
-        raise ValueError(f"{a} is {x.shape[3]}×{x.shape[2]}, {b} is {y.shape[3]}×{y.shape[2]}")
-    if x.shape != y.shape:  # one of them is grey
-        x, y = (z.expand(-1, 3, -1, -1) for z in (x, y))
-    for measure in (mse, mae, psnr, ssim, delta_e):
-        print(f"{measure.__name__:8}{measure(x, y).item():.6g}")
 
 
 def main(arguments=None):
@@ -1073,12 +1039,16 @@ def main(arguments=None):
         elif missing := [path for path in paths if not path.exists()]:
             raise ValueError(f"{missing[0]} does not exist")
         elif len(paths) == 2 and all(path.is_file() for path in paths):
-            compare_pictures(*paths)
+            a, b = map(data.read_picture, paths)
+            channels = max(a.shape[1], b.shape[1])  # 1 where both are grey
+            a, b = (x.expand(-1, channels, -1, -1) for x in (a, b))
+            for measure in (mse, mae, psnr, ssim, delta_e):
+                print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
         elif paths and all(path.is_dir() for path in paths):
             pages = [path / "report.html" for path in paths]
             for path in paths:
                 report(path)
-            print(text_tables(paths, ("fid_lenet", "recall", "nearest", "psnr", "ssim")), "\n")
+            print(text_tables(paths, KEYS), "\n")
             if len(paths) > 1:
                 above = os.path.commonpath([path.resolve() for path in paths])
                 pages.append(Path(above) / "comparison.html")

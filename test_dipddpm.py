@@ -89,9 +89,9 @@ def image_bytes(pixels, form="PNG", mode=None, **options):
     return file.getvalue()
 
 
-def picture(path, size=(6, 4), mode="RGB", value=7, **options):
+def picture(path, mode="RGB", value=7, form=None):
     colour = value if mode in ("L", "I;16") else (value,) * len(mode)
-    Image.new(mode, size, colour).save(path, **options)
+    Image.new(mode, (6, 4), colour).save(path, form)
     return path
 
 
@@ -109,12 +109,11 @@ def error_line(kind, action, *parts):
 @pytest.fixture
 def mnist(tmp_path):
     """A folder with a small data set in MNIST's format, and its four files' contents."""
-    rng = np.random.default_rng(0)
-    files = {}
+    rng, files = np.random.default_rng(0), {}
+    (tmp_path / "mnist").mkdir()
     for prefix, n in (("train", 5), ("t10k", 3)):
         files[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
         files[f"{prefix}-labels-idx1-ubyte"] = np.arange(n, dtype=np.uint8)
-    (tmp_path / "mnist").mkdir()
     for file, array in files.items():
         (tmp_path / "mnist" / file).write_bytes(idx_bytes(array))
     return tmp_path, files
@@ -185,13 +184,14 @@ def load_one(folder, file):
 
 
 @pytest.mark.parametrize(("file", "content", "says"), DAMAGED, ids=[row[2] for row in DAMAGED])
-def test_damage_is_named_in_one_line(good, file, content, says):
+def test_damage_is_named_in_one_line(good, file, content, says, recwarn):
     load_one(good, file)
     (good / file).write_bytes(content)
     error_line(ValueError, lambda: load_one(good, file), good / file, says)
     if file.startswith("pictures"):
         error_line(ValueError, lambda: data.load(good / "pictures"), good / file, says)
         error_line(ValueError, lambda: data.read_picture(good / file), good / file, says)
+    assert not recwarn.list
 
 
 def test_idx_cut_anywhere_or_corrupt_is_an_error(tmp_path):
@@ -340,6 +340,10 @@ def test_a_download_is_checked_and_kept(source, mnist, name):
                    "train-labels-idx1-ubyte", folder.as_uri(), "wrong checksum")
         assert not list(root.rglob("*.*"))
     file.write_bytes(whole)
+    (root / name / file.name).mkdir(parents=True)  # in the way: nothing is left beside it
+    error_line(FileNotFoundError, lambda: data.load(name, root), root / name, "directory")
+    (root / name / file.name).rmdir()
+    assert not list((root / name).iterdir())
     images = data.load(name, root)
     np.testing.assert_array_equal(images.pixels[:, 0], mnist[1]["train-images-idx3-ubyte"])
     shutil.rmtree(folder)
@@ -356,12 +360,12 @@ OK = b"HTTP/1.0 200 OK\r\n"
     (itertools.chain([OK + b"\r\n"], itertools.repeat(bytes(2**20))), "wrong checksum"),
     ([b"HTTP/1.0 404 Not Found\r\n\r\n"], "Not Found"), ([b"no\nHTTP\n"], "no"), ([], "closed"),
     ([b"HTTP/1.0 302 Found\r\nLocation: /train-images-idx3-ubyte.gz\r\n\r\n"], "loop"),
-    (None, "timed out"),
+    ((time.sleep(3) or b"" for _ in "1"), "timed out"),
 ], ids=["cut", "endless", "absent", "no-http", "closed", "circle", "silent"])
 def test_a_server_that_fails_is_given_up_in_one_line(tmp_path, monkeypatch, answer, says):
     def serve():
         with contextlib.suppress(OSError):  # whoever asked has gone, or the server has
-            while answer is not None:
+            while True:
                 with server.accept()[0] as connection:
                     connection.recv(2**16)
                     for piece in answer:
@@ -378,10 +382,11 @@ def test_a_server_that_fails_is_given_up_in_one_line(tmp_path, monkeypatch, answ
 
 
 def test_several_may_download_into_one_folder_at_once(source):
-    root = source[0]
+    roots = [source[0] / str(i % 10) for i in range(80)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        digests = set(pool.map(lambda _: data.load("mnist", root).sha256, range(8)))
-    assert len(digests) == 1 and len(list((root / "mnist").iterdir())) == 2
+        digests = set(pool.map(lambda root: data.load("mnist", root).sha256, sorted(roots)))
+    assert len(digests) == 1
+    assert all(len(list((root / "mnist").iterdir())) == 2 for root in roots)
 
 
 def test_auto_takes_both_splits_from_one_data_set(source, capsys):
@@ -431,9 +436,9 @@ def test_stl_goes_down_columns_and_counts_labels_from_one(tmp_path):
     (folder / "test_X.bin").write_bytes(stored.tobytes())
     (folder / "test_y.bin").write_bytes(bytes([1, 10, 2]))
     images = data.load("stl10", tmp_path, "test")
-    np.testing.assert_array_equal(images.pixels, stored.transpose(0, 1, 3, 2))
+    np.testing.assert_array_equal(images.pixels, stored.swapaxes(2, 3))
     assert images.pixels.is_contiguous() and images.labels.tolist() == [0, 9, 1]
-    assert len(data.load("stl10", tmp_path, "test", limit=2).labels) == 2
+    assert data.load("stl10", tmp_path, "test", limit=2).labels.tolist() == [0, 9]
     error_line(FileNotFoundError, lambda: data.load("stl10", tmp_path), "train_X.bin", folder)
 
 
@@ -463,7 +468,7 @@ def test_folder_of_grey_images_has_one_channel(tmp_path):
 
 @pytest.mark.parametrize("form", ["PNG", *FORMS.values()])
 def test_one_image_of_any_format_is_both_splits(tmp_path, form):
-    path = picture(tmp_path / "lies.png", format=form)  # its format is told from its content
+    path = picture(tmp_path / "lies.png", form=form)  # its format is told from its content
     train, test = (data.load(path, split=split) for split in ("train", "test"))
     assert train.pixels.shape == (1, 3, 4, 6) and train.sha256 == test.sha256
     assert train.pixels.float().sub(7).abs().max() <= 2
@@ -530,16 +535,17 @@ def test_nothing_to_load_is_said_clearly(tmp_path):
 
 
 def test_root_is_argument_then_variable_then_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "a"))
-    assert data.default_root() == tmp_path / "a"
-    error_line(FileNotFoundError, lambda: data.load("stl10"), tmp_path / "a")
-    error_line(FileNotFoundError, lambda: data.load("stl10", tmp_path / "b"), tmp_path / "b")
-    monkeypatch.delenv("DIPDDPM_DATA")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
-    assert data.default_root() == tmp_path / "c" / "dipddpm"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    given = tmp_path / "given"
+    error_line(FileNotFoundError, lambda: data.load("stl10", given), given)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("DIPDDPM_DATA", raising=False)
     assert data.default_root() == tmp_path / ".cache" / "dipddpm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert data.default_root() == tmp_path / "cache" / "dipddpm"
+    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "variable"))
+    assert data.default_root() == tmp_path / "variable"
+    error_line(FileNotFoundError, lambda: data.load("stl10"), tmp_path / "variable")
 
 
 # ---- digits --------------------------------------------------------------------------------------
@@ -555,7 +561,7 @@ def test_digit_is_a_pure_function_of_seed_index_and_split():
 
 def test_digits_limit_is_a_prefix_and_draws_no_more(monkeypatch):
     images = data.load("digits", limit=30)
-    monkeypatch.setitem(data.DIGITS, "train", 10**12)  # which no one could wait for
+    monkeypatch.setitem(data.DIGITS, "train", math.inf)
     assert torch.equal(data.load("digits", limit=11).pixels, images.pixels[:11])
 
 
@@ -726,11 +732,11 @@ def test_sample_17_is_the_same_in_any_batch(draw_from):
 
 
 def draws(draw_from, shape, dtype):
-    """With integers and tensors of every length that seed, sample and draw can have."""
+    """With integers and tensors of every size that seed, sample and draw can have."""
     some = torch.arange(shape[0], device=DEVICE) * 7 + 2**31
     places = [(1, 1), (some, torch.tensor(2**33 + 5, device=DEVICE)), (2**31 - 1, 2**32 - 1),
               (2**32 - 1, torch.tensor(2**32 + 7, device=DEVICE))]
-    seeds = 0, SEED << 4, -1, 5, 2**31, 2**32 - 1, 2**63, 2**64 - 1
+    seeds = 0, SEED << 4, -1, 2**64 + 5, 2**31, 2**32 - 1, 2**63, 2**64 - 1
     found = [draw_from(shape, seed, *place, 3, DEVICE)
              for seed, place in zip(seeds, itertools.cycle(places))]
     return [*found, draw_from(shape[:1], SEED, 17, 2**31, 3, DEVICE)]
@@ -1042,11 +1048,11 @@ def test_tables_keep_precision_where_alpha_bar_is_nearly_one():
 
 @pytest.mark.parametrize("predict, target", [("eps", (0, 1)), ("v", (-0.8, 0.6)), ("x0", (1, 0))])
 def test_every_prediction_is_the_published_one_and_gives_back_x_0(predict, target):
-    published, _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(0.36, dtype=torch.float64))
+    published, _, _ = dipddpm.prediction(predict, torch.tensor(0.36, dtype=torch.float64))
     assert [v.item() for v in published] == pytest.approx(target)
     ab = dipddpm.cosine_schedule(50).alpha_bar[:49, None]
     x_0, eps = torch.linspace(-1, 1, 9).double(), torch.linspace(2, -2, 9).double()
-    (p, q), (a, b), weight = dipddpm.PREDICTIONS[predict](ab)
+    (p, q), (a, b), weight = dipddpm.prediction(predict, ab)
     x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * eps
     torch.testing.assert_close(a * x_t + b * (p * x_0 + q * eps), x_0.expand(49, 9))
     # an error d in x_0 is d / b in the target: min-SNR is one objective in three scales
@@ -1075,12 +1081,14 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta, predict):
     rows = dipddpm.reverse_table(cfg, taus, eta).double()
     for (a, b, c0, ct, sigma, _), tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
-        (p, q), _, _ = dipddpm.PREDICTIONS[predict](torch.tensor(ab_t).double())
+        (p, q), _, _ = dipddpm.prediction(predict, torch.tensor(ab_t).double())
         signal, noise = math.sqrt(ab_t), math.sqrt(1 - ab_t)
         assert [a * signal + b * p, a * noise + b * q] == pytest.approx([1, 0], abs=1e-6)
         assert c0 + ct * signal == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
     assert rows[-1, 2:].tolist() == [1, 0, 0, 0]  # the last step adds no noise
+    ddpm = dipddpm.reverse_table(cfg, taus, 1.0).double()
+    torch.testing.assert_close(rows[:, 4], eta * ddpm[:, 4])  # Song et al. 2021, eq. 16
 
 
 def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
@@ -1225,7 +1233,7 @@ def test_a_training_step_is_algorithm_1_with_a_clipped_gradient_and_an_average(p
         x_t = ab.sqrt() * x + (1 - ab).sqrt() * eps
         torch.testing.assert_close(net.asked, (x_t.float(), t))
         # the loss
-        (p, q), _, weight = dipddpm.PREDICTIONS[predict](ab)
+        (p, q), _, weight = dipddpm.prediction(predict, ab)
         error = gain[t].view(5, 1, 1, 1) * x_t - p * x - q * eps
         assert loss.item() == pytest.approx((weight * error.square()).mean().item(), rel=1e-4)
         # one step down its slope, at a rate that is a ramp times half a cosine
@@ -1247,7 +1255,7 @@ def test_late_in_a_training_its_average_follows_slowly():
 
 
 def test_a_training_is_steps_of_adamw_and_its_log_their_mean_loss_and_rate(tmp_path):
-    run = bare_run(tmp_path, epochs=14, batch=8, width=8, timesteps=20, lr=1e-3)
+    run = bare_run(tmp_path, epochs=14, batch=8, width=8, timesteps=20, lr=5e-3)
     x_0, cfg = pixels(70, 1, 8, 8).cpu(), run.cfg  # 8 steps an epoch, 112 in all
     net = dipddpm.make_unet(cfg, 1, "cpu")
     ema, lr = copy.deepcopy(net), torch.tensor(0.0)
@@ -1258,9 +1266,9 @@ def test_a_training_is_steps_of_adamw_and_its_log_their_mean_loss_and_rate(tmp_p
     for begin, (_, step, _, at, loss, lr) in zip((0, 50, 100), rows):
         assert loss == pytest.approx(np.mean(losses[begin:step]), rel=1e-3)
         assert lr == dipddpm.learning_rate(cfg, step - 1, 112) and 0 < at <= seconds + 0.01
-    for name in "leave.weight", "leave.bias":  # a bias before a norm has rounding for a gradient
-        torch.testing.assert_close(trained.get_parameter(name), ema.get_parameter(name), rtol=1e-2,
-                                   atol=1e-3)
+    for name in "enter.weight", "leave.weight":
+        torch.testing.assert_close(trained.get_parameter(name), ema.get_parameter(name), rtol=1e-3,
+                                   atol=1e-4)
 
 
 def tiny_images(n=64):
@@ -1311,8 +1319,9 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at_step_38)
     good = (tmp_path / "checkpoint.pt").read_bytes()
-    for stops in (None, lambda run, *_: setattr(run, "stop", signal.SIGINT)):
-        error_line(RuntimeError, lambda: train(tmp_path, stops, lr=1e30), "not finite", "1e+30")
+    for stop, n in (None, 50), (lambda run, *_: setattr(run, "stop", signal.SIGINT), 39):
+        error_line(RuntimeError, lambda stop=stop: train(tmp_path, stop, lr=1e30),
+                   f"not finite after {n} steps with --lr 1e+30")
         assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
 
@@ -1516,9 +1525,9 @@ def test_a_fit_gets_nearer_and_returns_the_average_of_its_outputs():
     assert (psnr[-1] > psnr[9] + 3).all() and 0 <= result.min() <= result.max() <= 1
 
 
-def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_left(capsys):
+def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_ended():
     truth, x = random_images(2, 1, 8, 8), random_images(3, 2, 1, 8, 8, seed=1)
-    follow = dipddpm.Follow(truth, tell=True)
+    follow = dipddpm.Follow(truth)
     for k, (i, rows) in enumerate(((10, [0, 1]), (50, [0]), (60, [0]))):
         follow(i, torch.tensor(rows), x[k, rows])
     psnr = torch.stack([measures.psnr(output, truth) for output in x])  # [look, image]
@@ -1529,18 +1538,13 @@ def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_left(ca
     assert torch.equal(follow.psnr, best.values) and len(best.indices.unique()) == 2
     assert torch.equal(measures.psnr(follow.best, truth), best.values)
     assert follow.when.tolist() == [(10, 50, 60)[k] for k in best.indices]
-    ssim = measures.ssim(x[1, :1], truth[:1]).item()
-    told = f"iteration 50: psnr {psnr[1, 0]:.2f}, ssim {ssim:.4f}\n"
-    assert capsys.readouterr().out == told
 
 
-@pytest.mark.parametrize("fit", [
-    lambda cfg, known: dipddpm.fit_dips(cfg, known, torch.arange(1), 40),
-    lambda cfg, known: dipddpm.fit_guided(cfg, known, torch.arange(1), 1)])
+@pytest.mark.parametrize("fit", [dipddpm.fit_plain, dipddpm.fit_guided])
 def test_a_fit_that_leaves_the_finite_numbers_says_so(fit):
     _, known = measured("denoise", 1, 0.1)
     with pytest.raises(RuntimeError, match="a DIP fit is not finite after .* rate 1e.30"):
-        fit(fit_config(dip_lr=1e30, replicas=2), known)
+        fit(fit_config(dip_lr=1e30, replicas=2), known, torch.arange(1), 1)
 
 
 @pytest.mark.parametrize("task", dipddpm.TASKS)
@@ -1785,9 +1789,6 @@ def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
     for target, level in zip(half.targets, (4, 2, 1)):  # y is clean: y_plus has alpha sigma alone
         variance = 0.2**2 * (0.5**2 + 1.25 * (level**2 - 1))
         assert target.std() == pytest.approx(variance**0.5, rel=0.02)
-    mixed = half.target(torch.arange(50) % 3, 4)  # each image stands on a rung of its own
-    for k in range(50):
-        assert torch.equal(mixed[4 * k:4 * k + 4], half.targets[k % 3][4 * k:4 * k + 4])
 
 
 @pytest.mark.parametrize("M", [1, 4, 12])
@@ -2182,7 +2183,8 @@ def little_training(tmp_path):
     """600 quick steps on pictures that are quickly there: flags, and where to run them."""
     (tmp_path / "data").mkdir()
     for i in range(70):
-        picture(tmp_path / "data" / f"{i:02}.png", (12, 12), "L", i)
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 12)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
     flags = dict(mode="prior", data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40,
                  samples=4, nfe=2, dip_iters=3, dip_width=4)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
@@ -2923,12 +2925,11 @@ def test_curves_come_from_the_rows(tmp_path):
     restored = [{"name": name, "nfe": nfe, "psnr": 20.0, "task": "sr", "sigma": 0, "seed": 0}
                 for name, nfe in (("corrupted", None), ("dip", None), ("ddpm", 3))]
     measures.write_json(RESULTS | {"arms": arms + restored}, tmp_path / "results.json")
-    drawn = measures.charts(measures.merge([tmp_path]))
-    assert list(drawn) == ["quality", "seconds", "loss", "restored sr, sigma 0", "other"]
-    assert list(drawn["quality"]) == ["ddpm", "pca t_start 5", "pca t_start 6"]
-    assert drawn["quality"]["ddpm"] == [[[3, 9.0], [20, 9.0]]]
-    assert drawn["seconds"]["ddpm"] == [[[40.0, 9.0], [40.0, 9.0]]]  # 2 s for 50 images
-    assert drawn["restored sr, sigma 0"] == {"dip": [[[0, 20.0]]], "ddpm": [[[3, 20.0]]]}
+    drawn = measures.merge([tmp_path])["curves"]
+    assert drawn["quality/ddpm"] == drawn["quality/pca t_start 5"] == [[[3, 9.0], [20, 9.0]]]
+    assert drawn["seconds/pca t_start 6"] == [[[40.0, 9.0], [40.0, 9.0]]]  # 2 s for 50 images
+    assert {name: lines for name, lines in drawn.items() if "restored" in name} == {
+        "restored sr, sigma 0/dip": [[[0, 20.0]]], "restored sr, sigma 0/ddpm": [[[3, 20.0]]]}
 
 
 def test_curves_are_averaged_only_where_every_seed_has_a_point():
@@ -2993,7 +2994,7 @@ def test_command_compares_two_pictures_of_any_depth_colour_and_turn(tmp_path, ca
     assert list(found) == ["mse", "mae", "psnr", "ssim", "delta_e"]
     assert float(found["mse"]) == pytest.approx(0.04) and float(found["mae"]) == pytest.approx(0.2)
     assert "float.tiff" in said("float.tiff") and "mode F" in said("float.tiff")
-    assert "grey.png is 12×12" in said("low.png")
+    assert "[1, 1, 12, 12] and [1, 1, 11, 12]" in said("low.png")
 
 
 def test_command_fails_in_one_line(tmp_path, capsys):
@@ -3007,131 +3008,6 @@ def test_command_fails_in_one_line(tmp_path, capsys):
     run = subprocess.run([sys.executable, EVAL, "none"], capture_output=True, text=True,
                          check=False)
     assert run.returncode == 2 and run.stderr == "eval: none does not exist\n"
-
-
-# ================================================================== reproduce
-
-
-@pytest.fixture
-def small_studies(tmp_path, monkeypatch):
-    """Every data set of the studies with a few pictures, and sizes that take seconds."""
-    rng = np.random.default_rng(0)
-    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("mnist", "fashion-sample", "cifar-10-batches-bin", "photos"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-    for name in ("mnist", "fashion-sample"):
-        for split, n in ("train", 40), ("t10k", 20):
-            images = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
-            for kind, array in ("images-idx3", images), ("labels-idx1", np.arange(n) % 10):
-                path = tmp_path / "data" / name / f"{split}-{kind}-ubyte"
-                path.write_bytes(idx_bytes(array.astype(np.uint8)))
-    for name, n in ("data_batch_1", 40), ("test_batch", 20):
-        records = rng.integers(0, 256, (n, 3073)).astype(np.uint8)
-        records[:, 0] = np.arange(n) % 10
-        (tmp_path / "data/cifar-10-batches-bin" / f"{name}.bin").write_bytes(records.tobytes())
-    photo = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
-    Image.fromarray(photo).save(tmp_path / "data/photos/F16_GT.png")
-    few = dict(width=8, n=12)
-    monkeypatch.setattr(reproduce, "SMALL", {
-        "A": reproduce.SMALL["A"] | few | dict(dip_width=2, dip_iters=2),
-        "B": reproduce.SMALL["B"] | few | dict(epochs=1, dip_iters=(1, 2), dip_width=2, nfe=(2, 3),
-                                               skip_width=2, steps=8, fits=2),
-        "C": reproduce.SMALL["C"] | few | dict(epochs=1, dip_widths=(2, 3), dip_iters=2),
-        "D": reproduce.SMALL["D"] | dict(pixels=16, rates=(0.01,), rungs=2, steps=10,
-                                         guide_iters=10),
-        "E": reproduce.SMALL["E"] | few | dict(epochs=2, archs=("conv2",), dip_width=2, n=35,
-                                               dip_iters=2, snapshots=2)})
-    return tmp_path / "out"
-
-
-def test_every_study_ends_in_its_table_and_what_is_finished_is_not_done_again(small_studies,
-                                                                               capsys):
-    assert reproduce.main([*"ABCDE", "--seeds", "3", "--out", str(small_studies)]) == 0
-    said, tables = capsys.readouterr().out, {}
-    for name in "ABCDE":
-        tables[name] = (small_studies / name / "table.md").read_text()
-        about, _, head, _, *rows = tables[name].splitlines()
-        assert about.startswith(f"{name}: pictures ") and "seeds 3" in about
-        assert [cell.strip() for cell in head.split("|")] == ["", "", "reported", "here", ""]
-        cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-        assert all(len(row) == 3 and row[2] not in ("", "–") for row in cells)
-        assert tables[name] in said
-    # cells against what they are made of
-    def results(study, name):
-        return json.loads((small_studies / study / name / "seed=3/results.json").read_text())
-
-    losses = [results("A", "base")["curves"][f"held-out/{name} t = 0.3 T"][-1][1]
-              for name in ("full", "smoothed")]
-    assert f" {reproduce.each([losses])} |" in tables["A"]
-    [split] = [row for row in results("D", "guide")["arms"] if row["name"] == "split"]
-    assert f" {reproduce.each([(split['psnr'], split['ssim'])])} |" in tables["D"]
-    weights = {path: path.stat().st_mtime for path in small_studies.rglob("checkpoint.pt")}
-    assert len(weights) == 4 + 2 + 1 + 1
-    assert reproduce.main(["C", "D", "--seeds", "3", "--out", str(small_studies)]) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
-    assert weights == {path: path.stat().st_mtime for path in small_studies.rglob("checkpoint.pt")}
-
-
-def test_a_study_that_fails_says_why_and_the_next_is_done(small_studies, capsys):
-    (small_studies.parent / "data/photos/F16_GT.png").unlink()
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert reproduce.main(["D", "C", "--seeds", "0", "--out", str(small_studies)]) == 2
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (small_studies / "D/table.md").exists() and (small_studies / "C/table.md").exists()
-
-
-@pytest.mark.parametrize("flags", ["F", "A --seeds 0,x", "A --seed 1", "--full"])
-def test_misuse_of_reproduce_is_one_line(flags, capsys):
-    with pytest.raises(SystemExit) as left:
-        reproduce.main(flags.split())
-    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_what_the_studies_measure_is_what_they_say():
-    truth = torch.rand(4, 3, 40, 40)
-    ab, members = dipddpm.linear_schedule(1000).at(300), torch.arange(4)
-    eps = (2 * reproduce.after_steps(truth, 300, members, 2) - 1 - ab**0.5 * (2 * truth - 1)) / (
-        1 - ab)**0.5
-    assert abs(eps.mean()) < 0.03 and eps.std() == pytest.approx(1, abs=0.03)
-    x = reproduce.stretched(0.2 + 0.5 * truth)
-    assert (x.amin((1, 2, 3)) == 0).all() and (x.amax((1, 2, 3)) == 1).all()
-    torch.testing.assert_close(x, reproduce.stretched(truth))
-    # a DIP that is off by 0.1 in [0, 1], that is by 0.2 in [-1, 1], everywhere
-    results = {"seconds": {"dip": 5.0}, "arms": [
-        {"name": "dip", "prior_seconds": 2.0, "prior_square_error": 0.2**2 * truth[0].numel()}]}
-    assert reproduce.dip_cost(results, "dip", truth[0].numel()) == pytest.approx((3.0, 0.01))
-
-
-def test_a_noisy_image_starts_at_the_step_whose_noise_it_has():
-    cfg = config(mode="ddpm", timesteps=1000)
-    truth = torch.full((2, 1, 40, 40), 0.75)
-    for sigma in (0.05, 0.2, 1.0):
-        measured = reproduce.noised(cfg, truth, sigma)
-        x_t, t_start = dipddpm.start_from_noisy(cfg, measured)
-        ab = dipddpm.SCHEDULES[cfg.schedule](1000).at(t_start)  # x_t = sqrt(ab) 0.5 + ...
-        assert x_t.mean() == pytest.approx(0.5 * ab**0.5, abs=0.05)
-        assert x_t.std() == pytest.approx((1 - ab)**0.5, rel=0.06)
-    cfg = config(mode="ddpm", timesteps=10)
-    for t in range(1, 10):  # y's noise is sigma, that of 2 y - 1 twice it
-        ab = dipddpm.SCHEDULES[cfg.schedule](10).at(t)
-        measured = reproduce.noised(cfg, truth, (1 / ab - 1) ** 0.5 / 2)
-        assert dipddpm.start_from_noisy(cfg, measured)[1] == t
-
-
-def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
-    torch.manual_seed(0)
-    cfg = dipddpm.Config(mode="ddpm", timesteps=100, predict="x0")
-    truth = torch.rand(3, 1, 8, 8)
-    measured = reproduce.noised(cfg, truth, 0.2)
-    x = reproduce.denoised(cfg, lambda x_t, t: 2 * truth - 1, measured)
-    torch.testing.assert_close(x, truth)  # a perfect network gives the truth, whatever y
-    assert 0.15 < (measured.y - truth).std() < 0.25
-    assert reproduce.spread([21.0, 21.03, 21.1]) == "21.04 ± 0.05"
-    assert reproduce.spread([0.0079]) == "0.00790" and reproduce.spread([0.0]) == "0.00"
-    assert reproduce.spread([132.0, 133.0]) == "132.5 ± 0.7"
-    assert reproduce.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
 
 
 # ------------------------------------------------------------------ README, and the shape

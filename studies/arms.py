@@ -184,17 +184,14 @@ def run_guide(own, cfg, run):
 
 # ------------------------------------------------------------------ method 1: two networks, curves
 
-SMOOTHERS = ("dip-images", "dip-network")  # priors that turn a training image into a DIP's output
+SMOOTHERS = ("images", "network")  # sources of priors that make of an image a DIP's output
 
 
 def smoothed(cfg, pixels, run):
     """The training images, each replaced by a DIP's output: uint8 [N, C, H, W]."""
-    arm = next((arm for arm in SMOOTHERS if arm.removeprefix("dip-") in cfg.dip_source), None)
-    if arm is None:
-        raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
-                         "DIP makes of the training images")
+    source = next(source for source in SMOOTHERS if source in cfg.dip_source)
     with run.timed("dip"):
-        x = dipddpm.PRIORS[arm](cfg, pixels, pixels, run.track)
+        x = dipddpm.PRIORS[f"dip-{source}"](cfg, pixels, pixels, run.track)
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -279,7 +276,10 @@ def convergence(cfg, run, name, net, rows, begun, numbers, judge, test):
 def run_prior(own, cfg, run):
     """As `dipddpm.run_prior`, with the networks that --train lists: `full`, on images, from which
     the noise start samples; `smoothed`, on DIP outputs. Every prior arm samples with each."""
-    # the data, and what is asked for
+    # what is asked for, and the data
+    if "smoothed" in own.train and not {*SMOOTHERS} & {*own.dip_source}:
+        raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
+                         "DIP makes of the training images")
     settings = {"arch": own.network_arch, "width": own.network_width, "iters": own.network_iters}
     dipddpm.PRIORS["dip-network"] = functools.partial(networks.prior_dip_network, **settings)
     cfg = with_settings(cfg, own.set)

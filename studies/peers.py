@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import dipddpm
-import edge
+from studies.arms import WindowedVariance
 
 for name in ("", ".transforms", ".utils", ".models"):  # the next two import it, but not for this
     sys.modules.setdefault("torchvision" + name, MagicMock())
@@ -69,26 +69,13 @@ def stepper(net, loss):
 
 def dipddpm_pair():
     """-> network, training step, sampler; so for the others. This one averages its weights too."""
-    cfg, net = dipddpm.Config(mode="ddpm"), unet()
-    ema = unet().requires_grad_(False)
-    coef = dipddpm.forward_table(dipddpm.cosine_schedule(1000), "v")
+    cfg, net = dipddpm.Config(mode="ddpm", epochs=10**6), unet()
     pixels = ((x_0 + 1) * 127.5).to(torch.uint8)
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    numbers, count = torch.arange(B), torch.zeros((), dtype=torch.int64)
-
-    def step():
-        loss = dipddpm.denoising_loss(cfg, net, pixels, numbers, numbers, B, 1000, coef, count,
-                                      contextlib.nullcontext).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        dipddpm.update_average(ema, net, count)
-        count.add_(1)
-
+    optimizer = torch.optim.AdamW(net.parameters(), torch.tensor(1e-3), fused=True)
+    training = dipddpm.train_steps(cfg, pixels, net, unet().requires_grad_(False), optimizer)
     start = torch.randn(N, 1, 28, 28)
-    return net, step, lambda: dipddpm.sample(cfg, net, start, 1000, NFE, 0.0, torch.arange(N),
-                                             contextlib.nullcontext, order=2)
+    return net, lambda: next(training), lambda: dipddpm.sample(cfg, net, start, 1000, NFE, 0.0,
+                                                               torch.arange(N))
 
 
 def diffusers_pair(net, call):
@@ -157,7 +144,7 @@ def dip_pair(K, C, size, width):
     from models.skip import skip
 
     scales = min(5, max(1, size.bit_length() - 3))
-    cfg = dipddpm.Config(mode="dip", dip_width=width, window=0.99)
+    cfg = dipddpm.Config(mode="dip", dip_width=width, window=0.99, dip_lr=0.01)
     y = torch.rand(K, C, size, size)
     group = dipddpm.DIPGroup(cfg, torch.arange(K), C, size, size)
     Cz = min(width, 32)
@@ -183,7 +170,7 @@ def dip_pair(K, C, size, width):
 def stop_pair(C, size, W):
     """What ES-WMV adds to an iteration: sums that are kept, and as sun-umn/Early_Stopping_for_DIP
     has it, the mean of the window and each output's distance from it, afresh each time."""
-    stop, kept, x = dipddpm.WindowedVariance(W, 10**6), [], torch.rand(1, C, size, size)
+    stop, kept, x = WindowedVariance(W, 10**6), [], torch.rand(1, C, size, size)
     count = [0]
 
     def ours():
@@ -228,7 +215,7 @@ def networks(pairs, count):
 
 
 def main():
-    edge.keep_freed_memory()  # here for all
+    dipddpm.keep_freed_memory()  # here for all
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS}\n")
     print("| | parameters | images/s in training | evaluations/s in sampling |\n"
           "|---|---:|---:|---:|")

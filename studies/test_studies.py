@@ -1,14 +1,11 @@
 """Properties of the studies: networks, restoration, arms, reports."""
 
-import contextlib
-import dataclasses
 import json
 import math
 import os
 import signal
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,10 +33,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_digits():
-    """Drawing 12,000 takes half a minute; of fewer each is the same."""
+def small_things(tmp_path_factory):
+    """Few digits, which take long to draw, and a LeNet that has learned little, in a cache of this
+    module's own: how well things are judged matters to none of its tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "DIGITS", {"train": 1000, "test": 1000})
+        patch.setattr(data, "DIGITS", {"train": 200, "test": 200})
+        patch.setattr(measures, "LENET_STEPS", 20)
+        for name in "XDG_CACHE_HOME", "DIPDDPM_DATA":
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -47,6 +48,15 @@ def config(shape=(1, 8, 8), **changes):
     """A Config for images of a shape [C, H, W], with nothing left open."""
     cfg = dipddpm.Config(**{"mode": "prior", "data": "digits"} | changes)
     return dipddpm.resolve(cfg, (1000, *shape))
+
+
+def bare_run(folder="."):
+    """What the methods need of a Run, without a command line."""
+    run = object.__new__(dipddpm.Run)
+    run.folder, run.device, run.precision = Path(folder), torch.device("cpu"), "fp32"
+    run.stop, run.saved, run.about = 0, None, {}
+    run.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
+    return run
 
 
 def tiny_images(n=64):
@@ -180,8 +190,8 @@ def test_a_network_dip_sees_pixels_in_0_to_1_and_answers_in_minus_1_to_1(monkeyp
 @pytest.mark.parametrize("arch", [*ARCHS, "skip"])
 def test_a_network_dip_learns_its_data_set_and_is_a_function_of_the_seed(arch):
     cfg, x, size = config(batch=16), tiny_images(64), dict(arch=arch, width=8)
-    prior = networks.prior_dip_network(cfg, x, x, iters=200, **size)
-    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, iters=200, **size))
+    prior = networks.prior_dip_network(cfg, x, x, iters=100, **size)
+    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, iters=100, **size))
     start = networks.prior_dip_network(cfg, x, x, iters=1, **size)
     real = x / 127.5 - 1
     assert prior.abs().max() <= 1
@@ -377,3 +387,373 @@ def test_a_restorations_arms_start_where_they_say(task, sigma):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key][0], x) for key, x in expected.items())
     assert all(s == (2.0 if arm == "dip-images" else 0) for (arm, _), (_, s) in found.items())
+
+
+FAST = ("--data digits --limit 128 --epochs 2 --width 8 --batch 32 --timesteps 40 --samples 8 "
+        "--nfe 2,4 --dip-width 4").split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of the method, on few and small things."""
+    folder = tmp_path_factory.mktemp("method") / "run"
+    dipddpm.main(["--mode", "ddpm", *FAST, "--out", str(folder)])
+    return folder
+
+
+def test_a_restoration_has_a_folder_of_its_own_and_every_arm(trained, tmp_path, capsys):
+    before = {file: file.read_bytes() for file in trained.iterdir()}
+    status, _, err = run_main(restore.main, [
+        trained, "--out", tmp_path / "r", "--task", ",".join(dipddpm.TASKS), "--dip-iters", 3,
+        "--samples", 5], capsys)
+    assert status == 0, err
+    assert before == {file: file.read_bytes() for file in trained.iterdir()}
+    result = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert result["command"].startswith(f"python -m studies.restore {trained} --out")
+    for task in dipddpm.TASKS:
+        rows = {(r["name"], r.get("nfe")): r for r in result["arms"] if r["task"] == task}
+        starts = ["ddpm", "dip-images", "pinv"] + ["ddpm-y"] * (task == "denoise")
+        assert rows.keys() == {("corrupted", None), ("dip", None)} | {
+            (name, nfe) for name in starts for nfe in (2, 4)}
+        fit = rows["dip", None]["seconds"]
+        for (name, nfe), row in rows.items():
+            if nfe:
+                assert row["prior_seconds"] == (fit if name == "dip-images" else 0)
+                assert row["seconds"] > row["prior_seconds"]
+        [picture] = [p for p in result["pictures"] if p["file"] == f"{task}.png"]
+        assert picture["rows"] == ["truth", "corrupted", "dip", *starts]
+        assert (tmp_path / "r" / f"{task}.png").exists()
+    assert all(f"{task}, sigma" in (tmp_path / "r" / "report.html").read_text()
+               for task in dipddpm.TASKS)
+
+
+@pytest.mark.parametrize("main, flags, said", [
+    (restore.main, "RUN --task box", "box is none of denoise, inpaint"),
+    (restore.main, "RUN --task sr --size 27", "its network is for images of 1x28x28"),
+    (restore.main, "RUN --width 16", "cannot become 16"),
+    (restore.main, "RUN --sigma -1", "--sigma must be at least 0"),
+    (restore.main, "nowhere", "no run there"),
+    (restore.main, "", "the following arguments are required: run"),
+    (arms.main, "dip", "invalid choice: 'dip'"),
+    (arms.main, "guide --arms best", "best is none of plain, mean"),
+    (arms.main, "guide --set windows=2", "--set windows=2: want NAME=VALUE, NAME one of order"),
+    (arms.main, "guide --set rungs=two", "--set rungs=two: want NAME=VALUE"),
+    (arms.main, "guide --set arch=unet", "--set arch=unet: none of skip, conv2"),
+    (arms.main, "prior --data digits --dip-source codes", "smoothed needs --dip-source"),
+    (arms.main, "prior --network-width 0", "must be at least 1"),
+    (reports.main, "F", "invalid choice: 'F'"),
+    (reports.main, "A --seeds 0,x", "--seeds"),
+    (reports.main, "A --seed 1", "unrecognized arguments: --seed 1"),
+    (reports.main, "--full", "the following arguments are required: studies")])
+def test_misuse_is_one_line_and_leaves_nothing(main, flags, said, trained, tmp_path, monkeypatch,
+                                               capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run_main(main, flags.replace("RUN", str(trained)).split(), capsys)
+    assert status == 2 and said in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ================================================================== arms: method 2
+
+
+def test_windowed_variance_is_that_of_the_last_outputs():
+    outputs = [random_images(3, 1, 4, 4, seed=i) * (1 if i < 12 else 3) for i in range(40)]
+    stop, brute = arms.WindowedVariance(5, 10), []
+    for i, x in enumerate(outputs, 1):
+        stop(i, x.clone(), x)
+        if i >= 5:
+            brute.append(torch.stack(outputs[i - 5:i]).var(0, correction=0).sum((1, 2, 3)))
+    least = torch.stack(brute)[:12 - 4].min(0)  # before the outputs become restless
+    torch.testing.assert_close(stop.least.float(), least.values)
+    best = least.indices + 5
+    assert torch.equal(stop.best.long(), best)
+    assert torch.equal(stop.stopped.long(), best + 10)
+    assert all(torch.equal(stop.x[k], outputs[best[k] - 1][k]) for k in range(3))
+
+
+def observed(truth, sigma):
+    return dipddpm.Observed(truth, corrupted(truth, sigma=sigma), torch.arange(len(truth)), {}, {})
+
+
+def test_one_target_is_the_methods_own_fit():
+    cfg, known = config(dip_width=4), corrupted(random_images(3, 1, 8, 8), "inpaint", 0.1)
+    settings = torch.arange(3), 12
+    assert torch.equal(arms.fit_targets(cfg, known, [known.y], *settings),
+                       dipddpm.fit_dips(cfg, known, *settings))
+
+
+def test_a_plain_fits_looks_are_its_end_its_best_and_a_stop_that_sees_no_truth():
+    cfg, run = config(mode="guide", dip_width=4, budget=35), bare_run()
+    seen = observed(random_images(2, 1, 8, 8), 0.1)
+    looks, follow = arms.fit_plain(cfg, seen, run, 2, [seen.known.y])
+    x, when = looks["oracle"]
+    torch.testing.assert_close(measures.psnr(x.clamp(0, 1), seen.truth), follow.psnr)
+    assert [i for i, _ in follow.curve()] == [10, 20, 30, 35]
+    assert set(when.tolist()) <= {10, 20, 30, 35}
+    end = measures.psnr(looks["plain"][0].clamp(0, 1), seen.truth)
+    assert follow.curve()[-1][1] == pytest.approx(end.mean().item())
+    assert (follow.psnr >= end).all() and looks["plain"][1].tolist() == [35, 35]
+    other, _ = arms.fit_plain(cfg, seen._replace(truth=1 - seen.truth), run, 2, [seen.known.y])
+    assert {arm for arm in looks if torch.equal(looks[arm][0], other[arm][0])} == {
+        "plain", "es-wmv"}
+
+
+def test_plain_fits_do_not_depend_on_their_group():
+    seen = observed(random_images(3, 1, 8, 8).double(), 0.1)
+    fits = [arms.fit_plain(config(mode="guide", dip_width=4, budget=20, dip_group=group), seen,
+                           bare_run(), 2, [seen.known.y])[0] for group in (2, 64)]
+    for arm in fits[0]:
+        torch.testing.assert_close(fits[0][arm][0], fits[1][arm][0], rtol=1e-5, atol=1e-7)
+
+
+def test_what_leaks_has_the_precision_of_all_its_rungs():
+    truth = random_images(200, 1, 8, 8)
+    known = corrupted(truth, "inpaint", 0.2)
+    leaking, mean = arms.leaking_rungs(config(rungs=3), known, truth, torch.arange(200))
+    seen, best = known.mask.bool(), sum(level**-2 for level in (0.8, 0.4, 0.2)) ** -0.5
+    levels = [(y - truth)[seen].std().item() for y in (*leaking, mean)]
+    assert levels == pytest.approx([0.8, 0.4, 0.2, best], rel=0.04)
+    assert all((y[~seen] == 0).all() for y in leaking)
+
+
+GUIDE = ("--data digits --samples 2 --budget 40 --dip-width 4 --replicas 2 --set patience=20 "
+         "--set rungs=2").split()
+THREE = ["plain", "oracle", "es-wmv"]
+MEANS = [f"{name}-mean" for name in THREE]
+
+
+@pytest.mark.parametrize("flags, names", [
+    ("--sigma 0.3", [*THREE, *MEANS, "split", "ladder", "literal", "literal-mean"]),
+    ("--sigma 0.3 --arms split,mean", [*MEANS, "split"]),
+    ("--sigma 0.3 --replicas 1 --arms plain,mean", THREE),
+    ("--task inpaint", [*THREE, *MEANS, "split"])])  # without noise nothing climbs, nothing leaks
+def test_guide_compares_its_arms_and_marks_what_leaks(flags, names, tmp_path, capsys):
+    status, _, err = run_main(arms.main, ["guide", *GUIDE, *flags.split(), "--out", tmp_path / "g"],
+                              capsys)
+    assert status == 0, err
+    result = json.loads((tmp_path / "g" / "results.json").read_text())
+    rows = {row["name"]: row for row in result["arms"]}
+    assert list(rows) == names
+    assert {name for name, row in rows.items() if row.get("leaks")} == {
+        name for name in names if "literal" in name}
+    assert ("they leak it" in (tmp_path / "g" / "report.html").read_text()) == ("literal" in names)
+    for name, row in rows.items():
+        assert row["networks"] == (2 if name in (*MEANS, "split", "ladder") else 1)
+        assert row["network_steps"] == pytest.approx(row["networks"] * row["iterations"])
+        assert ("seconds" in row) == ("oracle" not in name)
+        assert ("gap" in row) == ("plain" in names)  # to the oracle of one network
+        assert math.isfinite(row["psnr"]) and row.get("seconds", 0) < result["seconds"]["total"]
+    if "plain" in rows:
+        assert rows["oracle"]["gap"] == pytest.approx(0, abs=1e-5)
+        assert rows["es-wmv"]["seconds"] == pytest.approx(
+            rows["plain"]["seconds"] * rows["es-wmv"]["iterations"] / 40, rel=1e-3)
+
+
+# ================================================================== arms: method 1
+
+
+def test_smoothed_images_are_a_dips_outputs_in_256_steps(monkeypatch):
+    x = torch.tensor([-1.2, -1.0, -0.5, 0.0, 0.5, 1.0, 1.2]).view(1, 1, 1, 7)
+    monkeypatch.setitem(dipddpm.PRIORS, "dip-images", lambda *_: x)
+    images = arms.smoothed(config((1, 1, 7), dip_source=("codes", "images")), None, bare_run())
+    assert images.dtype == torch.uint8
+    assert images.flatten().tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+def test_snapshots_are_the_averages_of_their_moments(tmp_path):
+    cfg = config(width=8, batch=16, epochs=3, timesteps=50)
+    net, rows = arms.train(cfg, tiny_images(), bare_run(tmp_path), "full", 4)
+    files = sorted((tmp_path / "snapshots").glob("*.pt"))
+    assert [f.name for f in files] == [f"full-{n:06d}.pt" for n in (3, 6, 9, 12)]
+    last = torch.load(files[-1])
+    assert last["step"] == 12 and {row[0] for row in rows} == {"full"}
+    assert all(torch.equal(v, last["ema"][k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("T", [3, 10, 1000])
+def test_losses_on_held_out_images_are_at_times_that_exist(T):
+    asked, images = [], torch.zeros(1002, 1, 4, 4, dtype=torch.uint8)
+    losses = arms.held_out_losses(
+        config((1, 4, 4), timesteps=T, predict="x0"),
+        lambda x_t, t: (asked.extend(t.tolist()), 0 * x_t)[1], images, bare_run())
+    assert len(asked) == 5 * 1000  # images at five t
+    assert sorted(set(asked)) == sorted({max(1, round(s * T)) - 1 for s in (.1, .3, .5, .7, .9)})
+    assert losses == pytest.approx(dict.fromkeys(losses, 1.0)) and len(losses) == 5  # (0 - -1)^2
+
+
+def test_seconds_of_a_step_are_not_bent_by_a_pause():
+    rows = [["full", 50 * n, 0, 10.0 * n + (1000 if n > 3 else 0), 0, 0] for n in range(1, 9)]
+    assert arms.median_step(rows) == pytest.approx(0.2)
+
+
+PRIOR = ["prior", *FAST, "--dip-source", "images,network,codes", "--dip-iters", "3", "--snapshots",
+         "2", "--network-arch", "conv2", "--network-width", "4", "--network-iters", "3"]
+
+
+@pytest.fixture(scope="module")
+def two_networks(tmp_path_factory):
+    """A run of a network on images and one on DIP outputs."""
+    folder = tmp_path_factory.mktemp("arms") / "run"
+    arms.main([*PRIOR, "--out", str(folder)])
+    return folder
+
+
+def test_every_prior_arm_samples_with_each_network(two_networks):
+    result = json.loads((two_networks / "results.json").read_text())
+    rows = {(r["name"], r["train"], r["nfe"]): r for r in result["arms"]}
+    assert rows.keys() == {("ddpm", "full", nfe) for nfe in (2, 4)} | {
+        (arm, name, nfe) for arm in dipddpm.PRIORS for name in ("full", "smoothed")
+        for nfe in (2, 4)}
+    assert {r["name"] for r in rows.values() if "own_source" in r} == {
+        "dip-images", "dip-network", "blur"}
+    pixels = data.load("digits", split="train", limit=128).pixels[measures.subset(128, 8)]
+    square = (dipddpm.prior_blur(None, None, pixels) - pixels.float() / 127.5 + 1).square().sum()
+    assert rows["blur", "smoothed", 2]["prior_square_error"] == pytest.approx(
+        square.item() / 8, rel=1e-4)
+    smooth, full = (dipddpm.load_checkpoint(folder)["ema"]
+                    for folder in (two_networks / "smoothed", two_networks))
+    assert not torch.equal(smooth["enter.weight"], full["enter.weight"])
+
+
+def test_curves_of_a_training_follow_its_snapshots(two_networks):
+    result = json.loads((two_networks / "results.json").read_text())
+    curves, train = result["curves"], result["seconds"]["train"]
+    rows = {(r["name"], r["train"], r["nfe"]): r for r in result["arms"]}
+    assert [step for step, _ in curves["held-out/smoothed t = 0.5 T"]] == [4, 8]
+    for arm, name in ("ddpm", "full"), ("dip-codes", "smoothed"), ("dip-images", "full"):
+        of = arm if arm == "ddpm" else f"{arm} {name}"
+        (early, _), (late, quality) = curves[f"training/{of}, 4 evaluations"]
+        row = rows[arm, name, 4]
+        assert late - early == pytest.approx(early - row["prior_seconds"], abs=1e-3)
+        assert 0 < late - row["prior_seconds"] <= 3 * train
+        assert quality == pytest.approx(row["fid_lenet"], rel=1e-4)  # the last weights'
+    log = (two_networks / "log.csv").read_text()
+    assert "\nfull,8," in log and "\nsmoothed,8," in log
+
+
+def test_a_run_with_two_networks_goes_on_where_it_was_stopped(two_networks, tmp_path, monkeypatch,
+                                                              capsys):
+    real, steps = dipddpm.denoising_loss, []
+
+    def interrupted(*args):
+        steps.append(0)
+        if len(steps) == 12:  # in the second training
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(dipddpm, "denoising_loss", interrupted)
+    assert run_main(arms.main, [*PRIOR, "--out", tmp_path / "r"], capsys)[0] == 130
+    status, _, err = run_main(arms.main, [*PRIOR, "--resume", tmp_path / "r"], capsys)
+    assert status == 0 and len(steps) == 2 * 8, err
+    whole, again = (json.loads((folder / "results.json").read_text())["arms"]
+                    for folder in (two_networks, tmp_path / "r"))
+    assert [row["fid_lenet"] for row in whole] == [row["fid_lenet"] for row in again]
+
+
+# ================================================================== reports
+
+
+def idx_bytes(array):
+    """A uint8 array as an IDX file."""
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + (
+        array.tobytes())
+
+
+@pytest.fixture
+def small_studies(tmp_path, monkeypatch):
+    """Every data set of the studies with a few pictures, and sizes that take seconds."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setenv("DIPDDPM_DATA", str(tmp_path / "data"))
+    for name in ("mnist", "fashion-sample", "cifar-10-batches-bin", "photos"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for name in ("mnist", "fashion-sample"):
+        for split, n in ("train", 40), ("t10k", 20):
+            images = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
+            for kind, array in ("images-idx3", images), ("labels-idx1", np.arange(n) % 10):
+                path = tmp_path / "data" / name / f"{split}-{kind}-ubyte"
+                path.write_bytes(idx_bytes(array.astype(np.uint8)))
+    for name, n in ("data_batch_1", 40), ("test_batch", 20):
+        records = rng.integers(0, 256, (n, 3073)).astype(np.uint8)
+        records[:, 0] = np.arange(n) % 10
+        (tmp_path / "data/cifar-10-batches-bin" / f"{name}.bin").write_bytes(records.tobytes())
+    photo = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "data/photos/F16_GT.png")
+    few, size = dict(width=8, n=12), reports.SMALL
+    monkeypatch.setattr(reports, "SMALL", {
+        "A": size["A"] | few | dict(dip_width=2, dip_iters=2),
+        "B": size["B"] | few | dict(epochs=1, dip_iters=(1, 2), dip_width=2, nfe=(2, 3),
+                                    skip_width=2, steps=8, fits=2),
+        "C": size["C"] | few | dict(epochs=1, dip_widths=(2, 3), dip_iters=2),
+        "D": size["D"] | dict(pixels=16, rates=(0.01,), rungs=2, steps=10, guide_iters=10),
+        "E": size["E"] | few | dict(epochs=2, archs=("conv2",), dip_width=2, n=35, dip_iters=2,
+                                    snapshots=2)})
+    return tmp_path / "out"
+
+
+def test_every_study_ends_in_its_table_and_what_is_finished_is_not_done_again(small_studies,
+                                                                               capsys):
+    assert reports.main([*"ABCDE", "--seeds", "3", "--out", str(small_studies)]) == 0
+    said, tables = capsys.readouterr().out, {}
+    for name in "ABCDE":
+        tables[name] = (small_studies / name / "table.md").read_text()
+        about, _, head, _, *rows = tables[name].splitlines()
+        assert about.startswith(f"{name}: pictures ") and "seeds 3" in about
+        assert [cell.strip() for cell in head.split("|")] == ["", "", "reported", "here", ""]
+        cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+        assert all(len(row) == 3 and row[2] not in ("", "–") for row in cells)
+        assert tables[name] in said
+
+    # cells against what they are made of
+    def results(study, name):
+        return json.loads((small_studies / study / name / "seed=3/results.json").read_text())
+
+    losses = [results("A", "base")["curves"][f"held-out/{name} t = 0.3 T"][-1][1]
+              for name in ("full", "smoothed")]
+    assert f" {reports.each([losses])} |" in tables["A"]
+    [split] = [row for row in results("D", "guide")["arms"] if row["name"] == "split"]
+    assert f" {reports.each([(split['psnr'], split['ssim'])])} |" in tables["D"]
+    # given again, with the same flags and with others
+    weights = {path: path.stat().st_mtime for path in small_studies.rglob("checkpoint.pt")}
+    assert len(weights) == (4 + 2 + 1 + 1) + (1 + 2 + 1)  # and those of the second networks
+    assert reports.main(["C", "D", "--seeds", "3", "--out", str(small_studies)]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert weights == {path: path.stat().st_mtime for path in small_studies.rglob("checkpoint.pt")}
+    reports.SMALL["D"] |= dict(sigma=0.2)
+    assert reports.main(["D", "--seeds", "3", "--out", str(small_studies)]) == 2
+    assert "seed=3 is a run with other flags" in capsys.readouterr().err
+
+
+def test_a_study_that_fails_says_why_and_the_next_is_done(small_studies, capsys):
+    (small_studies.parent / "data/photos/F16_GT.png").unlink()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert reports.main(["D", "C", "--seeds", "0", "--out", str(small_studies)]) == 2
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (small_studies / "D/table.md").exists() and (small_studies / "C/table.md").exists()
+
+
+def test_what_the_studies_measure_is_what_they_say():
+    truth = torch.rand(4, 3, 40, 40)
+    ab, numbers = dipddpm.linear_schedule(1000).at(300), torch.arange(4)
+    eps = (2 * reports.after_steps(truth, 300, numbers, 2) - 1 - ab**0.5 * (2 * truth - 1)) / (
+        1 - ab)**0.5
+    assert abs(eps.mean()) < 0.03 and eps.std() == pytest.approx(1, abs=0.03)
+    x = reports.stretched(0.2 + 0.5 * truth)
+    assert (x.amin((1, 2, 3)) == 0).all() and (x.amax((1, 2, 3)) == 1).all()
+    torch.testing.assert_close(x, reports.stretched(truth))
+    # a DIP that is off by 0.1 in [0, 1], that is by 0.2 in [-1, 1], everywhere
+    results = {"seconds": {"dip": 5.0}, "arms": [
+        {"name": "dip", "prior_seconds": 2.0, "prior_square_error": 0.2**2 * truth[0].numel()}]}
+    assert reports.dip_cost(results, "dip", truth[0].numel()) == pytest.approx((3.0, 0.01))
+
+
+def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
+    cfg, truth = config(timesteps=100, predict="x0"), random_images(3, 1, 8, 8)
+    known = reports.noised(cfg, truth, 0.2)
+    x = reports.denoised(cfg, lambda x_t, t: 2 * truth - 1, known)
+    torch.testing.assert_close(x, truth)  # a perfect network gives the truth, whatever y
+    assert 0.15 < (known.y - truth).std() < 0.25
+    assert reports.spread([21.0, 21.03, 21.1]) == "21.04 ± 0.05"
+    assert reports.spread([0.0079]) == "0.00790" and reports.spread([0.0]) == "0.00"
+    assert reports.spread([132.0, 133.0]) == "132.5 ± 0.7"
+    assert reports.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
