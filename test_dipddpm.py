@@ -2348,7 +2348,7 @@ def golden():
     x, numbers, found = pixels[:2].double() / 255, torch.arange(2), {}
     # training, and three evaluations of a network that anybody can write down
     net = dipddpm.make_unet(cfg, 1, "cpu")
-    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), fused=True)
+    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), betas=(0.9, 0.99))
     steps = dipddpm.train_steps(cfg, pixels, net, copy.deepcopy(net), adam)
     found["losses of 8 training steps"] = [loss.item() for _, loss in steps]
     start = dipddpm.start_from_prior(cfg, 2 * x.float() - 1, 24, numbers)
