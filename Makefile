@@ -1,7 +1,7 @@
 # Each target makes .venv first if it is not there: on a fresh machine any of them is the only command.
 PYTHON ?= python3
 BIN := .venv/bin
-TESTS := test_dipddpm.py $(wildcard studies/test_studies.py)
+TESTS := test_dipddpm.py $(wildcard studies/test_*.py)
 
 .PHONY: help run test reproduce figures lint clean
 

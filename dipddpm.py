@@ -827,12 +827,13 @@ class CodeDecoder(nn.Module):
 def principal_components(pixels, D):
     """The first D principal components of pixels uint8 [N, C, H, W] scaled to [0, 1], P = C H W:
     whitened scores [N, D], mean [P] and axes [D, P], so that mean + scores @ axes is the best
-    linear reconstruction; fewer than D where min(N, P) is less."""
+    linear reconstruction; fewer than D where the images do not vary in as many directions."""
     X = pixels.flatten(1).float() / 255  # [N, P]
     N, P = X.shape
     mean = X.mean(0)
     X = X - mean
     value, vector = torch.linalg.eigh((X.T @ X if P <= N else X @ X.T).double() / N)  # ascending
+    D = min(D, max(1, int((value > 1e-6 * value[-1]).sum())))  # whitened, rounding would be large
     scale = value[-D:].flip(0).clamp(min=1e-12).sqrt().float()
     vector = vector[:, -D:].flip(1).float()
     if P > N:  # from the scores to the axes

@@ -2016,8 +2016,8 @@ def test_a_prior_run_leaves_results_of_every_arm(whole_run):
     error = dipddpm.prior_blur(None, None, sources) - (sources.float() / 127.5 - 1)
     assert rows["blur", 2, 0]["prior_square_error"] == pytest.approx(
         error.square().sum().item() / 8, rel=1e-4)
-    for file in "log.csv", "checkpoint.pt", "priors.png", "film.png", "samples-nfe4.png":
-        assert (folder / file).stat().st_size > 0
+    assert {"log.csv", "checkpoint.pt", "priors.png", "samples-nfe4.png"} <= {
+        path.name for path in folder.iterdir()}
 
 
 def test_a_runs_network_serves_another_run_and_its_own_stays_as_it_is(whole_run, tmp_path):
@@ -2074,12 +2074,11 @@ def test_guide_compares_its_arms(task, sigma, arms, tmp_path):
             assert row["own_gap"] == pytest.approx(max(0, best - row["psnr"]), abs=2e-3)
 
 
-def test_dip_stops_by_itself_and_tells_how_well(tmp_path, capsys):
+def test_dip_stops_by_itself_and_tells_how_well(tmp_path):
     corrupted, dip = run("dip", tmp_path, **FIT | dict(samples=3, budget=110))["arms"]
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
-    assert dip["iterations"] <= 110 and "iteration 50: psnr " in capsys.readouterr().out
-    assert len(list(tmp_path.glob("restored-*.png"))) == 3
+    assert dip["iterations"] <= 110 and len(list(tmp_path.glob("restored-*.png"))) == 3
 
 
 def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
@@ -2184,9 +2183,10 @@ def little_training(tmp_path):
     """600 quick steps on pictures that are quickly there: flags, and where to run them."""
     (tmp_path / "data").mkdir()
     for i in range(70):
-        picture(tmp_path / "data" / f"{i:02}.png", (12, 12), "L", i)
-    flags = dict(mode="ddpm", data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40,
-                 samples=4, nfe=2)
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 12)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
+    flags = dict(mode="prior", data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40,
+                 samples=4, nfe=2, dip_iters=3, dip_width=4)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
     return flags, dict(cwd=HERE, env=environment, text=True, stdout=subprocess.PIPE,
                        stderr=subprocess.PIPE)
@@ -2218,6 +2218,10 @@ def begun(command, folder, here):
     return process
 
 
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())["arms"]
+
+
 def log_of(folder):
     """log.csv without its heading and seconds."""
     rows = [row.split(",") for row in (folder / "log.csv").read_text().splitlines()[1:]]
@@ -2244,7 +2248,7 @@ import dipddpm
 folder, *words = sys.argv[1:]
 dipddpm.CHECKPOINT_SECONDS, chance, ends = 0, random.Random(5), []
 sys.stdout, said = open(os.devnull, "w"), sys.stdout
-for number in [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] * 5 + [0]:
+for number in [signal.SIGKILL, signal.SIGINT, signal.SIGTERM] * 4 + [0]:
     goes_on = os.path.exists(os.path.join(folder, "config.json"))
     pid = os.fork()
     if pid == 0:
@@ -2272,18 +2276,6 @@ def test_a_training_stopped_again_and_again_ends_in_the_same_bits(little_run, tm
         assert torch.equal(weight, weights[name])
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    flags, here = little_training(tmp_path)
-    flags |= dict(mode="prior", limit=62, epochs=30, batch=31, samples=7, dip_iters=3, dip_width=4)
-    one, two = tmp_path / "one", tmp_path / "two"
-    ended_well(one_process(out=one, **flags), here)
-    said = ended_well(two_processes(out=two, **flags), here)
-    assert said.count("data: ") == said.count("report: ") == 1  # one process speaks
-    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-4)
-    pictures = [np.asarray(Image.open(folder / "samples-nfe2.png"), float) for folder in (one, two)]
-    assert abs(pictures[0] - pictures[1]).max() <= 2
-
-
 def test_one_process_or_two_stop_or_die_and_others_go_on(little_run, tmp_path):
     flags, here, whole = little_run
     first, second, third = (tmp_path / name for name in "123")
@@ -2305,10 +2297,12 @@ def test_one_process_or_two_stop_or_die_and_others_go_on(little_run, tmp_path):
     said = [line for line in err.splitlines() if line.startswith("dipddpm: ")]  # among torchrun's
     assert said == [f"dipddpm: another process ended; continue with --resume {third}"]
     assert process.returncode and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    # one goes on to the end
-    ended_well(one_process(resume=third), here)
-    assert losses_of(third) == pytest.approx(losses_of(whole), rel=0.02)
-    assert len(losses_of(third)) == 12
+    # two or one go on to the end, and one process speaks
+    for folder, command in (second, two_processes), (third, one_process):
+        said = ended_well(command(resume=folder), here)
+        assert said.count("data: ") == said.count("report: ") == 1
+        assert losses_of(folder) == pytest.approx(losses_of(whole), rel=0.02)
+        assert {row["name"] for row in results_of(folder)} == {"ddpm", *dipddpm.PRIORS}
 
 
 # ---- golden numbers ------------------------------------------------------------------------------
@@ -2354,7 +2348,7 @@ def golden():
     x, numbers, found = pixels[:2].double() / 255, torch.arange(2), {}
     # training, and three evaluations of a network that anybody can write down
     net = dipddpm.make_unet(cfg, 1, "cpu")
-    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), fused=True)
+    adam = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.0), betas=(0.9, 0.99))
     steps = dipddpm.train_steps(cfg, pixels, net, copy.deepcopy(net), adam)
     found["losses of 8 training steps"] = [loss.item() for _, loss in steps]
     start = dipddpm.start_from_prior(cfg, 2 * x.float() - 1, 24, numbers)
