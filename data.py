@@ -182,8 +182,9 @@ def _mnist_or_digits(root):
         for file in MNIST_SHA256:
             _find_or_fetch(root, "mnist", file)
         return "mnist"
-    except OSError as error:
-        print(f"data: using the built-in digits, not MNIST: {_line(error)}", file=sys.stderr)
+    except OSError:  # --data mnist says why
+        print(f"data: the built-in digits; MNIST is not in {root / 'mnist'} and could not be "
+              "downloaded", file=sys.stderr)
         return "digits"
 
 

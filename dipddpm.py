@@ -1402,11 +1402,8 @@ MODES = {"dip": run_fits, "ddpm": run_prior, "prior": run_prior, "guide": run_fi
 
 def describe(row):
     """One row of results as one line of text."""
-    keys = ("task", "nfe", "t_start", "eta", "fid_lenet", "precision", "recall", "nearest", "psnr",
-            "ssim", "psnr_oracle", "seconds")
-    return f"{row['name']:<13}" + "  ".join(
-        f"{k} {row[k]:.4g}" if isinstance(row[k], float) else f"{k} {row[k]}"
-        for k in keys if k in row)
+    keys = "nfe", "t_start", "eta", "fid_lenet", "recall", "psnr", "ssim", "psnr_oracle", "seconds"
+    return f"{row['name']:<12}" + "  ".join(f"{k} {row[k]:.4g}" for k in keys if k in row)
 
 
 def loss_curve(rows):
