@@ -2325,7 +2325,7 @@ GOLDEN = {
     "t_start": (600, 600, 600, 600),
     "samples": (1000, 16, 16, 64),
     "dip_width": (16, 16, 128, 16),
-    "sigma": (None, 0.1, 0.1, None),
+    "sigma": (0.1, 0.1),
     "budget": (1000, 1000, 3000, 1000),
     "dip_lr": (0.01, 0.05, 0.01, 0.01),
     "patience": (50, 50, 200, 50),
@@ -2379,7 +2379,7 @@ def golden():
     for f in dataclasses.fields(dipddpm.Config):
         values = [getattr(cfg, f.name) for cfg in given]
         if f.default is None and any(values):
-            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values]
+            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values if v]
     return found
 
 
