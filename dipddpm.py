@@ -719,10 +719,11 @@ class DIPGroup:
         self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
         return x.detach(), losses.detach()
 
-    def not_finite(self):
-        """The error to raise where a fit has left the finite numbers."""
-        return RuntimeError(f"a DIP fit is not finite after {self.steps} iterations with Adam's "
-                            f"rate {self.cfg.dip_lr:g}")
+    def require(self, finite):
+        """RuntimeError unless all of a bool tensor is true: a fit has left the finite numbers."""
+        if not finite.all():
+            raise RuntimeError(f"a DIP fit is not finite after {self.steps} iterations with Adam's "
+                               f"rate {self.cfg.dip_lr:g}")
 
     def collapsed(self, losses, y, share):
         """Members whose loss has jumped back half of the way to that of a flat output, bool [K]: at
@@ -773,7 +774,11 @@ def untracked(steps, *_):
     return steps
 
 
-def fit_dips(cfg, known, numbers, iters, track=untracked, look=None):
+def unseen(*_):
+    """A look at a fit where nobody looks."""
+
+
+def fit_dips(cfg, known, numbers, iters, track=untracked, look=unseen):
     """Fit one DIP to each image: minimise |A f_theta(z + jitter) - y|^2 over theta from random
     theta, Adam, with the exponential average of the outputs (Ulyanov et al. 2018, eq. 2 and 4-6,
     section 3; the jitter: supplementary). `known` is the Measurement of K images; returns the
@@ -784,10 +789,9 @@ def fit_dips(cfg, known, numbers, iters, track=untracked, look=None):
     group = DIPGroup(cfg, numbers, y.shape[1], *known.mask.shape[2:], y.dtype)
     for i in track(range(1, iters + 1), "fit DIPs", len(y)):
         x, _ = group.iterate(i - 1, y, share, A)
-        if (i % CHECK == 0 or i == iters) and not group.average.isfinite().all():
-            raise group.not_finite()
-        if look is not None:
-            look(i, x, group.average)
+        if i % CHECK == 0 or i == iters:
+            group.require(group.average.isfinite())
+        look(i, x, group.average)
     return group.average
 
 
@@ -1173,7 +1177,7 @@ class LikelyMean:
         self.weight, self.least = before + now, least
 
 
-def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
+def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
     `patience` iterations; then weights, Adam's memory and output go back to the rung's best. One
@@ -1203,15 +1207,13 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
         result.add(fitting, x, risk, half, M)
         group.save((risk < best).repeat_interleave(M))
         since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
-        if (fitting & risk.isinf()).any():
-            raise group.not_finite()
+        group.require(~fitting | risk.isfinite())
         # a rung ends without a lower risk; the ladder, where a rung was no better than the last
         ends = fitting & (since >= cfg.patience)
         climbs = ends & (rung < len(half.targets) - 1) & (best < last)
         fitting = fitting & (climbs | ~ends)
         took = torch.where(ends & ~climbs, i, took)
-        if look is not None:
-            look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
+        look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
         if not fitting.any():
             break
         # to the next rung, from this one's best
@@ -1222,10 +1224,10 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=None):
     return result.x, took
 
 
-def fit_plain(cfg, known, numbers, rungs, track=untracked, look=None):
+def fit_plain(cfg, known, numbers, rungs, track=untracked, look=unseen):
     """A DIP for each image that nothing stops, called as `fit_guided`; it has one rung."""
     def seldom(i, _, average):
-        if look is not None and (i % CHECK == 0 or i == cfg.budget):
+        if i % CHECK == 0 or i == cfg.budget:
             look(i, average)
     x = fit_dips(cfg, known, numbers, cfg.budget, track, seldom)
     return x, torch.full((len(x),), cfg.budget, device=x.device)
@@ -1296,7 +1298,7 @@ def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
     are fitted and the outputs."""
     fits = []
     for rows in seen.numbers.split(max(1, cfg.dip_group // replicas)):
-        look = follow and (lambda i, x, rows=rows: follow(i, rows, x))
+        look = (lambda i, x, rows=rows: follow(i, rows, x)) if follow else unseen
         fits.append(fit(cfg, seen.known.part(rows), rows, rungs, run.track, look))
     x, took = map(torch.cat, zip(*fits))
     return x.clamp(0, 1), took

@@ -64,7 +64,8 @@ class WindowedVariance:
             self.stopped[done] = i
 
 
-def fit_targets(cfg, known, targets, numbers, iters, track=dipddpm.untracked, look=None):
+def fit_targets(cfg, known, targets, numbers, iters, track=dipddpm.untracked,
+                look=dipddpm.unseen):
     """`dipddpm.fit_dips` to a list of targets of y's shape, one after the other, for equally many
     iterations each."""
     given = known.given()
@@ -73,10 +74,8 @@ def fit_targets(cfg, known, targets, numbers, iters, track=dipddpm.untracked, lo
     group = dipddpm.DIPGroup(cfg, numbers, *shape, targets[0].dtype)
     for i in track(range(1, iters + 1), "fit DIPs", len(numbers)):
         x, _ = group.iterate(i - 1, targets[(i - 1) * len(targets) // iters], share, known.A)
-        if look is not None:
-            look(i, x, group.average)
-    if not group.average.isfinite().all():
-        raise group.not_finite()
+        look(i, x, group.average)
+    group.require(group.average.isfinite())
     return group.average
 
 

@@ -81,8 +81,7 @@ def fit_held_out(cfg, known, numbers, iters, track=dipddpm.untracked):
         group.iterate(i - 1, y, share, known.A)
         if i % dipddpm.CHECK and i < iters:
             continue
-        if not group.average.isfinite().all():
-            raise group.not_finite()
+        group.require(group.average.isfinite())
         risk = ((known.A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
         best = torch.where(risk < best_risk, group.average, best)
         best_risk = torch.minimum(risk, best_risk)
