@@ -1216,8 +1216,8 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
         look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
         if not fitting.any():
             break
-        # to the next rung, from this one's best
-        rung, since = rung + climbs, since * ~climbs
+        # to the next rung, from this one's best; its first look will be the lowest there
+        rung = rung + climbs
         last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
         group.begin_rung(climbs.repeat_interleave(M))
         target = half.target(rung, M)
@@ -1590,7 +1590,8 @@ class Run:
         self.stop = 0  # the number of the signal that asked for it
         self.begun, self.saved, self.about = False, None, {}
         continues = cfg.resume and cfg.mode in ("ddpm", "prior")
-        self.folder = Path(cfg.resume) if continues and not cfg.out else new_folder(cfg)
+        self.folder = of_the_first(Path(cfg.resume) if continues and not cfg.out
+                                   else new_folder(cfg))
         self.fresh = not continues or bool(cfg.out)
         if continues and (Path(cfg.resume) / CHECKPOINT).exists():
             self.saved = load_checkpoint(cfg.resume)
@@ -1761,12 +1762,18 @@ def join_processes(cfg):
         return
     if cfg.mode not in ("ddpm", "prior"):
         raise ValueError(f"--mode {cfg.mode} runs in one process, without torchrun")
-    if not cfg.out and not cfg.resume:
-        raise ValueError("several processes need --out: the clock gives each another folder")
     cuda = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def of_the_first(value):
+    """The first process's value, in each: two may read different clocks."""
+    box = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def total(x):
