@@ -2103,7 +2103,6 @@ def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
     ("the data was", dict(resume="RUN")),
     ("RUN exists and is not empty", dict(mode="ddpm", out="RUN")),
     ("runs in one process", dict(mode="guide", processes=2)),
-    ("several processes need --out", dict(mode="ddpm", processes=2)),
 ])
 def test_what_cannot_go_on_is_one_line_and_touches_nothing(says, flags, whole_run, tmp_path, capsys,
                                                            monkeypatch):
