@@ -747,8 +747,8 @@ class DIPGroup:
             self.saved = [x.clone() for x in self.state()]
             self.saved_at = torch.zeros_like(self.age)
         for kept, now in zip(self.saved, self.state()):
-            kept[which] = now[which]
-        self.saved_at[which] = self.steps
+            torch.where(which[:, None], now, kept, out=kept)
+        self.saved_at = torch.where(which, self.steps, self.saved_at)
 
     def rewind(self, which):
         """Go back to what was saved. Adam divides its memory m by 1 - beta^steps, and counts steps
@@ -757,16 +757,17 @@ class DIPGroup:
         if not which.any():
             return
         for kept, now in zip(self.saved, self.state()):
-            now[which] = kept[which]
-        at = self.saved_at[which][:, None]
+            torch.where(which[:, None], kept, now, out=now)
         for memory in self.optimizer.state.values():
             for key, beta in zip(("exp_avg", "exp_avg_sq"), self.optimizer.defaults["betas"]):
-                memory[key].view(self.K, -1)[which] *= (1 - beta**self.steps) / (1 - beta**at)
+                scale = (1 - beta**self.steps) / (1 - beta**self.saved_at)
+                memory[key].view(self.K, -1).mul_(torch.where(which, scale, 1)[:, None])
 
     def begin_rung(self, which):
         """Members `which` go on from what was saved, to another target: with new averages."""
         self.rewind(which)
-        self.age[which], self.low[which] = 0, math.inf
+        self.age.masked_fill_(which, 0)
+        self.low.masked_fill_(which, math.inf)
 
 
 def untracked(steps, *_):
