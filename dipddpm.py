@@ -468,7 +468,9 @@ def train_ddpm(cfg, pixels, run, each=None):
         row_due = done % 50 == 0 or done == steps
         stop = agreed(run.stop) if row_due or processes()[1] == 1 else 0
         if row_due or stop:  # the only place where the host waits for the device
-            check_finite(net, done, cfg)
+            if not torch.stack(torch._foreach_norm(list(net.parameters()))).isfinite().all():
+                raise RuntimeError(f"the training is not finite after {done} steps with --lr "
+                                   f"{cfg.lr:g}; the last good checkpoint is kept")
         if row_due:
             mean = total(torch.stack(losses).sum()).item() / len(losses)
             rows.append(["ddpm", done, done / per_epoch, clock(), mean,
@@ -1624,7 +1626,8 @@ class Run:
         """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to."""
         took, began = SimpleNamespace(), time.time()
         yield took
-        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         took.seconds = time.time() - began
         if part:
             self.seconds[part] += took.seconds
@@ -1739,13 +1742,6 @@ def load_weights(module, state, where):
     except RuntimeError as error:
         raise ValueError(f"{where}: its network has another architecture: "
                          f"{str(error).splitlines()[-1].strip()}") from error
-
-
-def check_finite(net, done, cfg):
-    """RuntimeError where a weight is not a finite number any more."""
-    if not torch.stack(torch._foreach_norm(list(net.parameters()))).isfinite().all():
-        raise RuntimeError(f"the training is not finite after {done} steps with --lr {cfg.lr:g}; "
-                           "the last good checkpoint is kept")
 
 
 # ------------------------------------------------------------------ processes and progress
@@ -1886,11 +1882,6 @@ class Graphed:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.work()
         self.graph.replay()
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def keep_freed_memory():
