@@ -1,11 +1,11 @@
 """Measures, pictures and the report: everything that looks at a result and nothing that makes one.
 
     image against image    mse, mae, psnr, ssim, delta_e           [N, C, H, W] in [0, 1] -> [N]
-    set against set        frechet_distance, kid, precision_recall, nearest, total_variation
-    LeNet features         feature_network, look, features, subset, floor
+    set against set        frechet_distance, kid, precision_recall, nearest
+    LeNet features         feature_network, features, subset, floor
     all of a set           Judge
-    files                  write_text, write_json, grid, save_png, draw
-    rows and runs          setting, text_tables, report, compare
+    files                  write_bytes, write_text, write_json, grid, save_png, draw
+    runs                   text_tables, report, compare
 
 `python eval.py A.png B.png` prints the image measures of two pictures; `python eval.py RUN...`
 makes RUN/report.html of RUN/results.json and, of several runs, comparison.html beside them.
@@ -17,14 +17,12 @@ training split. It is comparable between results that carry the same network che
 count, is read beside its floor (real against real), and is not the Inception FID of the papers.
 """
 import base64
-import copy
 import hashlib
 import html
 import io
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -346,14 +344,15 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
         net = LeNet(pixels.shape[1], int(labels.max()) + 1)
 
     # the weights: from a file that is whole, else by training
-    if not any(_load(net, Path(folder) / file) for folder in cache_dirs):
+    paths = [Path(folder) / file for folder in cache_dirs]
+    if not any(_load(net, path) for path in paths):
         _fit(net.to(device), pixels.to(device), labels.to(device), seed, epochs)
         state = {key: value.cpu() for key, value in net.state_dict().items()}
-        torch.save({"state": state, "checksum": checksum(net)}, content := io.BytesIO())
-        for folder in map(Path, cache_dirs):
+        torch.save({"state": state, "checksum": checksum(state)}, content := io.BytesIO())
+        for path in paths:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _replace(folder / file, content.getvalue())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, content.getbuffer())
                 break
             except OSError:
                 continue  # read-only: try the next one; a missing cache only costs time
@@ -362,25 +361,20 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
 
 def _load(net, path):
     """Whether a file holds weights of `net`, which it then has."""
-    if not path.is_file():
-        return False
-    whole = copy.deepcopy(net)  # so that nothing damaged reaches `net`
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        whole.load_state_dict(content["state"])
-        if content["checksum"] != checksum(whole):
-            raise ValueError("checksum")
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state"])
+    except OSError:
+        return False
     except Exception as error:  # a damaged file can raise nearly anything
         warnings.warn(f"{path} is damaged ({type(error).__name__}) and is made again", stacklevel=3)
         return False
-    net.load_state_dict(content["state"])
     return True
 
 
-def checksum(net):
-    """sha256 of a network's weights, which names the features of a result."""
+def checksum(state):
+    """sha256 of a network's weights, a state_dict(), which names the features of a result."""
     digest = hashlib.sha256()
-    for value in net.state_dict().values():
+    for value in state.values():
         digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
 
@@ -413,18 +407,10 @@ def _fit(net, pixels, labels, seed, epochs, batch=128):
 
 
 @torch.no_grad()
-def look(net, images, batch=1000):
-    """What a LeNet sees in images [N, C, H, W] (uint8, or floats in [0, 1]): its features,
-    float32 [N, 84], and its classes, int64 [N]."""
+def features(net, images, batch=1000):
+    """Of images [N, C, H, W] (uint8, or floats in [0, 1]), in a LeNet: float32 [N, 84]."""
     device = net.fc1.weight.device
-    seen = [net(_unit(part.to(device))) for part in images.split(batch)]
-    return (torch.cat([feature for feature, _ in seen]),
-            torch.cat([logits.argmax(1) for _, logits in seen]))
-
-
-def features(net, images):
-    """The first part of `look`."""
-    return look(net, images)[0]
+    return torch.cat([net(_unit(part.to(device)))[0] for part in images.split(batch)])
 
 
 def subset(N, n, number=0):
@@ -452,20 +438,12 @@ def floor(net, pixels, real, samples, subsets=5):
 # ---------------------------------------------------------------- a set's judge
 
 
-def total_variation(counts, others):
-    """Half the sum of |p - q| between the shares of two histograms: 0 where they agree, at most 1;
-    the share of samples that would have to change class."""
-    size = max(len(counts), len(others))
-    p, q = (F.pad(c, (0, size - len(c))).double() / c.sum() for c in (counts, others))
-    return 0.5 * (p - q).abs().sum().item()
-
-
 class Judge:
     """Measures sets of n samples. Where there are labels: against the test split, in the features
-    of a LeNet trained on the whole training split and in the shares of the classes that it sees.
-    For copying: the L2 distance over pixels in [0, 1] of each sample to the nearest training image
-    and to its own source. `train` and `test` are data.Images, `pixels` the training images that
-    were used, on the device to measure on. `seconds` is what all took."""
+    of a LeNet trained on the whole training split. For copying: the L2 distance over pixels in
+    [0, 1] of each sample to the nearest training image and to its own source. `train` and `test`
+    are data.Images, `pixels` the training images that were used, on the device to measure on.
+    `seconds` is what all took."""
 
     def __init__(self, train, pixels, test, n, cache_dirs):
         began, device = time.time(), pixels.device
@@ -475,11 +453,11 @@ class Judge:
         if train.labels is not None and min(n, len(test.pixels)) > 3:  # three neighbours and itself
             self.lenet = feature_network(train.pixels, train.labels, train.name, cache_dirs,
                                          device=device)
-            self.features, seen = look(self.lenet, test.pixels)
+            self.features = features(self.lenet, test.pixels)
+            seen = self.lenet.fc2(F.relu(self.features)).argmax(1)
             right = (seen == test.labels.to(device)).double().mean().item()
-            self.about = {"name": train.name, "accuracy": right, "checksum": checksum(self.lenet),
-                          "dimension": self.features.shape[1]}
-            self.histogram = torch.bincount(seen)
+            self.about = {"name": train.name, "accuracy": right,
+                          "checksum": checksum(self.lenet.state_dict())}
             # as many real images as generated ones, as recall asks for
             self.manifold = self.features[held_out.to(device)]
             self.floor = floor(self.lenet, train.pixels, self.features, n)
@@ -494,11 +472,10 @@ class Judge:
         """x [n, C, H, W] in [-1, 1], its uint8 sources -> the set's measures, a flat dictionary."""
         began, x, row = time.time(), (x + 1) / 2, {}
         if self.lenet is not None:
-            f, seen = look(self.lenet, x)
+            f = features(self.lenet, x)
             row["fid_lenet"] = frechet_distance(f, self.features)
             row["kid"], row["kid_std"] = kid(f, self.features)
             row["precision"], row["recall"] = precision_recall(f, self.manifold)
-            row["class_gap"] = total_variation(torch.bincount(seen), self.histogram)
         row |= self.copying(x)
         if sources is not None:
             own = (x - sources.float() / 255).flatten(1).norm(dim=1)
@@ -521,19 +498,24 @@ class Judge:
 # ---------------------------------------------------------------- files
 
 
-def _replace(path, content):
-    """Write bytes under a temporary name and move them: a reader never sees half a file."""
+def write_bytes(path, content):
+    """Write under a temporary name and rename when the disk has it all: whoever reads, be it after
+    a crash, finds the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(text, path):
-    _replace(path, text.encode(errors="replace"))
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_json(value, path, digits=6):
@@ -575,7 +557,7 @@ def grid(images, columns=None, pad=2, scale=1):
 def save_png(image, path):
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
-    _replace(path, content.getvalue())
+    write_bytes(path, content.getbuffer())
 
 
 def zoom(images):
@@ -592,20 +574,60 @@ def draw(path, caption, rows):
     return {"file": path.name, "caption": caption, "rows": list(rows)}
 
 
-# ---------------------------------------------------------------- rows and tables
+# ---------------------------------------------------------------- runs, their rows and tables
 
-SETTING = ("t_start", "eta", "order", "train", "grid")  # with its name they make a row's setting
+RUNS_OWN = ("seed", "out", "resume", "data_dir")  # flags that are no setting of the method
+SETTING = ("t_start", "eta", "train")  # what tells the rows of an arm apart, beside evaluations
 KEYS = ("fid_lenet", "precision", "recall", "nearest", "psnr", "ssim")
-NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
-         "kid": "KID", "psnr_oracle": "best PSNR, dB"}
+
+
+def identity(run):
+    """What must agree before numbers of two runs may be averaged: flags but for the seed, data,
+    features, device."""
+    flags = {key: value for key, value in run.get("config", {}).items() if key not in RUNS_OWN}
+    return json.dumps([flags, *map(run.get, ("mode", "data", "features", "device"))],
+                      sort_keys=True)
+
+
+def merge(folders):
+    """Results of one or more runs as one. Runs of one `identity` stand together: their rows follow
+    each other, a curve becomes a list with a line for each seed. Where there are several
+    identities, every name says which folder was the first of its own."""
+    # of a seed that comes twice the last counts
+    runs = {}
+    for folder in folders:
+        run = json.loads((Path(folder) / "results.json").read_text())
+        runs[identity(run), run.get("config", {}).get("seed")] = folder, run
+    first = {}
+    for (same, _), (folder, run) in runs.items():
+        first.setdefault(same, (folder, run))
+    floors = {json.dumps(run.get("floor", {}).get("fid_lenet")) for _, run in first.values()}
+
+    # their parts, one after the other
+    rows, curves, pictures, notes = [], {}, [], []
+    for (same, seed), (folder, run) in runs.items():
+        suffix = f" ({first[same][0]})" if len(first) > 1 else ""
+        for row in run.get("arms", []):
+            rows.append(row | {"name": row["name"] + suffix, "seed": seed})
+        for name, line in run.get("curves", {}).items():
+            curves.setdefault(name + suffix, []).append(line)
+        if folder == first[same][0]:  # the first seed's stand for all
+            pictures += [picture | {"caption": picture["caption"] + suffix, "folder": Path(folder)}
+                         for picture in run.get("pictures", [])]
+        notes += run.get("notes", [])
+    rows = [row | {"setting": setting(row, mine)}
+            for mine in group(rows, "task").values() for row in mine]
+    return {"arms": rows, "curves": curves_of(rows) | curves, "pictures": pictures,
+            "notes": list(dict.fromkeys(notes)), "runs": list(first.values()),
+            "floor": json.loads(floors.pop()) if len(floors) == 1 else None}
 
 
 def setting(row, rows):
     """The arm of a row and what tells it apart from the arm's other `rows`: "gauss t_start 600"."""
-    mine = [other for other in rows if other.get("name") == row.get("name")]
+    mine = [other for other in rows if other["name"] == row["name"]]
     apart = [f"{key} {show(row[key])}" for key in SETTING if row.get(key) is not None
-             and len({str(other.get(key)) for other in mine}) > 1]
-    return " ".join([str(row.get("name", "–")), ", ".join(apart)]).strip()
+             and len({other.get(key) for other in mine}) > 1]
+    return " ".join([row["name"], ", ".join(apart)]).strip()
 
 
 def group(rows, *keys):
@@ -624,31 +646,19 @@ def _values(rows, key):
     return [row[key] for row in rows if _number(row.get(key))]
 
 
-def headline(rows):
-    """What ranks rows: fid_lenet where it was measured, else PSNR; seconds if nothing was."""
-    return next((key for key in ("fid_lenet", "psnr") if _values(rows, key)), "seconds")
-
-
 def show(x):
-    """A value as a reader wants it: three or four digits, a dash for nothing."""
+    """A value as a reader wants it: three or four digits."""
     if not _number(x):
-        text = json.dumps(x) if isinstance(x, (list, dict, bool)) else str(x)
-        return "–" if x is None else text
+        return str(x)
     if isinstance(x, int) or abs(x) >= 1000:
         return f"{x:,.0f}"
     return f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
 
 
-def duration(seconds):
-    if seconds < 120:
-        return f"{seconds:.3g}\u00a0s"  # a number and its unit stay on one line
-    return f"{seconds / 60:.0f}\u00a0min" if seconds < 7200 else f"{seconds / 3600:.1f}\u00a0h"
-
-
-def cell(rows, key, seeds=1):
-    """The text of a measure: mean ± standard deviation over the rows' seeds, to two digits of that,
-    or ± over images of one seed; how many seeds, if some are missing; the headline's seconds."""
-    values, over_images = _values(rows, key), _values(rows, f"{key}_std")
+def cell(rows, key, seeds):
+    """The text of a measure: mean ± standard deviation over the rows' seeds, to two digits of that;
+    how many seeds, if some are missing; beside what ranks the arms, their seconds."""
+    values = _values(rows, key)
     if not values:
         return "–"
     mean, text = statistics.fmean(values), show(statistics.fmean(values))
@@ -656,44 +666,38 @@ def cell(rows, key, seeds=1):
     if deviation > 1e-9 * abs(mean):
         digits = max(0, 1 - math.floor(math.log10(deviation)))
         text = f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
-    if seeds == 1 and over_images:
-        text += f" ± {show(over_images[0])}"
     if len(values) < seeds:
         text += f" ({len(values)} of {seeds} seeds)"
-    if key == headline(rows) != "seconds" and (seconds := _values(rows, "seconds")):
-        text += f" ({duration(statistics.fmean(seconds))})"
+    if key in ("fid_lenet", "psnr") and (seconds := _values(rows, "seconds")):
+        text += f" ({show(statistics.fmean(seconds))} s)"
     return text
 
 
 def tables(results, keys=()):
     """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations
     for each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
-    floor = results.get("floor", {}).get("fid_lenet")
     for (task,), rows in group(results["arms"], "task").items():
         seeds = len(group(rows, "seed"))
         over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-        if seeds == 1 and any("psnr_std" in row for row in rows):
-            over += ", ± standard deviation over images"
         nfes = sorted({row.get("nfe") for row in rows}, key=lambda nfe: (nfe is not None, nfe))
         found = [key for key in dict.fromkeys(key for row in rows for key in row)
                  if _values(rows, key) and key[-4:] != "_std"]
 
-        def pivot(corner, columns):  # {head: (evaluations, measure)}
-            return [[corner, *columns]] + [[label, *(
+        def table(title, corner, columns):  # {head: (evaluations, measure)}
+            cells = [[corner, *columns]] + [[label, *(
                 cell([row for row in mine if row.get("nfe") == nfe], key, seeds)
                 for nfe, key in columns.values())]
                 for (label,), mine in group(rows, "setting").items()]
+            return ", ".join(filter(None, (task, *title, over))), cells
 
         if nfes == [None]:
             measured = [key for key in found if key not in ("seed", "sigma", *SETTING)]
-            columns = {NAMES.get(key, key): (None, key) for key in keys or measured if key in found}
-            yield ", ".join(filter(None, (task, over))), pivot("arm", columns)
+            yield table([], "arm", {key: (None, key) for key in keys or measured if key in found})
             continue
         for key in [key for key in keys or KEYS if key in found]:
-            bound = f"floor {show(floor)}" if key == "fid_lenet" and floor else ""
-            columns = {"none" if nfe is None else show(nfe): (nfe, key) for nfe in nfes}
-            yield (", ".join(filter(None, (task, NAMES.get(key, key), bound, over))),
-                   pivot("evaluations", columns))
+            bound = results["floor"] if key == "fid_lenet" else None
+            yield table([key, f"floor {show(bound)}" if bound else ""], "evaluations",
+                        {"none" if nfe is None else show(nfe): (nfe, key) for nfe in nfes})
 
 
 def markdown(cells):
@@ -716,7 +720,7 @@ def text_tables(folders, keys=("fid_lenet", "psnr")):
 
 
 class Axes(NamedTuple):
-    title: str
+    title: str = ""
     x: str = ""
     y: str = ""
     log: str = ""  # "x", "y" or "xy"
@@ -724,78 +728,44 @@ class Axes(NamedTuple):
 
 FID = "fid_lenet, lower is better"  # charts of it show its floor
 CHARTS = {  # the first word of a curve's name -> how it is drawn; others are linear
-    "quality": Axes("Quality against evaluations", "network evaluations", FID, "xy"),
-    "seconds": Axes("Quality against time", "seconds per 1,000 images, prior included", FID, "xy"),
-    "training": Axes("Quality against training time", "seconds, prior included", FID, "xy"),
-    "held-out": Axes("Loss on held-out images", "training step", "squared error", "y"),
-    "loss": Axes("Training loss", "training step", "weighted loss", "y"),
-    "restored": Axes("Restoration", "network evaluations (0: the DIP alone)", "PSNR in dB"),
-    "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
+    "quality": Axes(x="network evaluations", y=FID, log="xy"),
+    "seconds": Axes(x="seconds of all samples, prior included", y=FID, log="xy"),
+    "training": Axes(x="training seconds, prior included", y=FID, log="xy"),
+    "held-out": Axes(x="training step", y="squared error on held-out images", log="y"),
+    "loss": Axes(x="training step", y="weighted loss", log="y"),
+    "restored": Axes(x="network evaluations", y="PSNR in dB"),
+    "psnr": Axes(x="iteration", y="PSNR in dB"),
 }
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2")  # colours: --s0 … --s6 in COLOURS
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#c98500", "#3a93c9", "#1c1c1a")
 MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4.8 8.4h-9.6z",
          "M0-5.2l5.2 5.2-5.2 5.2-5.2-5.2z", "M0 5l4.8-8.4h-9.6z", "M-1.5-4.5h3v9h-3z",
          "M-4.5-1.5h9v3h-9z")
 
 
-def curves_of(rows, n):
-    """{"CHART/SETTING": [[x, y], ...]} of the rows of a run of n images: fid_lenet against
-    evaluations and against seconds per 1,000 images, or PSNR against evaluations."""
+def curves_of(rows):
+    """{"CHART/SETTING": [line of each seed, ...]}, a line [[x, y], ...], of rows with evaluations:
+    fid_lenet against these and against seconds, or PSNR against evaluations."""
     curves = {}
-    for (task,), mine in group(rows, "task").items():
-        key = headline(mine) if _values(mine, "nfe") else None
-        for row in sorted(mine, key=lambda row: row.get("nfe") or 0):
-            nfe, y, seconds, points = row.get("nfe") or 0, row.get(key), row.get("seconds"), {}
-            if key == "fid_lenet":
-                points["quality"] = [nfe, y]
-                points["seconds"] = [1000 * seconds / n if seconds and n else None, y]
-            if key == "psnr" and row["name"] != "corrupted":  # which no arm made
-                points[f"restored {task}".strip()] = [nfe, y]
-            for chart, point in points.items():
-                curves.setdefault(f"{chart}/{setting(row, mine)}", []).append(point)
+    for (name, task, _), mine in group(rows, "setting", "task", "seed").items():
+        mine = sorted((row for row in mine if row.get("nfe")), key=lambda row: row["nfe"])
+        charts = {"quality": ("nfe", "fid_lenet"), "seconds": ("seconds", "fid_lenet"),
+                  f"restored {task}": ("nfe", "psnr")}
+        for chart, (x, y) in charts.items():
+            if _values(mine, y):
+                line = [[row.get(x), row.get(y)] for row in mine]
+                curves.setdefault(f"{chart}/{name}", []).append(line)
     return curves
-
-
-def styles(names):
-    """{name: (number of its colour and marker, number of its dash)}: an arm, the first word of a
-    name, keeps its colour and marker in all its settings, which differ by their dashes."""
-    arms, style = {}, {}
-    for name in names:
-        settings = arms.setdefault(name.split(" ")[0].strip(",()"), [])
-        settings.append(name)
-        i = list(arms.values()).index(settings)
-        style[name] = (i % len(MARKS), (i + len(settings) - 1) % len(DASHES))
-    return style
-
-
-def over_seeds(lines, axes):
-    """Lines [[x, y], ...] of the seeds of a series -> lines [(x, y, deviation of y), ...]: their
-    mean where all stand at the same x, or x is a measured time, else all of them."""
-    def visible(point):
-        x, y = point
-        return (_number(x) and _number(y) and (x > 0 or "x" not in axes.log)
-                and (y > 0 or "y" not in axes.log))
-
-    points = [each for each in zip(*lines) if all(map(visible, each))]
-    if points and len(set(map(len, lines))) == 1 and (
-            "seconds" in axes.x or all(len({x for x, _ in each}) == 1 for each in points)):
-        return [[(statistics.fmean(x for x, _ in each), statistics.fmean(y for _, y in each),
-                  statistics.stdev(y for _, y in each) if len(each) > 1 else 0.0)
-                 for each in points]]
-    return [seen for line in lines if (seen := [(*point, 0.0) for point in filter(visible, line)])]
 
 
 def place(values, log, a, b):
     """An axis drawn from pixel a to b: (function from a value to its pixel, ticks)."""
     f = math.log10 if log else float
     lo, hi = f(min(values)), f(max(values))
-    margin = .05 * (hi - lo) or .5 * (1 if log else abs(lo) or 1)
+    margin = 0.05 * (hi - lo) or 0.5 * max(abs(lo), 1)
     lo, hi = lo - margin, hi + margin
     decades = range(math.floor(lo), math.ceil(hi)) if log else ()
     ticks = [m * 10.0**e for e in decades for m in ((1, 2, 5) if hi - lo <= 3 else (1,))]
     ticks = [v for v in ticks if lo <= f(v) <= hi]
-    if log and len(set(values)) <= 6 and all(v == round(v) for v in values):
-        ticks = sorted(set(values))  # evaluations are labelled one by one: 3, 5, 10, 20, 50
     if len(ticks) < 2:
         low, high = (10**lo, 10**hi) if log else (lo, hi)
         step = 10**math.floor(math.log10((high - low) / 4))
@@ -805,149 +775,71 @@ def place(values, log, a, b):
     return lambda v: a + (f(v) - lo) / (hi - lo) * (b - a), ticks
 
 
-def plot(axes, series, style, bound=None):
+def plot(axes, series, bound=None, labels=()):
     """{label: [line, ...]}, a line [[x, y], ...] for each seed, as the inside of an SVG 480 wide,
-    with title and key: (text, height); ("", 0) where nothing can be drawn. Lines are those of
-    `over_seeds`, in bands of a standard deviation; `bound` is the floor of fid_lenet."""
-    lines = {label: drawn for label, each in series.items() if (drawn := over_seeds(each, axes))}
+    with title and key: (text, height); ("", 0) where nothing can be drawn. `bound` is the floor of
+    fid_lenet; `labels`, if given, number the colours."""
+    def visible(x, y):
+        return (_number(x) and _number(y) and (x > 0 or "x" not in axes.log)
+                and (y > 0 or "y" not in axes.log))
+
+    lines = {label: [seen for line in each if (seen := [p for p in line if visible(*p)])]
+             for label, each in series.items()}
     points = [point for each in lines.values() for line in each for point in line]
     if not points:
         return "", 0
-    bounds = [bound] if axes.y == FID and _number(bound) and bound > 0 else []
-    edges = [y + d for _, y, s in points for d in (-s, s) if "y" not in axes.log or y + d > 0]
-    at_x, x_ticks = place([x for x, _, _ in points], "x" in axes.log, 62, 466)
-    at_y, y_ticks = place(edges + bounds, "y" in axes.log, 292, 42)
+    bounds = [bound] if axes.y == FID and bound else []
+    at_x, x_ticks = place([x for x, _ in points], "x" in axes.log, 62, 466)
+    at_y, y_ticks = place([y for _, y in points] + bounds, "y" in axes.log, 292, 42)
 
     def text(x, y, words, more=""):
         return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{esc(words)}</text>'
 
-    def path(points, more):
-        drawn = "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in points)
-        return f'<path d="M{drawn}" {more}/>'
-
     # title, axes and floor
-    svg = [text(0, 22, axes.title, 'class="ink" font-weight="600"'),
+    svg = [text(0, 22, axes.title, 'font-weight="600"'),
            text(264, 334, axes.x, 'text-anchor="middle"'),
            text(-167, 14, axes.y, 'text-anchor="middle" transform="rotate(-90)"')]
     for v in y_ticks:
-        svg.append(f'<path d="M62 {at_y(v):.1f}H466" stroke="var(--line)"/>'
+        svg.append(f'<path d="M62 {at_y(v):.1f}H466" stroke="#dcdbd5"/>'
                    + text(55, at_y(v) + 4.5, f"{v:,g}", 'text-anchor="end"'))
     for v in x_ticks:
-        svg.append(f'<path d="M{at_x(v):.1f} 292v5" stroke="var(--soft)"/>'
+        svg.append(f'<path d="M{at_x(v):.1f} 292v5" stroke="#63635e"/>'
                    + text(at_x(v), 312, f"{v:,g}", 'text-anchor="middle"'))
     for y in bounds:
-        svg.append(f'<path d="M62 {at_y(y):.1f}H466" stroke="var(--ink)" stroke-dasharray="3 4"/>'
+        svg.append(f'<path d="M62 {at_y(y):.1f}H466" stroke="#1c1c1a" stroke-dasharray="3 4"/>'
                    + text(66, at_y(y) - 5, f"floor {show(y)}"))
 
-    # bands, lines, and markers where points are few; below, a key for each
-    key_x, key_y, low = 0, 358, min(edges)
-    for label, each in lines.items():
-        i, dash = style[label]
-        stroke = f'stroke="currentColor" stroke-dasharray="{DASHES[dash]}"'
-        mark = f'<path d="{MARKS[i]}" fill="currentColor" transform="translate'
-        svg.append(f'<g style="color:var(--s{i})" fill="none" stroke-width="2">')
+    # lines, with markers where points are few; below, in two columns if it fits, a key for each
+    columns = 2 if max(map(len, lines)) < 25 else 1
+    for n, (label, each) in enumerate(lines.items()):
+        i = list(labels or lines).index(label)
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        x, y = 240 * (n % columns), 358 + 22 * (n // columns)
+        marked = [(x + 17, y - 5)]
+        svg.append(f'<g stroke="{colour}" fill="none"><path d="M{x + 1} {y - 5}h32"/>')
         for line in each:
-            if any(s for _, _, s in line):
-                band = [(x, y + s) for x, y, s in line]
-                band += [(x, max(y - s, low)) for x, y, s in reversed(line)]
-                svg.append(path(band, 'fill="currentColor" opacity=".18"'))
-            svg.append(path([(x, y) for x, y, _ in line], stroke))
-            svg += [f'{mark}({at_x(x):.1f} {at_y(y):.1f})"/>' for x, y, _ in line if len(line) < 31]
-        wide = 58 + 7.4 * len(label)  # of 13-pixel letters
-        if key_x + wide > 480:
-            key_x, key_y = 0, key_y + 22
-        svg.append(f'<path d="M{key_x + 1} {key_y - 5}h32" {stroke}/>{mark}({key_x + 17} '
-                   f'{key_y - 5})"/></g>' + text(key_x + 40, key_y, label, 'class="ink"'))
-        key_x += wide
-    if any(s for _, _, s in points):
-        key_y += 22
-        svg.append(text(0, key_y, "Bands: a standard deviation over seeds."))
-    return "".join(svg), key_y + 14
-
-
-# ---------------------------------------------------------------- runs
-
-RUNS_OWN = ("seed", "out", "resume", "data_dir")  # flags that are no setting of the method
-
-
-def identity(run):
-    """What must agree before numbers of two runs may be averaged: flags, data, features, device.
-    Threads need not: they change seconds only, which `merge` then leaves out."""
-    return run.get("config", {}) | {
-        "data": run.get("data", {}).get("name"),
-        "data sha256": run.get("data", {}).get("sha256", "")[:12],
-        "features": run.get("features", {}).get("checksum", "")[:12],
-        "device": run.get("device", "").partition(",")[0],
-        "floor samples": run.get("floor", {}).get("samples")}
-
-
-def merge(folders):
-    """Results of one or more runs as one. Runs of one `identity` but for their seed stand together;
-    else every name says what differs. A flag that an older run did not know is no difference. A
-    curve becomes a list with a line for each seed, a row gets its setting."""
-    runs = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
-    runs = [{key: value for key, value in run.items() if value is not None} for run in runs]
-
-    # what the runs agree on, and a label of what they do not
-    configs, same = list(map(identity, runs)), {}
-    for key in dict.fromkeys(key for config in configs for key in config):
-        values = [config[key] for config in configs if key in config]
-        same |= {key: values[0]} if values.count(values[0]) == len(values) else {}
-    labels = [", ".join(f"{key} {show(value)}" for key, value in config.items()
-                        if key not in (*same, *RUNS_OWN) and value is not None)
-              for config in configs]
-
-    # their parts, one after the other
-    rows, curves, pictures, notes = {}, {}, [], []
-    for i, (run, config, label) in enumerate(zip(runs, configs, labels)):
-        suffix = f" ({label})" if label else ""
-        clocks = {run.get("device") for run, its in zip(runs, labels) if its == label}
-        unlike = ("seconds", "prior_seconds") if len(clocks) > 1 else ()
-        mine = [{key: value for key, value in row.items() if key not in unlike} | {
-            "name": str(row.get("name", "–")),
-            "task": f"{row['task']}, sigma {show(row.get('sigma'))}" if "task" in row else ""}
-            for row in run.get("arms", [])]
-        n = config.get("samples") or config["floor samples"]
-        for name, points in (run.get("curves", {}) | curves_of(mine, n)).items():
-            curves.setdefault(name + suffix, []).append(points)
-        for row in mine:  # of a seed that comes twice the last counts
-            row["name"] += suffix
-            rows[tuple(map(row.get, ("task", "name", "nfe", "seed", *SETTING)))] = row
-        if label not in labels[:i]:  # the first seed's stand for all
-            pictures += [picture | {"caption": picture.get("caption", "") + suffix,
-                                    "folder": Path(folders[i])}
-                         for picture in run.get("pictures", [])]
-        notes += run.get("notes", [])
-    rows = [row | {"setting": setting(row, mine)}
-            for mine in group(rows.values(), "task").values() for row in mine]
-    return runs[0] | {"arms": rows, "curves": curves, "pictures": pictures, "config": same,
-                      "notes": list(dict.fromkeys(notes))}
+            pixels = [(at_x(x), at_y(y)) for x, y in line]
+            drawn = "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
+            svg.append(f'<path d="M{drawn}"/>')
+            marked += pixels if len(line) < 31 else []
+        svg += [f'<path d="{mark}" fill="{colour}" stroke="none" '
+                f'transform="translate({x:.1f} {y:.1f})"/>' for x, y in marked]
+        svg.append("</g>" + text(x + 40, y, label))
+    return f'<g fill="#4a4a46">{"".join(svg)}</g>', y + 14
 
 
 # ---------------------------------------------------------------- the page
 
-COLOURS = """:root{--bg:#fdfdfb;--ink:#1c1c1a;--soft:#63635e;--line:#dcdbd5;
---s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b8578f;--s4:#c98500;--s5:#3a93c9;--s6:#1c1c1a}
-@media (prefers-color-scheme:dark){:root{--bg:#15171a;--ink:#e9e7e1;--soft:#a3a19a;--line:#35383d;
---s0:#56b4e9;--s1:#f07f2e;--s2:#1fbf91;--s3:#cc79a7;--s4:#e69f00;--s5:#3d8fd1;--s6:#e9e7e1}}
-text{fill:var(--soft)}.ink{fill:var(--ink)}"""
-CSS = COLOURS + """
-body{max-width:66rem;margin:0 auto;padding:2rem 1.25rem;background:var(--bg);color:var(--ink);
-font:1rem/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-h1{font-size:1.75rem;margin:0}h2{font-size:1.15rem;margin:2.5rem 0 .75rem}p{margin:.3rem 0}
-small,.rows,figcaption{color:var(--soft);font-size:.85rem}td small{display:block}
-.parts{display:flex;flex-wrap:wrap;gap:1.5rem 2rem;overflow-x:auto}svg{font-size:13px;width:30rem}
-figure{margin:0;max-width:100%}figure div{display:flex;gap:.6rem}svg,img{max-width:100%}
-.rows{flex-direction:column;justify-content:space-around}img{min-width:0}
-table{border-collapse:collapse;font-size:.92rem}td{padding:.3rem .9rem .3rem 0;text-align:right;
-vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
-td:first-child{text-align:left}tr:first-child{font-weight:600}pre{white-space:pre-wrap}"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none';img-src data:;style-src 'unsafe-inline'"><style>{css}</style>
-<body><h1>{title}</h1>{body}</body></html>
+<meta name="viewport" content="width=device-width"><style>
+body{{max-width:66rem;margin:2rem auto;padding:0 1.25rem;font:1rem/1.5 system-ui,sans-serif}}
+.parts{{display:flex;flex-wrap:wrap;gap:1.5rem 2rem;overflow-x:auto}}figure{{margin:0}}
+svg{{font-size:13px;width:30rem}}svg,img{{max-width:100%}}pre{{white-space:pre-wrap}}
+table{{border-collapse:collapse}}tr:first-child{{font-weight:600}}
+td{{padding:.3rem .9rem .3rem 0;text-align:right;border-bottom:1px solid #dcdbd5}}
+td:first-child{{text-align:left}}
+</style><body><h1>{title}</h1>{body}</body></html>
 """
 
 
@@ -962,36 +854,36 @@ def report(folder):
 
 
 def compare(folders, path):
-    """One page of several runs: what differs only in its seed becomes mean ± standard deviation,
-    and bands in the curves. ValueError if a results.json is no run's."""
+    """One page of several runs: of what differs only in its seed mean ± standard deviation, and a
+    curve for each. ValueError if a results.json is no run's."""
     try:
-        page = _page(merge(folders), len(folders))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        page = _page(merge(folders))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         files = ", ".join(f"{folder}/results.json" for folder in folders)
         raise ValueError(f"{files}: not what a run writes ({error!r})") from error
     write_text(page, Path(path))
 
 
-def _page(results, runs):
+def _page(results):
     """The whole page of merged results, as text."""
-    what = f"{runs} runs" if runs > 1 else results.get("mode", "results")
-    title = esc(f"{what} · {results.get('data', {}).get('name', '')}")
-    floor = results.get("floor", {}).get("fid_lenet")
-    same = {part: results.get(part) for part in (
-        "device", "precision", "torch", "parameters", "seconds", "data", "features", "config")}
-    drawn = {kind: {} for kind in CHARTS}
+    run = results["runs"][0][1]
+    title = esc(f"{run.get('mode', 'results')} · {run.get('data', {}).get('name', '')}")
+    drawn, left_out = {}, ("arms", "curves", "pictures", "notes")
     for name, lines in results["curves"].items():
         kind, _, label = name.partition("/")
         drawn.setdefault(kind, {})[label or kind] = lines
+    about = [f"{folder}\n{json.dumps({k: run[k] for k in run if k not in left_out}, indent=1)}"
+             for folder, run in results["runs"]]
 
     body = [
-        _section("Rows", [f"<figure>{esc(about)}{_table(cells)}</figure>"
-                          for about, cells in tables(results)]),
-        _section("Curves", [_chart(kind, series, floor) for kind, series in drawn.items()]),
+        _section("Rows", [f"<figure>{esc(title)}{_table(cells)}</figure>"
+                          for title, cells in tables(results)]),
+        _section("Curves", [_chart(kind, series, results["floor"])
+                            for kind, series in drawn.items()]),
         _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
         _section("Pictures", map(_picture, results["pictures"])),
-        _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
-    return PAGE.format(title=title, css=CSS, body="".join(body))
+        _section("Configuration", [f"<pre>{esc(text)}</pre>" for text in about])]
+    return PAGE.format(title=title, body="".join(body))
 
 
 def _section(heading, parts):
@@ -1000,31 +892,27 @@ def _section(heading, parts):
 
 
 def _table(rows):
-    """Rows of texts; what follows a number, a deviation or seconds, is in small print."""
     rows = ["".join(f"<td>{esc(text)}</td>" for text in row) for row in rows]
-    rows = "".join(f"<tr>{row}</tr>" for row in rows)
-    return "<table>" + re.sub(r" ([±(][^<]*)", r" <small>\1</small>", rows) + "</table>"
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
 def _chart(kind, series, floor):
-    """A figure of curves named KIND or KIND REST, drawn as CHARTS says; "" if nothing can be."""
-    first, _, rest = kind.partition(" ")
-    axes = CHARTS.get(first, Axes(kind))
-    axes = axes._replace(title=f"{axes.title}: {rest}") if rest and first in CHARTS else axes
-    svg, height = plot(axes, series, styles(series), floor)
-    return (f'<figure><svg viewBox="0 0 480 {height}" role="img" aria-label="{esc(axes.title)}">'
+    """A figure of curves, drawn as CHARTS says; "" if nothing can be."""
+    axes = CHARTS.get(kind.partition(" ")[0], Axes())._replace(title=kind)
+    svg, height = plot(axes, series, floor)
+    return (f'<figure><svg viewBox="0 0 480 {height}" role="img" aria-label="{esc(kind)}">'
             f"{svg}</svg></figure>") if svg else ""
 
 
 def _picture(picture):
-    """A PNG of a run's folder, with the names of its rows where the entry has them."""
-    path, caption = picture["folder"] / Path(picture["file"]).name, esc(picture["caption"])
+    """A PNG of a run's folder, and what its rows are where the entry has their names."""
+    path, rows = picture["folder"] / Path(picture["file"]).name, ", ".join(picture.get("rows", []))
+    caption = esc(picture["caption"] + (f"; rows: {rows}" if rows else ""))
     if not path.is_file():
         return f"<figure>{esc(path.name)} is missing</figure>"
-    names = "".join(f"<span>{esc(name)}</span>" for name in picture.get("rows", []))
     content = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><div><div class="rows">{names}</div><img alt="{caption}" src="data:image/png;'
-            f'base64,{content}"></div><figcaption>{caption}</figcaption></figure>')
+    return (f'<figure><img alt="{caption}" src="data:image/png;base64,{content}">'
+            f"<figcaption>{caption}</figcaption></figure>")
 
 
 # ---------------------------------------------------------------- command line
@@ -1045,15 +933,11 @@ def main(arguments=None):
             for measure in (mse, mae, psnr, ssim, delta_e):
                 print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
         elif paths and all(path.is_dir() for path in paths):
-            pages = [path / "report.html" for path in paths]
-            for path in paths:
-                report(path)
+            above = os.path.commonpath([path.resolve() for path in paths])
+            page = Path(above) / ("comparison.html" if len(paths) > 1 else "report.html")
+            compare(paths, page)
             print(text_tables(paths, KEYS), "\n")
-            if len(paths) > 1:
-                above = os.path.commonpath([path.resolve() for path in paths])
-                pages.append(Path(above) / "comparison.html")
-                compare(paths, pages[-1])
-            print(*pages, sep="\n")
+            print(page)
         else:
             raise ValueError("two pictures or some run folders expected")
     except (OSError, ValueError) as error:
