@@ -1,14 +1,8 @@
 """Measures, pictures and the report: everything that looks at a result and nothing that makes one.
 
-    image against image    mse, mae, psnr, ssim, delta_e           [N, C, H, W] in [0, 1] -> [N]
-    set against set        frechet_distance, kid, precision_recall, nearest
-    LeNet features         feature_network, features, subset, floor
-    all of a set           Judge
-    files                  write_bytes, write_text, write_json, grid, save_png, draw
-    runs                   text_tables, report, compare
-
 `python eval.py A.png B.png` prints the image measures of two pictures; `python eval.py RUN...`
-makes RUN/report.html of RUN/results.json and, of several runs, comparison.html beside them.
+prints tables of RUN/results.json and makes a page of them, RUN/report.html or, of several runs,
+comparison.html beside them.
 
 Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
 
@@ -18,7 +12,6 @@ count, is read beside its floor (real against real), and is not the Inception FI
 """
 import base64
 import hashlib
-import html
 import io
 import json
 import math
@@ -27,8 +20,8 @@ import statistics
 import sys
 import time
 import warnings
+from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -348,7 +341,7 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
     if not any(_load(net, path) for path in paths):
         _fit(net.to(device), pixels.to(device), labels.to(device), seed, epochs)
         state = {key: value.cpu() for key, value in net.state_dict().items()}
-        torch.save({"state": state, "checksum": checksum(state)}, content := io.BytesIO())
+        torch.save({"state": state}, content := io.BytesIO())
         for path in paths:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -574,187 +567,146 @@ def draw(path, caption, rows):
     return {"file": path.name, "caption": caption, "rows": list(rows)}
 
 
-# ---------------------------------------------------------------- runs, their rows and tables
+# ---------------------------------------------------------------- runs and their tables
 
 RUNS_OWN = ("seed", "out", "resume", "data_dir")  # flags that are no setting of the method
 SETTING = ("t_start", "eta", "train")  # what tells the rows of an arm apart, beside evaluations
 KEYS = ("fid_lenet", "precision", "recall", "nearest", "psnr", "ssim")
 
 
-def identity(run):
-    """What must agree before numbers of two runs may be averaged: flags but for the seed, data,
-    features, device."""
-    flags = {key: value for key, value in run.get("config", {}).items() if key not in RUNS_OWN}
-    return json.dumps([flags, *map(run.get, ("mode", "data", "features", "device"))],
-                      sort_keys=True)
-
-
-def merge(folders):
-    """Results of one or more runs as one. Runs of one `identity` stand together: their rows follow
-    each other, a curve becomes a list with a line for each seed. Where there are several
-    identities, every name says which folder was the first of its own."""
-    # of a seed that comes twice the last counts
-    runs = {}
-    for folder in folders:
-        run = json.loads((Path(folder) / "results.json").read_text())
-        runs[identity(run), run.get("config", {}).get("seed")] = folder, run
-    first = {}
-    for (same, _), (folder, run) in runs.items():
-        first.setdefault(same, (folder, run))
-    floors = {json.dumps(run.get("floor", {}).get("fid_lenet")) for _, run in first.values()}
-
-    # their parts, one after the other
-    rows, curves, pictures, notes = [], {}, [], []
-    for (same, seed), (folder, run) in runs.items():
-        suffix = f" ({first[same][0]})" if len(first) > 1 else ""
-        for row in run.get("arms", []):
-            rows.append(row | {"name": row["name"] + suffix, "seed": seed})
-        for name, line in run.get("curves", {}).items():
-            curves.setdefault(name + suffix, []).append(line)
-        if folder == first[same][0]:  # the first seed's stand for all
-            pictures += [picture | {"caption": picture["caption"] + suffix, "folder": Path(folder)}
-                         for picture in run.get("pictures", [])]
-        notes += run.get("notes", [])
-    rows = [row | {"setting": setting(row, mine)}
-            for mine in group(rows, "task").values() for row in mine]
-    return {"arms": rows, "curves": curves_of(rows) | curves, "pictures": pictures,
-            "notes": list(dict.fromkeys(notes)), "runs": list(first.values()),
-            "floor": json.loads(floors.pop()) if len(floors) == 1 else None}
-
-
-def setting(row, rows):
-    """The arm of a row and what tells it apart from the arm's other `rows`: "gauss t_start 600"."""
-    mine = [other for other in rows if other["name"] == row["name"]]
-    apart = [f"{key} {show(row[key])}" for key in SETTING if row.get(key) is not None
-             and len({other.get(key) for other in mine}) > 1]
-    return " ".join([row["name"], ", ".join(apart)]).strip()
-
-
-def group(rows, *keys):
-    """{values of the keys: rows that have them}, in the rows' order."""
+def alike(folders):
+    """Finished runs [[(folder, its results), ...], ...]: those that differ only in their seed stand
+    together. Flags, data, features and device must agree before numbers may be averaged; of a seed
+    that comes twice the last counts."""
     groups = {}
+    for folder in map(Path, folders):
+        run = json.loads((folder / "results.json").read_text())
+        flags = run.get("config", {})
+        same = [(key, flags[key]) for key in sorted(flags) if key not in RUNS_OWN]
+        same = json.dumps([same, *map(run.get, ("mode", "data", "features", "device"))])
+        groups.setdefault(same, {})[flags.get("seed")] = folder, run
+    return [list(runs.values()) for runs in groups.values()]
+
+
+def rows_of(runs):
+    """{task: {setting: rows of all seeds}}. A setting is the arm and what tells a row apart from
+    the arm's other rows of that task: "gauss t_start 600"."""
+    rows, found = [row for _, run in runs for row in run.get("arms", [])], {}
     for row in rows:
-        groups.setdefault(tuple(map(row.get, keys)), []).append(row)
-    return groups
+        task, name = row.get("task", ""), row["name"]
+        mine = [other for other in rows if (other.get("task", ""), other["name"]) == (task, name)]
+        apart = [f"{key} {row[key]}" for key in SETTING if key in row
+                 and len({other.get(key) for other in mine}) > 1]
+        setting = " ".join([name, ", ".join(apart)]).strip()
+        found.setdefault(task, {}).setdefault(setting, []).append(row)
+    return found
 
 
-def _number(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e300
-
-
-def _values(rows, key):
-    return [row[key] for row in rows if _number(row.get(key))]
+def values(rows, key):
+    return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
 
 
 def show(x):
-    """A value as a reader wants it: three or four digits."""
-    if not _number(x):
-        return str(x)
-    if isinstance(x, int) or abs(x) >= 1000:
-        return f"{x:,.0f}"
-    return f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
+    """A number as a reader wants it: three or four digits."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
 
 
-def cell(rows, key, seeds):
-    """The text of a measure: mean ± standard deviation over the rows' seeds, to two digits of that;
-    how many seeds, if some are missing; beside what ranks the arms, their seconds."""
-    values = _values(rows, key)
-    if not values:
+def cell(rows, key):
+    """The text of a measure: mean ± standard deviation over the rows' seeds; how many of these, if
+    some are missing; beside what ranks the arms, their seconds."""
+    seen = values(rows, key)
+    if not seen:
         return "–"
-    mean, text = statistics.fmean(values), show(statistics.fmean(values))
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    if deviation > 1e-9 * abs(mean):
-        digits = max(0, 1 - math.floor(math.log10(deviation)))
-        text = f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
-    if len(values) < seeds:
-        text += f" ({len(values)} of {seeds} seeds)"
-    if key in ("fid_lenet", "psnr") and (seconds := _values(rows, "seconds")):
-        text += f" ({show(statistics.fmean(seconds))} s)"
+    text = show(statistics.fmean(seen))
+    if len(seen) > 1:
+        text += f" ± {show(statistics.stdev(seen))}"
+    if len(seen) < len(rows):
+        text += f" ({len(seen)} of {len(rows)} seeds)"
+    if key in ("fid_lenet", "psnr") and values(rows, "seconds"):
+        text += f" ({show(statistics.fmean(values(rows, 'seconds')))} s)"
     return text
 
 
-def tables(results, keys=()):
-    """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations
-    for each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
-    for (task,), rows in group(results["arms"], "task").items():
-        seeds = len(group(rows, "seed"))
-        over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-        nfes = sorted({row.get("nfe") for row in rows}, key=lambda nfe: (nfe is not None, nfe))
+def tables(runs, keys=()):
+    """Runs that are alike -> (title, [head, row, ...]) of texts for each task: settings ×
+    evaluations for each of `keys` (or KEYS); where nothing was evaluated settings × `keys`
+    (or all)."""
+    over = f"mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    for task, settings in rows_of(runs).items():
+        rows = [row for mine in settings.values() for row in mine]
+        nfes = sorted({row.get("nfe", 0) for row in rows})
         found = [key for key in dict.fromkeys(key for row in rows for key in row)
-                 if _values(rows, key) and key[-4:] != "_std"]
+                 if values(rows, key) and key[-4:] != "_std"]
 
         def table(title, corner, columns):  # {head: (evaluations, measure)}
-            cells = [[corner, *columns]] + [[label, *(
-                cell([row for row in mine if row.get("nfe") == nfe], key, seeds)
-                for nfe, key in columns.values())]
-                for (label,), mine in group(rows, "setting").items()]
-            return ", ".join(filter(None, (task, *title, over))), cells
+            return ", ".join(filter(None, (task, *title, over))), [[corner, *columns]] + [
+                [setting, *(cell([row for row in mine if row.get("nfe", 0) == nfe], key)
+                            for nfe, key in columns.values())]
+                for setting, mine in settings.items()]
 
-        if nfes == [None]:
+        if nfes == [0]:
             measured = [key for key in found if key not in ("seed", "sigma", *SETTING)]
-            yield table([], "arm", {key: (None, key) for key in keys or measured if key in found})
+            yield table([], "arm", {key: (0, key) for key in keys or measured if key in found})
             continue
         for key in [key for key in keys or KEYS if key in found]:
-            bound = results["floor"] if key == "fid_lenet" else None
-            yield table([key, f"floor {show(bound)}" if bound else ""], "evaluations",
-                        {"none" if nfe is None else show(nfe): (nfe, key) for nfe in nfes})
+            floor = runs[0][1].get("floor") if key == "fid_lenet" else None
+            yield table([key, f"floor {show(floor['fid_lenet'])}" if floor else ""], "evaluations",
+                        {str(nfe): (nfe, key) for nfe in nfes})
 
 
 def markdown(cells):
     """Rows of texts, the head first, as a Markdown table: the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    drawn = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                               enumerate(zip(row, widths))) + " |" for row in cells]
-    ruler = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":")
-                           for i, w in enumerate(widths)) + "|"
-    return "\n".join([drawn[0], ruler, *drawn[1:]])
+    drawn = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+             + " |" for row in cells]
+    ruler = "|-" + "|".join(["-" * widths[0] + "-", *("-" * (w + 1) + ":" for w in widths[1:])])
+    return "\n".join([drawn[0], ruler + "|", *drawn[1:]])
 
 
 def text_tables(folders, keys=("fid_lenet", "psnr")):
-    """`tables` of finished runs as Markdown."""
-    return "\n".join(f"\n{title}\n\n{markdown(cells)}"
-                     for title, cells in tables(merge(folders), keys))
+    """`tables` of finished runs as Markdown; which runs, where these are not alike."""
+    groups = alike(folders)
+    return "\n".join(f"\n{f'{runs[0][0]}: ' if len(groups) > 1 else ''}{title}\n\n{markdown(cells)}"
+                     for runs in groups for title, cells in tables(runs, keys))
 
 
 # ---------------------------------------------------------------- charts
 
 
-class Axes(NamedTuple):
-    title: str = ""
-    x: str = ""
-    y: str = ""
-    log: str = ""  # "x", "y" or "xy"
-
-
 FID = "fid_lenet, lower is better"  # charts of it show its floor
-CHARTS = {  # the first word of a curve's name -> how it is drawn; others are linear
-    "quality": Axes(x="network evaluations", y=FID, log="xy"),
-    "seconds": Axes(x="seconds of all samples, prior included", y=FID, log="xy"),
-    "training": Axes(x="training seconds, prior included", y=FID, log="xy"),
-    "held-out": Axes(x="training step", y="squared error on held-out images", log="y"),
-    "loss": Axes(x="training step", y="weighted loss", log="y"),
-    "restored": Axes(x="network evaluations", y="PSNR in dB"),
-    "psnr": Axes(x="iteration", y="PSNR in dB"),
+CHARTS = {  # the first word of a curve's name -> axes, and which are logarithmic; else linear
+    "quality": {"x": "network evaluations", "y": FID, "log": "xy"},
+    "seconds": {"x": "seconds of all samples, prior included", "y": FID, "log": "xy"},
+    "training": {"x": "training seconds, prior included", "y": FID, "log": "xy"},
+    "held-out": {"x": "training step", "y": "squared error on held-out images", "log": "y"},
+    "loss": {"x": "training step", "y": "weighted loss", "log": "y"},
+    "restored": {"x": "network evaluations", "y": "PSNR in dB"},
+    "psnr": {"x": "iteration", "y": "PSNR in dB"},
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#c98500", "#3a93c9", "#1c1c1a")
-MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4.8 8.4h-9.6z",
-         "M0-5.2l5.2 5.2-5.2 5.2-5.2-5.2z", "M0 5l4.8-8.4h-9.6z", "M-1.5-4.5h3v9h-3z",
-         "M-4.5-1.5h9v3h-9z")
+MARKS = "●■▲◆▼★✚"
 
 
-def curves_of(rows):
-    """{"CHART/SETTING": [line of each seed, ...]}, a line [[x, y], ...], of rows with evaluations:
-    fid_lenet against these and against seconds, or PSNR against evaluations."""
-    curves = {}
-    for (name, task, _), mine in group(rows, "setting", "task", "seed").items():
-        mine = sorted((row for row in mine if row.get("nfe")), key=lambda row: row["nfe"])
-        charts = {"quality": ("nfe", "fid_lenet"), "seconds": ("seconds", "fid_lenet"),
-                  f"restored {task}": ("nfe", "psnr")}
-        for chart, (x, y) in charts.items():
-            if _values(mine, y):
-                line = [[row.get(x), row.get(y)] for row in mine]
-                curves.setdefault(f"{chart}/{name}", []).append(line)
-    return curves
+def curves_of(runs):
+    """{chart: {label: [line of each seed, ...]}}, a line [[x, y], ...]: of the runs' own curves,
+    and of their rows fid_lenet against evaluations and seconds, or PSNR against evaluations."""
+    charts = {}
+
+    def add(chart, label, line):
+        charts.setdefault(chart, {}).setdefault(label, []).append(line)
+
+    for run in runs:
+        for task, settings in rows_of([run]).items():
+            for label, rows in settings.items():
+                for chart, x, y in (("quality", "nfe", "fid_lenet"),
+                                    ("seconds", "seconds", "fid_lenet"),
+                                    (f"restored {task}", "nfe", "psnr")):
+                    add(chart, label, sorted([row[x], row[y]] for row in rows
+                                             if values([row], x) and values([row], y)))
+        for name, line in run[1].get("curves", {}).items():
+            chart, _, label = name.partition("/")
+            add(chart, label or chart, line)
+    return charts
 
 
 def place(values, log, a, b):
@@ -775,57 +727,52 @@ def place(values, log, a, b):
     return lambda v: a + (f(v) - lo) / (hi - lo) * (b - a), ticks
 
 
-def plot(axes, series, bound=None, labels=()):
+def plot(series, title, x="", y="", log="", floor=None, labels=()):
     """{label: [line, ...]}, a line [[x, y], ...] for each seed, as the inside of an SVG 480 wide,
-    with title and key: (text, height); ("", 0) where nothing can be drawn. `bound` is the floor of
+    with title and key: (text, height); ("", 0) where nothing can be drawn. `floor` is that of
     fid_lenet; `labels`, if given, number the colours."""
     def visible(x, y):
-        return (_number(x) and _number(y) and (x > 0 or "x" not in axes.log)
-                and (y > 0 or "y" not in axes.log))
+        return None not in (x, y) and (x > 0 or "x" not in log) and (y > 0 or "y" not in log)
 
-    lines = {label: [seen for line in each if (seen := [p for p in line if visible(*p)])]
-             for label, each in series.items()}
+    lines = {label: seen for label, each in series.items() if (seen := [
+        shown for line in each if (shown := [point for point in line if visible(*point)])])}
     points = [point for each in lines.values() for line in each for point in line]
     if not points:
         return "", 0
-    bounds = [bound] if axes.y == FID and bound else []
-    at_x, x_ticks = place([x for x, _ in points], "x" in axes.log, 62, 466)
-    at_y, y_ticks = place([y for _, y in points] + bounds, "y" in axes.log, 292, 42)
+    floors = [floor] if y == FID and floor else []
+    at_x, x_ticks = place([x for x, _ in points], "x" in log, 62, 466)
+    at_y, y_ticks = place([y for _, y in points] + floors, "y" in log, 292, 42)
 
     def text(x, y, words, more=""):
-        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{esc(words)}</text>'
+        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>'
+
+    def path(points, more):
+        drawn = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        return f'<path d="M{drawn}" fill="none" {more}/>'
 
     # title, axes and floor
-    svg = [text(0, 22, axes.title, 'font-weight="600"'),
-           text(264, 334, axes.x, 'text-anchor="middle"'),
-           text(-167, 14, axes.y, 'text-anchor="middle" transform="rotate(-90)"')]
+    svg = [text(0, 22, title, 'font-weight="600"'),
+           text(264, 334, x, 'text-anchor="middle"'),
+           text(-167, 14, y, 'text-anchor="middle" transform="rotate(-90)"')]
     for v in y_ticks:
-        svg.append(f'<path d="M62 {at_y(v):.1f}H466" stroke="#dcdbd5"/>'
-                   + text(55, at_y(v) + 4.5, f"{v:,g}", 'text-anchor="end"'))
-    for v in x_ticks:
-        svg.append(f'<path d="M{at_x(v):.1f} 292v5" stroke="#63635e"/>'
-                   + text(at_x(v), 312, f"{v:,g}", 'text-anchor="middle"'))
-    for y in bounds:
-        svg.append(f'<path d="M62 {at_y(y):.1f}H466" stroke="#1c1c1a" stroke-dasharray="3 4"/>'
-                   + text(66, at_y(y) - 5, f"floor {show(y)}"))
+        svg += [path([(62, at_y(v)), (466, at_y(v))], 'stroke="#dcdbd5"'),
+                text(55, at_y(v) + 4.5, f"{v:,g}", 'text-anchor="end"')]
+    svg += [text(at_x(v), 312, f"{v:,g}", 'text-anchor="middle"') for v in x_ticks]
+    for v in floors:
+        svg += [path([(62, at_y(v)), (466, at_y(v))], 'stroke="#1c1c1a" stroke-dasharray="3 4"'),
+                text(66, at_y(v) - 5, f"floor {show(v)}")]
 
-    # lines, with markers where points are few; below, in two columns if it fits, a key for each
-    columns = 2 if max(map(len, lines)) < 25 else 1
+    # lines, with markers where points are few; below, a key for each
     for n, (label, each) in enumerate(lines.items()):
-        i = list(labels or lines).index(label)
+        i, height = list(labels or lines).index(label), 358 + 22 * n
         colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
-        x, y = 240 * (n % columns), 358 + 22 * (n // columns)
-        marked = [(x + 17, y - 5)]
-        svg.append(f'<g stroke="{colour}" fill="none"><path d="M{x + 1} {y - 5}h32"/>')
-        for line in each:
-            pixels = [(at_x(x), at_y(y)) for x, y in line]
-            drawn = "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
-            svg.append(f'<path d="M{drawn}"/>')
-            marked += pixels if len(line) < 31 else []
-        svg += [f'<path d="{mark}" fill="{colour}" stroke="none" '
-                f'transform="translate({x:.1f} {y:.1f})"/>' for x, y in marked]
-        svg.append("</g>" + text(x + 40, y, label))
-    return f'<g fill="#4a4a46">{"".join(svg)}</g>', y + 14
+        svg.append(text(0, height, f"{mark} {label}", f'fill="{colour}"'))
+        for points in each:
+            pixels = [(at_x(x), at_y(y)) for x, y in points]
+            svg.append(path(pixels, f'stroke="{colour}"'))
+            svg += [text(x, y + 4.5, mark, f'text-anchor="middle" fill="{colour}"')
+                    for x, y in pixels if len(pixels) < 31]
+    return f'<g fill="#4a4a46">{"".join(svg)}</g>', height + 14
 
 
 # ---------------------------------------------------------------- the page
@@ -839,12 +786,8 @@ svg{{font-size:13px;width:30rem}}svg,img{{max-width:100%}}pre{{white-space:pre-w
 table{{border-collapse:collapse}}tr:first-child{{font-weight:600}}
 td{{padding:.3rem .9rem .3rem 0;text-align:right;border-bottom:1px solid #dcdbd5}}
 td:first-child{{text-align:left}}
-</style><body><h1>{title}</h1>{body}</body></html>
+</style><body>{body}</body></html>
 """
-
-
-def esc(value):
-    return html.escape(str(value))
 
 
 def report(folder):
@@ -854,63 +797,45 @@ def report(folder):
 
 
 def compare(folders, path):
-    """One page of several runs: of what differs only in its seed mean ± standard deviation, and a
-    curve for each. ValueError if a results.json is no run's."""
+    """One page of several runs: of those that are alike mean ± standard deviation and a curve for
+    each seed, then the next ones. ValueError if a results.json is no run's."""
     try:
-        page = _page(merge(folders))
+        body = "".join(map(_part, alike(folders)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         files = ", ".join(f"{folder}/results.json" for folder in folders)
         raise ValueError(f"{files}: not what a run writes ({error!r})") from error
-    write_text(page, Path(path))
+    write_text(PAGE.format(title=escape(Path(path).resolve().parent.name), body=body), path)
 
 
-def _page(results):
-    """The whole page of merged results, as text."""
-    run = results["runs"][0][1]
-    title = esc(f"{run.get('mode', 'results')} · {run.get('data', {}).get('name', '')}")
-    drawn, left_out = {}, ("arms", "curves", "pictures", "notes")
-    for name, lines in results["curves"].items():
-        kind, _, label = name.partition("/")
-        drawn.setdefault(kind, {})[label or kind] = lines
-    about = [f"{folder}\n{json.dumps({k: run[k] for k in run if k not in left_out}, indent=1)}"
-             for folder, run in results["runs"]]
-
-    body = [
-        _section("Rows", [f"<figure>{esc(title)}{_table(cells)}</figure>"
-                          for title, cells in tables(results)]),
-        _section("Curves", [_chart(kind, series, results["floor"])
-                            for kind, series in drawn.items()]),
-        _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
-        _section("Pictures", map(_picture, results["pictures"])),
-        _section("Configuration", [f"<pre>{esc(text)}</pre>" for text in about])]
-    return PAGE.format(title=title, body="".join(body))
-
-
-def _section(heading, parts):
-    inside = "".join(parts)
-    return f'<h2>{esc(heading)}</h2><div class="parts">{inside}</div>' if inside else ""
+def _part(runs):
+    """Runs that are alike, as a part of the page. Pictures and settings are the first one's."""
+    folder, run = runs[0]
+    floor = run.get("floor", {}).get("fid_lenet")
+    charts = [plot(series, kind, **CHARTS.get(kind.partition(" ")[0], {}), floor=floor)
+              for kind, series in curves_of(runs).items()]
+    about = {key: run[key] for key in run if key not in ("arms", "curves", "pictures", "notes")}
+    sections = {
+        "Rows": [f"<figure>{escape(title)}{_table(cells)}</figure>"
+                 for title, cells in tables(runs)],
+        "Curves": [f'<svg viewBox="0 0 480 {height}">{svg}</svg>' for svg, height in charts if svg],
+        "Notes": [f"<p>{escape(note)}</p>" for note in run.get("notes", [])],
+        "Pictures": [_picture(folder, **picture) for picture in run.get("pictures", [])],
+        "Configuration": [f"<pre>{escape(json.dumps(about, indent=1))}</pre>"]}
+    name = ", ".join(folder.resolve().name for folder, _ in runs)
+    return f"<h1>{escape(name)}</h1>" + "".join(
+        f'<h2>{heading}</h2><div class="parts">{"".join(parts)}</div>'
+        for heading, parts in sections.items() if any(parts))
 
 
 def _table(rows):
-    rows = ["".join(f"<td>{esc(text)}</td>" for text in row) for row in rows]
+    rows = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
-def _chart(kind, series, floor):
-    """A figure of curves, drawn as CHARTS says; "" if nothing can be."""
-    axes = CHARTS.get(kind.partition(" ")[0], Axes())._replace(title=kind)
-    svg, height = plot(axes, series, floor)
-    return (f'<figure><svg viewBox="0 0 480 {height}" role="img" aria-label="{esc(kind)}">'
-            f"{svg}</svg></figure>") if svg else ""
-
-
-def _picture(picture):
-    """A PNG of a run's folder, and what its rows are where the entry has their names."""
-    path, rows = picture["folder"] / Path(picture["file"]).name, ", ".join(picture.get("rows", []))
-    caption = esc(picture["caption"] + (f"; rows: {rows}" if rows else ""))
-    if not path.is_file():
-        return f"<figure>{esc(path.name)} is missing</figure>"
-    content = base64.b64encode(path.read_bytes()).decode()
+def _picture(folder, file, caption, rows=()):
+    """A PNG of a run's folder, and what its rows are."""
+    caption = escape(caption + (f"; rows: {', '.join(rows)}" if rows else ""))
+    content = base64.b64encode((folder / Path(file).name).read_bytes()).decode()
     return (f'<figure><img alt="{caption}" src="data:image/png;base64,{content}">'
             f"<figcaption>{caption}</figcaption></figure>")
 
@@ -922,24 +847,19 @@ def main(arguments=None):
     """Exit status 0, or 2 and one line on stderr."""
     paths = [Path(path) for path in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        if paths and str(paths[0]) in ("-h", "--help"):
+        if not paths or str(paths[0]) in ("-h", "--help"):
             print(__doc__)
-        elif missing := [path for path in paths if not path.exists()]:
-            raise ValueError(f"{missing[0]} does not exist")
         elif len(paths) == 2 and all(path.is_file() for path in paths):
             a, b = map(data.read_picture, paths)
             channels = max(a.shape[1], b.shape[1])  # 1 where both are grey
             a, b = (x.expand(-1, channels, -1, -1) for x in (a, b))
             for measure in (mse, mae, psnr, ssim, delta_e):
                 print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
-        elif paths and all(path.is_dir() for path in paths):
-            above = os.path.commonpath([path.resolve() for path in paths])
-            page = Path(above) / ("comparison.html" if len(paths) > 1 else "report.html")
-            compare(paths, page)
-            print(text_tables(paths, KEYS), "\n")
-            print(page)
         else:
-            raise ValueError("two pictures or some run folders expected")
+            above = Path(os.path.commonpath([path.resolve() for path in paths]))
+            page = above / ("comparison.html" if len(paths) > 1 else "report.html")
+            compare(paths, page)
+            print(text_tables(paths, KEYS), page, sep="\n\n")
     except (OSError, ValueError) as error:
         print("eval:", " ".join(str(error).split()), file=sys.stderr)
         return 2
