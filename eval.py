@@ -693,7 +693,8 @@ def curves_of(runs):
     charts = {}
 
     def add(chart, label, line):
-        charts.setdefault(chart, {}).setdefault(label, []).append(line)
+        if line:
+            charts.setdefault(chart, {}).setdefault(label, []).append(line)
 
     for run in runs:
         for task, settings in rows_of([run]).items():
@@ -801,7 +802,7 @@ def compare(folders, path):
     each seed, then the next ones. ValueError if a results.json is no run's."""
     try:
         body = "".join(map(_part, alike(folders)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         files = ", ".join(f"{folder}/results.json" for folder in folders)
         raise ValueError(f"{files}: not what a run writes ({error!r})") from error
     write_text(PAGE.format(title=escape(Path(path).resolve().parent.name), body=body), path)

@@ -11,7 +11,8 @@ def figure(path):
     """PATH.json -> PATH.svg; ValueError, which names the file, where it is no such thing."""
     try:
         panels = json.loads(path.read_text(encoding="utf-8"))["panels"]
-        labels = list(dict.fromkeys(name for panel in panels for name in panel["series"]))
+        labels = dict.fromkeys(name for panel in panels for name in panel["series"])
+        labels = labels if len(labels) <= len(measure.COLOURS) else ()  # else each panel its own
         drawn = [measure.plot(panel["series"], **panel["axes"], floor=panel.get("floor"),
                               labels=labels) for panel in panels]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
