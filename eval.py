@@ -1,8 +1,7 @@
 """Measures, pictures and the report: everything that looks at a result and nothing that makes one.
 
-`python eval.py A.png B.png` prints the image measures of two pictures; `python eval.py RUN...`
-prints tables of RUN/results.json and makes a page of them, RUN/report.html or, of several runs,
-comparison.html beside them.
+`python eval.py A.png B.png` prints the image measures of two pictures. `python eval.py RUN...`
+prints tables of finished runs and writes RUN/report.html or, of several, comparison.html.
 
 Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
 
@@ -19,7 +18,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from html import escape
 from pathlib import Path
 
@@ -319,14 +317,11 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
     """The LeNet of a data set, from the first cache that holds it, else trained on the whole split.
 
     `pixels` uint8 [N, C, H, W], `labels` int64 [N]. `seed` fixes initialisation, order and shifts;
-    no global random state changes. The file is features-NAME-HASH.pt in the first folder of
-    `cache_dirs` that takes it. A part of a data set gives another network than the whole, hence
-    distances that do not compare.
+    no global random state changes. The first folder of `cache_dirs` that can be written gets it. A
+    part of a data set gives another network than the whole, hence distances that do not compare.
     """
-    if (pixels.dtype != torch.uint8 or pixels.dim() != 4 or not len(pixels) or labels is None
-            or labels.shape != pixels.shape[:1] or labels.is_floating_point() or labels.min() < 0):
-        raise ValueError("features need uint8 pixels [N, C, H, W] and for each a label from 0 on, "
-                         f"not {pixels.dtype} {list(pixels.shape)} and "
+    if labels is None or labels.shape != pixels.shape[:1] or labels.min() < 0:
+        raise ValueError("features need for each image a label from 0 on, not "
                          f"{None if labels is None else list(labels.shape)}")
     digest = hashlib.sha256(f"{LENET_VERSION} {seed} {epochs} {list(pixels.shape)}".encode())
     for x in (pixels, labels.long()):
@@ -356,20 +351,15 @@ def _load(net, path):
     """Whether a file holds weights of `net`, which it then has."""
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state"])
-    except OSError:
-        return False
-    except Exception as error:  # a damaged file can raise nearly anything
-        warnings.warn(f"{path} is damaged ({type(error).__name__}) and is made again", stacklevel=3)
+    except Exception:  # none is there, or a damaged one, which can raise nearly anything
         return False
     return True
 
 
 def checksum(state):
     """sha256 of a network's weights, a state_dict(), which names the features of a result."""
-    digest = hashlib.sha256()
-    for value in state.values():
-        digest.update(value.cpu().contiguous().numpy())
-    return digest.hexdigest()
+    content = b"".join(value.cpu().numpy().tobytes() for value in state.values())
+    return hashlib.sha256(content).hexdigest()
 
 
 def _fit(net, pixels, labels, seed, epochs, batch=128):
@@ -447,10 +437,7 @@ class Judge:
             self.lenet = feature_network(train.pixels, train.labels, train.name, cache_dirs,
                                          device=device)
             self.features = features(self.lenet, test.pixels)
-            seen = self.lenet.fc2(F.relu(self.features)).argmax(1)
-            right = (seen == test.labels.to(device)).double().mean().item()
-            self.about = {"name": train.name, "accuracy": right,
-                          "checksum": checksum(self.lenet.state_dict())}
+            self.about = {"name": train.name, "checksum": checksum(self.lenet.state_dict())}
             # as many real images as generated ones, as recall asks for
             self.manifold = self.features[held_out.to(device)]
             self.floor = floor(self.lenet, train.pixels, self.features, n)
@@ -562,8 +549,7 @@ def draw(path, caption, rows):
     """Save {name: images [n, C, H, W] in [0, 1]} as a picture with a row for each; returns its
     entry in results.json."""
     x = torch.cat([x.clamp(0, 1).cpu() for x in rows.values()])
-    columns = len(next(iter(rows.values())))
-    save_png(grid(x, columns=columns, scale=zoom(x)), path)
+    save_png(grid(x, columns=len(x) // len(rows), scale=zoom(x)), path)
     return {"file": path.name, "caption": caption, "rows": list(rows)}
 
 
@@ -612,25 +598,22 @@ def show(x):
 
 
 def cell(rows, key):
-    """The text of a measure: mean ± standard deviation over the rows' seeds; how many of these, if
-    some are missing; beside what ranks the arms, their seconds."""
-    seen = values(rows, key)
-    if not seen:
+    """The text of a measure: mean ± standard deviation over the rows' seeds; a dash where one of
+    these is missing; beside what ranks the arms, their seconds."""
+    seen, seconds = values(rows, key), values(rows, "seconds")
+    if not seen or len(seen) < len(rows):
         return "–"
     text = show(statistics.fmean(seen))
     if len(seen) > 1:
         text += f" ± {show(statistics.stdev(seen))}"
-    if len(seen) < len(rows):
-        text += f" ({len(seen)} of {len(rows)} seeds)"
-    if key in ("fid_lenet", "psnr") and values(rows, "seconds"):
-        text += f" ({show(statistics.fmean(values(rows, 'seconds')))} s)"
+    if key in ("fid_lenet", "psnr") and seconds:
+        text += f" ({show(statistics.fmean(seconds))} s)"
     return text
 
 
 def tables(runs, keys=()):
-    """Runs that are alike -> (title, [head, row, ...]) of texts for each task: settings ×
-    evaluations for each of `keys` (or KEYS); where nothing was evaluated settings × `keys`
-    (or all)."""
+    """Runs that are alike -> (title, [head, row, ...]) for each task: settings × evaluations for
+    each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
     over = f"mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "one seed"
     for task, settings in rows_of(runs).items():
         rows = [row for mine in settings.values() for row in mine]
@@ -676,7 +659,6 @@ def text_tables(folders, keys=("fid_lenet", "psnr")):
 FID = "fid_lenet, lower is better"  # charts of it show its floor
 CHARTS = {  # the first word of a curve's name -> axes, and which are logarithmic; else linear
     "quality": {"x": "network evaluations", "y": FID, "log": "xy"},
-    "seconds": {"x": "seconds of all samples, prior included", "y": FID, "log": "xy"},
     "training": {"x": "training seconds, prior included", "y": FID, "log": "xy"},
     "held-out": {"x": "training step", "y": "squared error on held-out images", "log": "y"},
     "loss": {"x": "training step", "y": "weighted loss", "log": "y"},
@@ -689,7 +671,7 @@ MARKS = "●■▲◆▼★✚"
 
 def curves_of(runs):
     """{chart: {label: [line of each seed, ...]}}, a line [[x, y], ...]: of the runs' own curves,
-    and of their rows fid_lenet against evaluations and seconds, or PSNR against evaluations."""
+    and of their rows fid_lenet or PSNR against evaluations."""
     charts = {}
 
     def add(chart, label, line):
@@ -699,11 +681,9 @@ def curves_of(runs):
     for run in runs:
         for task, settings in rows_of([run]).items():
             for label, rows in settings.items():
-                for chart, x, y in (("quality", "nfe", "fid_lenet"),
-                                    ("seconds", "seconds", "fid_lenet"),
-                                    (f"restored {task}", "nfe", "psnr")):
-                    add(chart, label, sorted([row[x], row[y]] for row in rows
-                                             if values([row], x) and values([row], y)))
+                for chart, key in (("quality", "fid_lenet"), (f"restored {task}", "psnr")):
+                    add(chart, label, sorted([row["nfe"], row[key]] for row in rows
+                                             if "nfe" in row and values([row], key)))
         for name, line in run[1].get("curves", {}).items():
             chart, _, label = name.partition("/")
             add(chart, label or chart, line)
@@ -784,9 +764,8 @@ PAGE = """<!doctype html>
 body{{max-width:66rem;margin:2rem auto;padding:0 1.25rem;font:1rem/1.5 system-ui,sans-serif}}
 .parts{{display:flex;flex-wrap:wrap;gap:1.5rem 2rem;overflow-x:auto}}figure{{margin:0}}
 svg{{font-size:13px;width:30rem}}svg,img{{max-width:100%}}pre{{white-space:pre-wrap}}
-table{{border-collapse:collapse}}tr:first-child{{font-weight:600}}
+table{{border-collapse:collapse}}tr:first-child{{font-weight:600}}td:first-child{{text-align:left}}
 td{{padding:.3rem .9rem .3rem 0;text-align:right;border-bottom:1px solid #dcdbd5}}
-td:first-child{{text-align:left}}
 </style><body>{body}</body></html>
 """
 
