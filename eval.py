@@ -1,14 +1,7 @@
 """Measures, pictures and the report: everything that looks at a result and nothing that makes one.
 
-    image against image    mse, mae, psnr, ssim, delta_e           [N, C, H, W] in [0, 1] -> [N]
-    set against set        frechet_distance, kid, precision_recall, nearest, total_variation
-    LeNet features         feature_network, look, features, subset, floor
-    all of a set           Judge
-    files                  write_text, write_json, grid, save_png, draw
-    rows and runs          setting, text_tables, report, compare
-
-`python eval.py A.png B.png` prints the image measures of two pictures; `python eval.py RUN...`
-makes RUN/report.html of RUN/results.json and, of several runs, comparison.html beside them.
+`python eval.py A.png B.png` prints the image measures of two pictures. `python eval.py RUN...`
+prints tables of finished runs and writes RUN/report.html or, of several, comparison.html.
 
 Every measure raises ValueError, which names the shape, the range or the NaN that it cannot take.
 
@@ -17,20 +10,16 @@ training split. It is comparable between results that carry the same network che
 count, is read beside its floor (real against real), and is not the Inception FID of the papers.
 """
 import base64
-import copy
 import hashlib
-import html
 import io
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
-import warnings
+from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -328,14 +317,11 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
     """The LeNet of a data set, from the first cache that holds it, else trained on the whole split.
 
     `pixels` uint8 [N, C, H, W], `labels` int64 [N]. `seed` fixes initialisation, order and shifts;
-    no global random state changes. The file is features-NAME-HASH.pt in the first folder of
-    `cache_dirs` that takes it. A part of a data set gives another network than the whole, hence
-    distances that do not compare.
+    no global random state changes. The first folder of `cache_dirs` that can be written gets it. A
+    part of a data set gives another network than the whole, hence distances that do not compare.
     """
-    if (pixels.dtype != torch.uint8 or pixels.dim() != 4 or not len(pixels) or labels is None
-            or labels.shape != pixels.shape[:1] or labels.is_floating_point() or labels.min() < 0):
-        raise ValueError("features need uint8 pixels [N, C, H, W] and for each a label from 0 on, "
-                         f"not {pixels.dtype} {list(pixels.shape)} and "
+    if labels is None or labels.shape != pixels.shape[:1] or labels.min() < 0:
+        raise ValueError("features need for each image a label from 0 on, not "
                          f"{None if labels is None else list(labels.shape)}")
     digest = hashlib.sha256(f"{LENET_VERSION} {seed} {epochs} {list(pixels.shape)}".encode())
     for x in (pixels, labels.long()):
@@ -346,14 +332,15 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
         net = LeNet(pixels.shape[1], int(labels.max()) + 1)
 
     # the weights: from a file that is whole, else by training
-    if not any(_load(net, Path(folder) / file) for folder in cache_dirs):
+    paths = [Path(folder) / file for folder in cache_dirs]
+    if not any(_load(net, path) for path in paths):
         _fit(net.to(device), pixels.to(device), labels.to(device), seed, epochs)
         state = {key: value.cpu() for key, value in net.state_dict().items()}
-        torch.save({"state": state, "checksum": checksum(net)}, content := io.BytesIO())
-        for folder in map(Path, cache_dirs):
+        torch.save({"state": state}, content := io.BytesIO())
+        for path in paths:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _replace(folder / file, content.getvalue())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, content.getbuffer())
                 break
             except OSError:
                 continue  # read-only: try the next one; a missing cache only costs time
@@ -362,27 +349,17 @@ def feature_network(pixels, labels, name, cache_dirs, seed=0, device="cpu", epoc
 
 def _load(net, path):
     """Whether a file holds weights of `net`, which it then has."""
-    if not path.is_file():
-        return False
-    whole = copy.deepcopy(net)  # so that nothing damaged reaches `net`
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        whole.load_state_dict(content["state"])
-        if content["checksum"] != checksum(whole):
-            raise ValueError("checksum")
-    except Exception as error:  # a damaged file can raise nearly anything
-        warnings.warn(f"{path} is damaged ({type(error).__name__}) and is made again", stacklevel=3)
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state"])
+    except Exception:  # none is there, or a damaged one, which can raise nearly anything
         return False
-    net.load_state_dict(content["state"])
     return True
 
 
-def checksum(net):
-    """sha256 of a network's weights, which names the features of a result."""
-    digest = hashlib.sha256()
-    for value in net.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy())
-    return digest.hexdigest()
+def checksum(state):
+    """sha256 of a network's weights, a state_dict(), which names the features of a result."""
+    content = b"".join(value.cpu().numpy().tobytes() for value in state.values())
+    return hashlib.sha256(content).hexdigest()
 
 
 def _fit(net, pixels, labels, seed, epochs, batch=128):
@@ -413,18 +390,10 @@ def _fit(net, pixels, labels, seed, epochs, batch=128):
 
 
 @torch.no_grad()
-def look(net, images, batch=1000):
-    """What a LeNet sees in images [N, C, H, W] (uint8, or floats in [0, 1]): its features,
-    float32 [N, 84], and its classes, int64 [N]."""
+def features(net, images, batch=1000):
+    """Of images [N, C, H, W] (uint8, or floats in [0, 1]), in a LeNet: float32 [N, 84]."""
     device = net.fc1.weight.device
-    seen = [net(_unit(part.to(device))) for part in images.split(batch)]
-    return (torch.cat([feature for feature, _ in seen]),
-            torch.cat([logits.argmax(1) for _, logits in seen]))
-
-
-def features(net, images):
-    """The first part of `look`."""
-    return look(net, images)[0]
+    return torch.cat([net(_unit(part.to(device)))[0] for part in images.split(batch)])
 
 
 def subset(N, n, number=0):
@@ -452,20 +421,12 @@ def floor(net, pixels, real, samples, subsets=5):
 # ---------------------------------------------------------------- a set's judge
 
 
-def total_variation(counts, others):
-    """Half the sum of |p - q| between the shares of two histograms: 0 where they agree, at most 1;
-    the share of samples that would have to change class."""
-    size = max(len(counts), len(others))
-    p, q = (F.pad(c, (0, size - len(c))).double() / c.sum() for c in (counts, others))
-    return 0.5 * (p - q).abs().sum().item()
-
-
 class Judge:
     """Measures sets of n samples. Where there are labels: against the test split, in the features
-    of a LeNet trained on the whole training split and in the shares of the classes that it sees.
-    For copying: the L2 distance over pixels in [0, 1] of each sample to the nearest training image
-    and to its own source. `train` and `test` are data.Images, `pixels` the training images that
-    were used, on the device to measure on. `seconds` is what all took."""
+    of a LeNet trained on the whole training split. For copying: the L2 distance over pixels in
+    [0, 1] of each sample to the nearest training image and to its own source. `train` and `test`
+    are data.Images, `pixels` the training images that were used, on the device to measure on.
+    `seconds` is what all took."""
 
     def __init__(self, train, pixels, test, n, cache_dirs):
         began, device = time.time(), pixels.device
@@ -475,11 +436,8 @@ class Judge:
         if train.labels is not None and min(n, len(test.pixels)) > 3:  # three neighbours and itself
             self.lenet = feature_network(train.pixels, train.labels, train.name, cache_dirs,
                                          device=device)
-            self.features, seen = look(self.lenet, test.pixels)
-            right = (seen == test.labels.to(device)).double().mean().item()
-            self.about = {"name": train.name, "accuracy": right, "checksum": checksum(self.lenet),
-                          "dimension": self.features.shape[1]}
-            self.histogram = torch.bincount(seen)
+            self.features = features(self.lenet, test.pixels)
+            self.about = {"name": train.name, "checksum": checksum(self.lenet.state_dict())}
             # as many real images as generated ones, as recall asks for
             self.manifold = self.features[held_out.to(device)]
             self.floor = floor(self.lenet, train.pixels, self.features, n)
@@ -494,11 +452,10 @@ class Judge:
         """x [n, C, H, W] in [-1, 1], its uint8 sources -> the set's measures, a flat dictionary."""
         began, x, row = time.time(), (x + 1) / 2, {}
         if self.lenet is not None:
-            f, seen = look(self.lenet, x)
+            f = features(self.lenet, x)
             row["fid_lenet"] = frechet_distance(f, self.features)
             row["kid"], row["kid_std"] = kid(f, self.features)
             row["precision"], row["recall"] = precision_recall(f, self.manifold)
-            row["class_gap"] = total_variation(torch.bincount(seen), self.histogram)
         row |= self.copying(x)
         if sources is not None:
             own = (x - sources.float() / 255).flatten(1).norm(dim=1)
@@ -521,19 +478,24 @@ class Judge:
 # ---------------------------------------------------------------- files
 
 
-def _replace(path, content):
-    """Write bytes under a temporary name and move them: a reader never sees half a file."""
+def write_bytes(path, content):
+    """Write under a temporary name and rename when the disk has it all: whoever reads, be it after
+    a crash, finds the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(text, path):
-    _replace(path, text.encode(errors="replace"))
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_json(value, path, digits=6):
@@ -575,7 +537,7 @@ def grid(images, columns=None, pad=2, scale=1):
 def save_png(image, path):
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
-    _replace(path, content.getvalue())
+    write_bytes(path, content.getbuffer())
 
 
 def zoom(images):
@@ -587,215 +549,156 @@ def draw(path, caption, rows):
     """Save {name: images [n, C, H, W] in [0, 1]} as a picture with a row for each; returns its
     entry in results.json."""
     x = torch.cat([x.clamp(0, 1).cpu() for x in rows.values()])
-    columns = len(next(iter(rows.values())))
-    save_png(grid(x, columns=columns, scale=zoom(x)), path)
+    save_png(grid(x, columns=len(x) // len(rows), scale=zoom(x)), path)
     return {"file": path.name, "caption": caption, "rows": list(rows)}
 
 
-# ---------------------------------------------------------------- rows and tables
+# ---------------------------------------------------------------- runs and their tables
 
-SETTING = ("t_start", "eta", "order", "train", "grid")  # with its name they make a row's setting
+RUNS_OWN = ("seed", "out", "resume", "data_dir")  # flags that are no setting of the method
+SETTING = ("t_start", "eta", "train")  # what tells the rows of an arm apart, beside evaluations
 KEYS = ("fid_lenet", "precision", "recall", "nearest", "psnr", "ssim")
-NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "mse": "MSE", "mae": "MAE", "delta_e": "ΔE00",
-         "kid": "KID", "psnr_oracle": "best PSNR, dB"}
 
 
-def setting(row, rows):
-    """The arm of a row and what tells it apart from the arm's other `rows`: "gauss t_start 600"."""
-    mine = [other for other in rows if other.get("name") == row.get("name")]
-    apart = [f"{key} {show(row[key])}" for key in SETTING if row.get(key) is not None
-             and len({str(other.get(key)) for other in mine}) > 1]
-    return " ".join([str(row.get("name", "–")), ", ".join(apart)]).strip()
-
-
-def group(rows, *keys):
-    """{values of the keys: rows that have them}, in the rows' order."""
+def alike(folders):
+    """Finished runs [[(folder, its results), ...], ...]: those that differ only in their seed stand
+    together. Flags, data, features and device must agree before numbers may be averaged; of a seed
+    that comes twice the last counts."""
     groups = {}
+    for folder in map(Path, folders):
+        run = json.loads((folder / "results.json").read_text())
+        flags = run.get("config", {})
+        same = [(key, flags[key]) for key in sorted(flags) if key not in RUNS_OWN]
+        same = json.dumps([same, *map(run.get, ("mode", "data", "features", "device"))])
+        groups.setdefault(same, {})[flags.get("seed")] = folder, run
+    return [list(runs.values()) for runs in groups.values()]
+
+
+def rows_of(runs):
+    """{task: {setting: rows of all seeds}}. A setting is the arm and what tells a row apart from
+    the arm's other rows of that task: "gauss t_start 600"."""
+    rows, found = [row for _, run in runs for row in run.get("arms", [])], {}
     for row in rows:
-        groups.setdefault(tuple(map(row.get, keys)), []).append(row)
-    return groups
+        task, name = row.get("task", ""), row["name"]
+        mine = [other for other in rows if (other.get("task", ""), other["name"]) == (task, name)]
+        apart = [f"{key} {row[key]}" for key in SETTING if key in row
+                 and len({other.get(key) for other in mine}) > 1]
+        setting = " ".join([name, ", ".join(apart)]).strip()
+        found.setdefault(task, {}).setdefault(setting, []).append(row)
+    return found
 
 
-def _number(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e300
-
-
-def _values(rows, key):
-    return [row[key] for row in rows if _number(row.get(key))]
-
-
-def headline(rows):
-    """What ranks rows: fid_lenet where it was measured, else PSNR; seconds if nothing was."""
-    return next((key for key in ("fid_lenet", "psnr") if _values(rows, key)), "seconds")
+def values(rows, key):
+    return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
 
 
 def show(x):
-    """A value as a reader wants it: three or four digits, a dash for nothing."""
-    if not _number(x):
-        text = json.dumps(x) if isinstance(x, (list, dict, bool)) else str(x)
-        return "–" if x is None else text
-    if isinstance(x, int) or abs(x) >= 1000:
-        return f"{x:,.0f}"
-    return f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
+    """A number as a reader wants it: three or four digits."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
 
 
-def duration(seconds):
-    if seconds < 120:
-        return f"{seconds:.3g}\u00a0s"  # a number and its unit stay on one line
-    return f"{seconds / 60:.0f}\u00a0min" if seconds < 7200 else f"{seconds / 3600:.1f}\u00a0h"
-
-
-def cell(rows, key, seeds=1):
-    """The text of a measure: mean ± standard deviation over the rows' seeds, to two digits of that,
-    or ± over images of one seed; how many seeds, if some are missing; the headline's seconds."""
-    values, over_images = _values(rows, key), _values(rows, f"{key}_std")
-    if not values:
+def cell(rows, key):
+    """The text of a measure: mean ± standard deviation over the rows' seeds; a dash where one of
+    these is missing; beside what ranks the arms, their seconds."""
+    seen, seconds = values(rows, key), values(rows, "seconds")
+    if not seen or len(seen) < len(rows):
         return "–"
-    mean, text = statistics.fmean(values), show(statistics.fmean(values))
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    if deviation > 1e-9 * abs(mean):
-        digits = max(0, 1 - math.floor(math.log10(deviation)))
-        text = f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
-    if seeds == 1 and over_images:
-        text += f" ± {show(over_images[0])}"
-    if len(values) < seeds:
-        text += f" ({len(values)} of {seeds} seeds)"
-    if key == headline(rows) != "seconds" and (seconds := _values(rows, "seconds")):
-        text += f" ({duration(statistics.fmean(seconds))})"
+    text = show(statistics.fmean(seen))
+    if len(seen) > 1:
+        text += f" ± {show(statistics.stdev(seen))}"
+    if key in ("fid_lenet", "psnr") and seconds:
+        text += f" ({show(statistics.fmean(seconds))} s)"
     return text
 
 
-def tables(results, keys=()):
-    """Merged results -> (title, [head, row, ...]) of texts for each task: settings × evaluations
-    for each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
-    floor = results.get("floor", {}).get("fid_lenet")
-    for (task,), rows in group(results["arms"], "task").items():
-        seeds = len(group(rows, "seed"))
-        over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-        if seeds == 1 and any("psnr_std" in row for row in rows):
-            over += ", ± standard deviation over images"
-        nfes = sorted({row.get("nfe") for row in rows}, key=lambda nfe: (nfe is not None, nfe))
+def tables(runs, keys=()):
+    """Runs that are alike -> (title, [head, row, ...]) for each task: settings × evaluations for
+    each of `keys` (or KEYS); where nothing was evaluated settings × `keys` (or all)."""
+    over = f"mean ± standard deviation over {len(runs)} seeds" if len(runs) > 1 else "one seed"
+    for task, settings in rows_of(runs).items():
+        rows = [row for mine in settings.values() for row in mine]
+        nfes = sorted({row.get("nfe", 0) for row in rows})
         found = [key for key in dict.fromkeys(key for row in rows for key in row)
-                 if _values(rows, key) and key[-4:] != "_std"]
+                 if values(rows, key) and key[-4:] != "_std"]
 
-        def pivot(corner, columns):  # {head: (evaluations, measure)}
-            return [[corner, *columns]] + [[label, *(
-                cell([row for row in mine if row.get("nfe") == nfe], key, seeds)
-                for nfe, key in columns.values())]
-                for (label,), mine in group(rows, "setting").items()]
+        def table(title, corner, columns):  # {head: (evaluations, measure)}
+            return ", ".join(filter(None, (task, *title, over))), [[corner, *columns]] + [
+                [setting, *(cell([row for row in mine if row.get("nfe", 0) == nfe], key)
+                            for nfe, key in columns.values())]
+                for setting, mine in settings.items()]
 
-        if nfes == [None]:
+        if nfes == [0]:
             measured = [key for key in found if key not in ("seed", "sigma", *SETTING)]
-            columns = {NAMES.get(key, key): (None, key) for key in keys or measured if key in found}
-            yield ", ".join(filter(None, (task, over))), pivot("arm", columns)
+            yield table([], "arm", {key: (0, key) for key in keys or measured if key in found})
             continue
         for key in [key for key in keys or KEYS if key in found]:
-            bound = f"floor {show(floor)}" if key == "fid_lenet" and floor else ""
-            columns = {"none" if nfe is None else show(nfe): (nfe, key) for nfe in nfes}
-            yield (", ".join(filter(None, (task, NAMES.get(key, key), bound, over))),
-                   pivot("evaluations", columns))
+            floor = runs[0][1].get("floor") if key == "fid_lenet" else None
+            yield table([key, f"floor {show(floor['fid_lenet'])}" if floor else ""], "evaluations",
+                        {str(nfe): (nfe, key) for nfe in nfes})
 
 
 def markdown(cells):
     """Rows of texts, the head first, as a Markdown table: the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    drawn = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                               enumerate(zip(row, widths))) + " |" for row in cells]
-    ruler = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":")
-                           for i, w in enumerate(widths)) + "|"
-    return "\n".join([drawn[0], ruler, *drawn[1:]])
+    drawn = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+             + " |" for row in cells]
+    ruler = "|-" + "|".join(["-" * widths[0] + "-", *("-" * (w + 1) + ":" for w in widths[1:])])
+    return "\n".join([drawn[0], ruler + "|", *drawn[1:]])
 
 
 def text_tables(folders, keys=("fid_lenet", "psnr")):
-    """`tables` of finished runs as Markdown."""
-    return "\n".join(f"\n{title}\n\n{markdown(cells)}"
-                     for title, cells in tables(merge(folders), keys))
+    """`tables` of finished runs as Markdown; which runs, where these are not alike."""
+    groups = alike(folders)
+    return "\n".join(f"\n{f'{runs[0][0]}: ' if len(groups) > 1 else ''}{title}\n\n{markdown(cells)}"
+                     for runs in groups for title, cells in tables(runs, keys))
 
 
 # ---------------------------------------------------------------- charts
 
 
-class Axes(NamedTuple):
-    title: str
-    x: str = ""
-    y: str = ""
-    log: str = ""  # "x", "y" or "xy"
-
-
 FID = "fid_lenet, lower is better"  # charts of it show its floor
-CHARTS = {  # the first word of a curve's name -> how it is drawn; others are linear
-    "quality": Axes("Quality against evaluations", "network evaluations", FID, "xy"),
-    "seconds": Axes("Quality against time", "seconds per 1,000 images, prior included", FID, "xy"),
-    "training": Axes("Quality against training time", "seconds, prior included", FID, "xy"),
-    "held-out": Axes("Loss on held-out images", "training step", "squared error", "y"),
-    "loss": Axes("Training loss", "training step", "weighted loss", "y"),
-    "restored": Axes("Restoration", "network evaluations (0: the DIP alone)", "PSNR in dB"),
-    "psnr": Axes("Deep image prior", "iteration", "PSNR in dB"),
+CHARTS = {  # the first word of a curve's name -> axes, and which are logarithmic; else linear
+    "quality": {"x": "network evaluations", "y": FID, "log": "xy"},
+    "training": {"x": "training seconds, prior included", "y": FID, "log": "xy"},
+    "held-out": {"x": "training step", "y": "squared error on held-out images", "log": "y"},
+    "loss": {"x": "training step", "y": "weighted loss", "log": "y"},
+    "restored": {"x": "network evaluations", "y": "PSNR in dB"},
+    "psnr": {"x": "iteration", "y": "PSNR in dB"},
 }
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2")  # colours: --s0 … --s6 in COLOURS
-MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-5l4.8 8.4h-9.6z",
-         "M0-5.2l5.2 5.2-5.2 5.2-5.2-5.2z", "M0 5l4.8-8.4h-9.6z", "M-1.5-4.5h3v9h-3z",
-         "M-4.5-1.5h9v3h-9z")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#c98500", "#3a93c9", "#1c1c1a")
+MARKS = "●■▲◆▼★✚"
 
 
-def curves_of(rows, n):
-    """{"CHART/SETTING": [[x, y], ...]} of the rows of a run of n images: fid_lenet against
-    evaluations and against seconds per 1,000 images, or PSNR against evaluations."""
-    curves = {}
-    for (task,), mine in group(rows, "task").items():
-        key = headline(mine) if _values(mine, "nfe") else None
-        for row in sorted(mine, key=lambda row: row.get("nfe") or 0):
-            nfe, y, seconds, points = row.get("nfe") or 0, row.get(key), row.get("seconds"), {}
-            if key == "fid_lenet":
-                points["quality"] = [nfe, y]
-                points["seconds"] = [1000 * seconds / n if seconds and n else None, y]
-            if key == "psnr" and row["name"] != "corrupted":  # which no arm made
-                points[f"restored {task}".strip()] = [nfe, y]
-            for chart, point in points.items():
-                curves.setdefault(f"{chart}/{setting(row, mine)}", []).append(point)
-    return curves
+def curves_of(runs):
+    """{chart: {label: [line of each seed, ...]}}, a line [[x, y], ...]: of the runs' own curves,
+    and of their rows fid_lenet or PSNR against evaluations."""
+    charts = {}
 
+    def add(chart, label, line):
+        if line:
+            charts.setdefault(chart, {}).setdefault(label, []).append(line)
 
-def styles(names):
-    """{name: (number of its colour and marker, number of its dash)}: an arm, the first word of a
-    name, keeps its colour and marker in all its settings, which differ by their dashes."""
-    arms, style = {}, {}
-    for name in names:
-        settings = arms.setdefault(name.split(" ")[0].strip(",()"), [])
-        settings.append(name)
-        i = list(arms.values()).index(settings)
-        style[name] = (i % len(MARKS), (i + len(settings) - 1) % len(DASHES))
-    return style
-
-
-def over_seeds(lines, axes):
-    """Lines [[x, y], ...] of the seeds of a series -> lines [(x, y, deviation of y), ...]: their
-    mean where all stand at the same x, or x is a measured time, else all of them."""
-    def visible(point):
-        x, y = point
-        return (_number(x) and _number(y) and (x > 0 or "x" not in axes.log)
-                and (y > 0 or "y" not in axes.log))
-
-    points = [each for each in zip(*lines) if all(map(visible, each))]
-    if points and len(set(map(len, lines))) == 1 and (
-            "seconds" in axes.x or all(len({x for x, _ in each}) == 1 for each in points)):
-        return [[(statistics.fmean(x for x, _ in each), statistics.fmean(y for _, y in each),
-                  statistics.stdev(y for _, y in each) if len(each) > 1 else 0.0)
-                 for each in points]]
-    return [seen for line in lines if (seen := [(*point, 0.0) for point in filter(visible, line)])]
+    for run in runs:
+        for task, settings in rows_of([run]).items():
+            for label, rows in settings.items():
+                for chart, key in (("quality", "fid_lenet"), (f"restored {task}", "psnr")):
+                    add(chart, label, sorted([row["nfe"], row[key]] for row in rows
+                                             if "nfe" in row and values([row], key)))
+        for name, line in run[1].get("curves", {}).items():
+            chart, _, label = name.partition("/")
+            add(chart, label or chart, line)
+    return charts
 
 
 def place(values, log, a, b):
     """An axis drawn from pixel a to b: (function from a value to its pixel, ticks)."""
     f = math.log10 if log else float
     lo, hi = f(min(values)), f(max(values))
-    margin = .05 * (hi - lo) or .5 * (1 if log else abs(lo) or 1)
+    margin = 0.05 * (hi - lo) or 0.5 * max(abs(lo), 1)
     lo, hi = lo - margin, hi + margin
     decades = range(math.floor(lo), math.ceil(hi)) if log else ()
     ticks = [m * 10.0**e for e in decades for m in ((1, 2, 5) if hi - lo <= 3 else (1,))]
     ticks = [v for v in ticks if lo <= f(v) <= hi]
-    if log and len(set(values)) <= 6 and all(v == round(v) for v in values):
-        ticks = sorted(set(values))  # evaluations are labelled one by one: 3, 5, 10, 20, 50
     if len(ticks) < 2:
         low, high = (10**lo, 10**hi) if log else (lo, hi)
         step = 10**math.floor(math.log10((high - low) / 4))
@@ -805,154 +708,66 @@ def place(values, log, a, b):
     return lambda v: a + (f(v) - lo) / (hi - lo) * (b - a), ticks
 
 
-def plot(axes, series, style, bound=None):
+def plot(series, title, x="", y="", log="", floor=None, labels=()):
     """{label: [line, ...]}, a line [[x, y], ...] for each seed, as the inside of an SVG 480 wide,
-    with title and key: (text, height); ("", 0) where nothing can be drawn. Lines are those of
-    `over_seeds`, in bands of a standard deviation; `bound` is the floor of fid_lenet."""
-    lines = {label: drawn for label, each in series.items() if (drawn := over_seeds(each, axes))}
+    with title and key: (text, height); ("", 0) where nothing can be drawn. `floor` is that of
+    fid_lenet; `labels`, if given, number the colours."""
+    def visible(x, y):
+        return None not in (x, y) and (x > 0 or "x" not in log) and (y > 0 or "y" not in log)
+
+    lines = {label: seen for label, each in series.items() if (seen := [
+        shown for line in each if (shown := [point for point in line if visible(*point)])])}
     points = [point for each in lines.values() for line in each for point in line]
     if not points:
         return "", 0
-    bounds = [bound] if axes.y == FID and _number(bound) and bound > 0 else []
-    edges = [y + d for _, y, s in points for d in (-s, s) if "y" not in axes.log or y + d > 0]
-    at_x, x_ticks = place([x for x, _, _ in points], "x" in axes.log, 62, 466)
-    at_y, y_ticks = place(edges + bounds, "y" in axes.log, 292, 42)
+    floors = [floor] if y == FID and floor else []
+    at_x, x_ticks = place([x for x, _ in points], "x" in log, 62, 466)
+    at_y, y_ticks = place([y for _, y in points] + floors, "y" in log, 292, 42)
 
     def text(x, y, words, more=""):
-        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{esc(words)}</text>'
+        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>'
 
     def path(points, more):
-        drawn = "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in points)
-        return f'<path d="M{drawn}" {more}/>'
+        drawn = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        return f'<path d="M{drawn}" fill="none" {more}/>'
 
     # title, axes and floor
-    svg = [text(0, 22, axes.title, 'class="ink" font-weight="600"'),
-           text(264, 334, axes.x, 'text-anchor="middle"'),
-           text(-167, 14, axes.y, 'text-anchor="middle" transform="rotate(-90)"')]
+    svg = [text(0, 22, title, 'font-weight="600"'),
+           text(264, 334, x, 'text-anchor="middle"'),
+           text(-167, 14, y, 'text-anchor="middle" transform="rotate(-90)"')]
     for v in y_ticks:
-        svg.append(f'<path d="M62 {at_y(v):.1f}H466" stroke="var(--line)"/>'
-                   + text(55, at_y(v) + 4.5, f"{v:,g}", 'text-anchor="end"'))
-    for v in x_ticks:
-        svg.append(f'<path d="M{at_x(v):.1f} 292v5" stroke="var(--soft)"/>'
-                   + text(at_x(v), 312, f"{v:,g}", 'text-anchor="middle"'))
-    for y in bounds:
-        svg.append(f'<path d="M62 {at_y(y):.1f}H466" stroke="var(--ink)" stroke-dasharray="3 4"/>'
-                   + text(66, at_y(y) - 5, f"floor {show(y)}"))
+        svg += [path([(62, at_y(v)), (466, at_y(v))], 'stroke="#dcdbd5"'),
+                text(55, at_y(v) + 4.5, f"{v:,g}", 'text-anchor="end"')]
+    svg += [text(at_x(v), 312, f"{v:,g}", 'text-anchor="middle"') for v in x_ticks]
+    for v in floors:
+        svg += [path([(62, at_y(v)), (466, at_y(v))], 'stroke="#1c1c1a" stroke-dasharray="3 4"'),
+                text(66, at_y(v) - 5, f"floor {show(v)}")]
 
-    # bands, lines, and markers where points are few; below, a key for each
-    key_x, key_y, low = 0, 358, min(edges)
-    for label, each in lines.items():
-        i, dash = style[label]
-        stroke = f'stroke="currentColor" stroke-dasharray="{DASHES[dash]}"'
-        mark = f'<path d="{MARKS[i]}" fill="currentColor" transform="translate'
-        svg.append(f'<g style="color:var(--s{i})" fill="none" stroke-width="2">')
-        for line in each:
-            if any(s for _, _, s in line):
-                band = [(x, y + s) for x, y, s in line]
-                band += [(x, max(y - s, low)) for x, y, s in reversed(line)]
-                svg.append(path(band, 'fill="currentColor" opacity=".18"'))
-            svg.append(path([(x, y) for x, y, _ in line], stroke))
-            svg += [f'{mark}({at_x(x):.1f} {at_y(y):.1f})"/>' for x, y, _ in line if len(line) < 31]
-        wide = 58 + 7.4 * len(label)  # of 13-pixel letters
-        if key_x + wide > 480:
-            key_x, key_y = 0, key_y + 22
-        svg.append(f'<path d="M{key_x + 1} {key_y - 5}h32" {stroke}/>{mark}({key_x + 17} '
-                   f'{key_y - 5})"/></g>' + text(key_x + 40, key_y, label, 'class="ink"'))
-        key_x += wide
-    if any(s for _, _, s in points):
-        key_y += 22
-        svg.append(text(0, key_y, "Bands: a standard deviation over seeds."))
-    return "".join(svg), key_y + 14
-
-
-# ---------------------------------------------------------------- runs
-
-RUNS_OWN = ("seed", "out", "resume", "data_dir")  # flags that are no setting of the method
-
-
-def identity(run):
-    """What must agree before numbers of two runs may be averaged: flags, data, features, device.
-    Threads need not: they change seconds only, which `merge` then leaves out."""
-    return run.get("config", {}) | {
-        "data": run.get("data", {}).get("name"),
-        "data sha256": run.get("data", {}).get("sha256", "")[:12],
-        "features": run.get("features", {}).get("checksum", "")[:12],
-        "device": run.get("device", "").partition(",")[0],
-        "floor samples": run.get("floor", {}).get("samples")}
-
-
-def merge(folders):
-    """Results of one or more runs as one. Runs of one `identity` but for their seed stand together;
-    else every name says what differs. A flag that an older run did not know is no difference. A
-    curve becomes a list with a line for each seed, a row gets its setting."""
-    runs = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
-    runs = [{key: value for key, value in run.items() if value is not None} for run in runs]
-
-    # what the runs agree on, and a label of what they do not
-    configs, same = list(map(identity, runs)), {}
-    for key in dict.fromkeys(key for config in configs for key in config):
-        values = [config[key] for config in configs if key in config]
-        same |= {key: values[0]} if values.count(values[0]) == len(values) else {}
-    labels = [", ".join(f"{key} {show(value)}" for key, value in config.items()
-                        if key not in (*same, *RUNS_OWN) and value is not None)
-              for config in configs]
-
-    # their parts, one after the other
-    rows, curves, pictures, notes = {}, {}, [], []
-    for i, (run, config, label) in enumerate(zip(runs, configs, labels)):
-        suffix = f" ({label})" if label else ""
-        clocks = {run.get("device") for run, its in zip(runs, labels) if its == label}
-        unlike = ("seconds", "prior_seconds") if len(clocks) > 1 else ()
-        mine = [{key: value for key, value in row.items() if key not in unlike} | {
-            "name": str(row.get("name", "–")),
-            "task": f"{row['task']}, sigma {show(row.get('sigma'))}" if "task" in row else ""}
-            for row in run.get("arms", [])]
-        n = config.get("samples") or config["floor samples"]
-        for name, points in (run.get("curves", {}) | curves_of(mine, n)).items():
-            curves.setdefault(name + suffix, []).append(points)
-        for row in mine:  # of a seed that comes twice the last counts
-            row["name"] += suffix
-            rows[tuple(map(row.get, ("task", "name", "nfe", "seed", *SETTING)))] = row
-        if label not in labels[:i]:  # the first seed's stand for all
-            pictures += [picture | {"caption": picture.get("caption", "") + suffix,
-                                    "folder": Path(folders[i])}
-                         for picture in run.get("pictures", [])]
-        notes += run.get("notes", [])
-    rows = [row | {"setting": setting(row, mine)}
-            for mine in group(rows.values(), "task").values() for row in mine]
-    return runs[0] | {"arms": rows, "curves": curves, "pictures": pictures, "config": same,
-                      "notes": list(dict.fromkeys(notes))}
+    # lines, with markers where points are few; below, a key for each
+    for n, (label, each) in enumerate(lines.items()):
+        i, height = list(labels or lines).index(label), 358 + 22 * n
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        svg.append(text(0, height, f"{mark} {label}", f'fill="{colour}"'))
+        for points in each:
+            pixels = [(at_x(x), at_y(y)) for x, y in points]
+            svg.append(path(pixels, f'stroke="{colour}"'))
+            svg += [text(x, y + 4.5, mark, f'text-anchor="middle" fill="{colour}"')
+                    for x, y in pixels if len(pixels) < 31]
+    return f'<g fill="#4a4a46">{"".join(svg)}</g>', height + 14
 
 
 # ---------------------------------------------------------------- the page
 
-COLOURS = """:root{--bg:#fdfdfb;--ink:#1c1c1a;--soft:#63635e;--line:#dcdbd5;
---s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b8578f;--s4:#c98500;--s5:#3a93c9;--s6:#1c1c1a}
-@media (prefers-color-scheme:dark){:root{--bg:#15171a;--ink:#e9e7e1;--soft:#a3a19a;--line:#35383d;
---s0:#56b4e9;--s1:#f07f2e;--s2:#1fbf91;--s3:#cc79a7;--s4:#e69f00;--s5:#3d8fd1;--s6:#e9e7e1}}
-text{fill:var(--soft)}.ink{fill:var(--ink)}"""
-CSS = COLOURS + """
-body{max-width:66rem;margin:0 auto;padding:2rem 1.25rem;background:var(--bg);color:var(--ink);
-font:1rem/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-h1{font-size:1.75rem;margin:0}h2{font-size:1.15rem;margin:2.5rem 0 .75rem}p{margin:.3rem 0}
-small,.rows,figcaption{color:var(--soft);font-size:.85rem}td small{display:block}
-.parts{display:flex;flex-wrap:wrap;gap:1.5rem 2rem;overflow-x:auto}svg{font-size:13px;width:30rem}
-figure{margin:0;max-width:100%}figure div{display:flex;gap:.6rem}svg,img{max-width:100%}
-.rows{flex-direction:column;justify-content:space-around}img{min-width:0}
-table{border-collapse:collapse;font-size:.92rem}td{padding:.3rem .9rem .3rem 0;text-align:right;
-vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
-td:first-child{text-align:left}tr:first-child{font-weight:600}pre{white-space:pre-wrap}"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none';img-src data:;style-src 'unsafe-inline'"><style>{css}</style>
-<body><h1>{title}</h1>{body}</body></html>
+<meta name="viewport" content="width=device-width"><style>
+body{{max-width:66rem;margin:2rem auto;padding:0 1.25rem;font:1rem/1.5 system-ui,sans-serif}}
+.parts{{display:flex;flex-wrap:wrap;gap:1.5rem 2rem;overflow-x:auto}}figure{{margin:0}}
+svg{{font-size:13px;width:30rem}}svg,img{{max-width:100%}}pre{{white-space:pre-wrap}}
+table{{border-collapse:collapse}}tr:first-child{{font-weight:600}}td:first-child{{text-align:left}}
+td{{padding:.3rem .9rem .3rem 0;text-align:right;border-bottom:1px solid #dcdbd5}}
+</style><body>{body}</body></html>
 """
-
-
-def esc(value):
-    return html.escape(str(value))
 
 
 def report(folder):
@@ -962,69 +777,47 @@ def report(folder):
 
 
 def compare(folders, path):
-    """One page of several runs: what differs only in its seed becomes mean ± standard deviation,
-    and bands in the curves. ValueError if a results.json is no run's."""
+    """One page of several runs: of those that are alike mean ± standard deviation and a curve for
+    each seed, then the next ones. ValueError if a results.json is no run's."""
     try:
-        page = _page(merge(folders), len(folders))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        body = "".join(map(_part, alike(folders)))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         files = ", ".join(f"{folder}/results.json" for folder in folders)
         raise ValueError(f"{files}: not what a run writes ({error!r})") from error
-    write_text(page, Path(path))
+    write_text(PAGE.format(title=escape(Path(path).resolve().parent.name), body=body), path)
 
 
-def _page(results, runs):
-    """The whole page of merged results, as text."""
-    what = f"{runs} runs" if runs > 1 else results.get("mode", "results")
-    title = esc(f"{what} · {results.get('data', {}).get('name', '')}")
-    floor = results.get("floor", {}).get("fid_lenet")
-    same = {part: results.get(part) for part in (
-        "device", "precision", "torch", "parameters", "seconds", "data", "features", "config")}
-    drawn = {kind: {} for kind in CHARTS}
-    for name, lines in results["curves"].items():
-        kind, _, label = name.partition("/")
-        drawn.setdefault(kind, {})[label or kind] = lines
-
-    body = [
-        _section("Rows", [f"<figure>{esc(about)}{_table(cells)}</figure>"
-                          for about, cells in tables(results)]),
-        _section("Curves", [_chart(kind, series, floor) for kind, series in drawn.items()]),
-        _section("Notes", [f"<p>{esc(note)}</p>" for note in results["notes"]]),
-        _section("Pictures", map(_picture, results["pictures"])),
-        _section("Configuration", [f"<pre>{esc(json.dumps(same, indent=1))}</pre>"])]
-    return PAGE.format(title=title, css=CSS, body="".join(body))
-
-
-def _section(heading, parts):
-    inside = "".join(parts)
-    return f'<h2>{esc(heading)}</h2><div class="parts">{inside}</div>' if inside else ""
+def _part(runs):
+    """Runs that are alike, as a part of the page. Pictures and settings are the first one's."""
+    folder, run = runs[0]
+    floor = run.get("floor", {}).get("fid_lenet")
+    charts = [plot(series, kind, **CHARTS.get(kind.partition(" ")[0], {}), floor=floor)
+              for kind, series in curves_of(runs).items()]
+    about = {key: run[key] for key in run if key not in ("arms", "curves", "pictures", "notes")}
+    sections = {
+        "Rows": [f"<figure>{escape(title)}{_table(cells)}</figure>"
+                 for title, cells in tables(runs)],
+        "Curves": [f'<svg viewBox="0 0 480 {height}">{svg}</svg>' for svg, height in charts if svg],
+        "Notes": [f"<p>{escape(note)}</p>" for note in run.get("notes", [])],
+        "Pictures": [_picture(folder, **picture) for picture in run.get("pictures", [])],
+        "Configuration": [f"<pre>{escape(json.dumps(about, indent=1))}</pre>"]}
+    name = ", ".join(folder.resolve().name for folder, _ in runs)
+    return f"<h1>{escape(name)}</h1>" + "".join(
+        f'<h2>{heading}</h2><div class="parts">{"".join(parts)}</div>'
+        for heading, parts in sections.items() if any(parts))
 
 
 def _table(rows):
-    """Rows of texts; what follows a number, a deviation or seconds, is in small print."""
-    rows = ["".join(f"<td>{esc(text)}</td>" for text in row) for row in rows]
-    rows = "".join(f"<tr>{row}</tr>" for row in rows)
-    return "<table>" + re.sub(r" ([±(][^<]*)", r" <small>\1</small>", rows) + "</table>"
+    rows = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
-def _chart(kind, series, floor):
-    """A figure of curves named KIND or KIND REST, drawn as CHARTS says; "" if nothing can be."""
-    first, _, rest = kind.partition(" ")
-    axes = CHARTS.get(first, Axes(kind))
-    axes = axes._replace(title=f"{axes.title}: {rest}") if rest and first in CHARTS else axes
-    svg, height = plot(axes, series, styles(series), floor)
-    return (f'<figure><svg viewBox="0 0 480 {height}" role="img" aria-label="{esc(axes.title)}">'
-            f"{svg}</svg></figure>") if svg else ""
-
-
-def _picture(picture):
-    """A PNG of a run's folder, with the names of its rows where the entry has them."""
-    path, caption = picture["folder"] / Path(picture["file"]).name, esc(picture["caption"])
-    if not path.is_file():
-        return f"<figure>{esc(path.name)} is missing</figure>"
-    names = "".join(f"<span>{esc(name)}</span>" for name in picture.get("rows", []))
-    content = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><div><div class="rows">{names}</div><img alt="{caption}" src="data:image/png;'
-            f'base64,{content}"></div><figcaption>{caption}</figcaption></figure>')
+def _picture(folder, file, caption, rows=()):
+    """A PNG of a run's folder, and what its rows are."""
+    caption = escape(caption + (f"; rows: {', '.join(rows)}" if rows else ""))
+    content = base64.b64encode((folder / Path(file).name).read_bytes()).decode()
+    return (f'<figure><img alt="{caption}" src="data:image/png;base64,{content}">'
+            f"<figcaption>{caption}</figcaption></figure>")
 
 
 # ---------------------------------------------------------------- command line
@@ -1034,28 +827,19 @@ def main(arguments=None):
     """Exit status 0, or 2 and one line on stderr."""
     paths = [Path(path) for path in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        if paths and str(paths[0]) in ("-h", "--help"):
+        if not paths or str(paths[0]) in ("-h", "--help"):
             print(__doc__)
-        elif missing := [path for path in paths if not path.exists()]:
-            raise ValueError(f"{missing[0]} does not exist")
         elif len(paths) == 2 and all(path.is_file() for path in paths):
             a, b = map(data.read_picture, paths)
             channels = max(a.shape[1], b.shape[1])  # 1 where both are grey
             a, b = (x.expand(-1, channels, -1, -1) for x in (a, b))
             for measure in (mse, mae, psnr, ssim, delta_e):
                 print(f"{measure.__name__:8}{measure(a, b).item():.6g}")
-        elif paths and all(path.is_dir() for path in paths):
-            pages = [path / "report.html" for path in paths]
-            for path in paths:
-                report(path)
-            print(text_tables(paths, KEYS), "\n")
-            if len(paths) > 1:
-                above = os.path.commonpath([path.resolve() for path in paths])
-                pages.append(Path(above) / "comparison.html")
-                compare(paths, pages[-1])
-            print(*pages, sep="\n")
         else:
-            raise ValueError("two pictures or some run folders expected")
+            above = Path(os.path.commonpath([path.resolve() for path in paths]))
+            page = above / ("comparison.html" if len(paths) > 1 else "report.html")
+            compare(paths, page)
+            print(text_tables(paths, KEYS), page, sep="\n\n")
     except (OSError, ValueError) as error:
         print("eval:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -1,5 +1,5 @@
 """`python -m studies.figures FIGURE.json...` draws FIGURE.svg, a picture for a README: panels from
-left to right, each of {"axes": fields of eval.Axes, "series": as in eval.plot, "floor"}."""
+left to right, each of {"axes": title, x, y, log and "series", "floor" as in eval.plot}."""
 import json
 import sys
 from pathlib import Path
@@ -11,9 +11,10 @@ def figure(path):
     """PATH.json -> PATH.svg; ValueError, which names the file, where it is no such thing."""
     try:
         panels = json.loads(path.read_text(encoding="utf-8"))["panels"]
-        style = measure.styles(dict.fromkeys(name for panel in panels for name in panel["series"]))
-        drawn = [measure.plot(measure.Axes(**panel["axes"]), panel["series"], style,
-                              panel.get("floor")) for panel in panels]
+        labels = dict.fromkeys(name for panel in panels for name in panel["series"])
+        labels = labels if len(labels) <= len(measure.COLOURS) else ()  # else each panel its own
+        drawn = [measure.plot(panel["series"], **panel["axes"], floor=panel.get("floor"),
+                              labels=labels) for panel in panels]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no figure: {error!r}") from error
     inside = "".join(f'<g transform="translate({12 + 510 * i} 0)">{svg}</g>'
@@ -21,8 +22,7 @@ def figure(path):
     size = f"{510 * len(drawn)} {max(height for _, height in drawn)}"
     measure.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
                        'font-family="system-ui,sans-serif" font-size="13">'
-                       f"<style>{measure.COLOURS}</style>"
-                       f'<rect width="100%" height="100%" fill="var(--bg)"/>{inside}</svg>\n',
+                       f'<rect width="100%" height="100%" fill="#fff"/>{inside}</svg>\n',
                        path.with_suffix(".svg"))
 
 
