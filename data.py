@@ -183,8 +183,7 @@ def _mnist_or_digits(root):
             _find_or_fetch(root, "mnist", file)
         return "mnist"
     except OSError:  # --data mnist says why
-        print(f"data: the built-in digits; MNIST is not in {root / 'mnist'} and could not be "
-              "downloaded", file=sys.stderr)
+        print(f"data: no MNIST in {root / 'mnist'} or online: built-in digits", file=sys.stderr)
         return "digits"
 
 

@@ -1704,17 +1704,10 @@ def newest_run():
 
 
 def save(content, path):
-    """torch.save, written beside, synced, renamed: an old file stays until the new one is whole."""
-    beside = path.with_suffix(".pt.tmp")
-    try:
-        with open(beside, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    """torch.save to a file that is there as a whole or as it was."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    measure.write_bytes(path, buffer.getbuffer())
 
 
 def load_checkpoint(folder):
