@@ -260,7 +260,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # [B, heads, HW, C / heads] each
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # [B, heads, HW, C / heads] each
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(-1, -2).reshape(B, C, H, W))
 
@@ -300,7 +300,8 @@ class UNet(nn.Module):
         H, W = x_t.shape[2:]
         if H % 4 or W % 4:
             x_t = F.pad(x_t, (0, -W % 4, 0, -H % 4), mode="replicate")
-        emb = self.embed(self.time_embedding(t))  # [B, 4w]
+        x_t = x_t.to(self.enter.weight.dtype)
+        emb = self.embed(self.time_embedding(t).to(x_t.dtype))  # [B, 4w]
         h = self.enter(F.pixel_unshuffle(x_t, 2))  # [B, w, H/2, W/2]
         skips = []
         for block in self.down1:
@@ -366,7 +367,7 @@ def draw_t(cfg, numbers, B, step):
     of Kingma et al. 2021, VDM, which shares one draw among the strata)."""
     u = kernels.uniform((len(numbers),), cfg.seed, numbers, step, kernels.TRAIN_TIME,
                         numbers.device)
-    return ((numbers + u) / B * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    return ((numbers + u) * (cfg.timesteps / B)).long().clamp(max=cfg.timesteps - 1)
 
 
 def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast):
@@ -433,7 +434,7 @@ def train_steps(cfg, pixels, net, ema, optimizer, done=0, autocast=contextlib.nu
         update_average(ema, net, step)
         loss.copy_(now.detach())
 
-    advance, order = Graphed(one_step, pixels.device), None
+    advance, order = Graphed(one_step, pixels.device, steps - done), None
     for n in range(done, steps):
         if n % per_epoch == 0 or order is None:
             order = epoch_order(cfg, len(pixels), n // per_epoch, pixels.device)
@@ -481,14 +482,14 @@ def train_ddpm(cfg, pixels, run, each=None):
             saved_at = time.time()
         if stop:
             raise KeyboardInterrupt
-    return ema.eval(), rows, clock()
+    return run.as_sampled(ema), rows, clock()
 
 
 # ================================================================== 5 sampling
 
 
 @torch.no_grad()
-def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, autocast=contextlib.nullcontext):
+def reverse(cfg, net, x_t, t_start, nfe, eta, numbers):
     """The reverse process from x_t [n, C, H, W], an image after t_start steps of noise, in nfe
     network evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2, where eta = 1 and
     nfe = t_start; Lu et al. 2022, DPM-Solver++(2M), where eta = 0): yields x_t and, after each
@@ -500,27 +501,24 @@ def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, autocast=contextlib.nullc
     step = torch.zeros(1, dtype=torch.int64, device=x_t.device)
 
     def one_step():
-        with autocast():
-            out = net(x_t, times.index_select(0, step).expand(len(x_t)))
+        out = net(x_t, times.index_select(0, step).expand(len(x_t)))
         # x0_hat = clip(a x_t + b out, -1, 1); x_t <- c0 x0_hat + ct x_t + sigma z
         kernels.posterior_step(x_t, out, table, step[0], cfg.seed, numbers, inplace=True,
                                x0_prev=x0_prev)
         step.add_(1)
 
-    advance = Graphed(one_step, x_t.device)
+    advance = Graphed(one_step, x_t.device, nfe)
     yield x_t
     for _ in range(nfe):
         advance()
         yield x_t
 
 
-def sample(cfg, net, x_init, t_start, nfe, eta, numbers, autocast=contextlib.nullcontext):
-    """The end of `reverse`, [n, C, H, W] in [-1, 1], of as many images at a time as are fast."""
-    parts = torch.arange(len(x_init)).split(SAMPLE_BATCH_CUDA if x_init.is_cuda else SAMPLE_BATCH)
-    ends = []
-    for part in parts:
-        *_, x_0 = reverse(cfg, net, x_init[part], t_start, nfe, eta, numbers[part],
-                          autocast)
+def sample(cfg, net, x_init, t_start, nfe, eta, numbers):
+    """The end of `reverse`, [n, C, H, W] in [-1, 1], `at_once` images at a time."""
+    ends, n = [], at_once(x_init)
+    for x, part in zip(x_init.split(n), numbers.split(n)):
+        *_, x_0 = reverse(cfg, net, x.clone(), t_start, nfe, eta, part)
         ends.append(x_0)
     return torch.cat(ends)
 
@@ -695,35 +693,36 @@ class DIPGroup:
         self.cfg, self.K, self.Cz = cfg, len(numbers), min(cfg.dip_width, 32)
         make = Grouped(numbers, cfg.seed)
         self.net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True,
+                                          capturable=numbers.is_cuda)
         self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, numbers, 0,
                                        kernels.DIP_CODE, device)
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
         self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
         self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
-        self.steps, self.saved = 0, None
+        self.steps, self.saved = torch.zeros_like(numbers[0]), None
 
-    def iterate(self, i, y, share, A):
-        """Iteration i: one Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each
-        member gets the gradient that it would get alone. y and share are of A's size, share sums to
-        1 over each. -> outputs [K, C, H, W], losses [K]."""
-        jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, i, kernels.DIP_JITTER,
-                                self.z.device)
+    def iterate(self, y, share, A):
+        """One Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each member gets
+        the gradient that it would get alone. y and share are of A's size, share sums to 1 over
+        each. Leaves the outputs x [K, C, H, W] and losses [K] of before the step."""
+        jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
+                                kernels.DIP_JITTER, self.z.device)
         z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
         x = self.net(z).view_as(self.average)  # [K, C, H, W]
         losses = ((A(x) - y).square() * share).sum(dim=(1, 2, 3))
         self.optimizer.zero_grad()
         losses.sum().backward()
         self.optimizer.step()
-        self.steps += 1
+        self.steps.add_(1)
         decay = ((1 + self.age) / (10 + self.age)).clamp(max=self.cfg.window)
         self.age += 1
-        self.average += (1 - decay).view(-1, 1, 1, 1) * (x.detach() - self.average)
-        return x.detach(), losses.detach()
+        self.x, self.losses = x.detach(), losses.detach()
+        self.average += (1 - decay).view(-1, 1, 1, 1) * (self.x - self.average)
 
     def require(self, finite):
-        """RuntimeError unless all of a bool tensor is true: a fit has left the finite numbers."""
-        if not finite.all():
+        """RuntimeError if a fit has left the finite numbers."""
+        if not finite:
             raise RuntimeError(f"a DIP fit is not finite after {self.steps} iterations with Adam's "
                                f"rate {self.cfg.dip_lr:g}")
 
@@ -762,7 +761,7 @@ class DIPGroup:
             torch.where(which[:, None], kept, now, out=now)
         for memory in self.optimizer.state.values():
             for key, beta in zip(("exp_avg", "exp_avg_sq"), self.optimizer.defaults["betas"]):
-                scale = (1 - beta**self.steps) / (1 - beta**self.saved_at)
+                scale = (1 - beta**self.steps.to(self.age)) / (1 - beta**self.saved_at)
                 memory[key].view(self.K, -1).mul_(torch.where(which, scale, 1)[:, None])
 
     def begin_rung(self, which):
@@ -790,11 +789,12 @@ def fit_dips(cfg, known, numbers, iters, track=untracked, look=unseen):
     y, A, given = known.y, known.A, known.given()
     share = given / given.sum(dim=(1, 2, 3), keepdim=True)
     group = DIPGroup(cfg, numbers, y.shape[1], *known.mask.shape[2:], y.dtype)
+    advance = Graphed(lambda: group.iterate(y, share, A), y.device, iters)
     for i in track(range(1, iters + 1), "fit DIPs", len(y)):
-        x, _ = group.iterate(i - 1, y, share, A)
+        advance()
         if i % CHECK == 0 or i == iters:
-            group.require(group.average.isfinite())
-        look(i, x, group.average)
+            group.require(group.average.isfinite().all())
+        look(i, group.x, group.average)
     return group.average
 
 
@@ -893,13 +893,12 @@ def fit_mixture(codes, seed):
         sums = torch.zeros_like(means).index_add_(0, cell, codes)
         means = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], means)
     # each cell's covariance, with a ridge
-    factors = []
-    for k in range(K):
-        around = codes[cell == k] - means[k]
-        covariance = around.T @ around / max(1, len(around))
-        ridge = 1e-3 * covariance.diagonal().mean() + 1e-6
-        factors.append(torch.linalg.cholesky(covariance + ridge * torch.eye(D).to(codes)))
-    return count / N, means, torch.stack(factors)
+    members = codes[cell.argsort(stable=True)].split(count.tolist())
+    around = [part - mean for part, mean in zip(members, means)]
+    covariance = torch.stack([part.T @ part / max(1, len(part)) for part in around])  # [K, D, D]
+    ridge = 1e-3 * covariance.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
+    covariance.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    return count / N, means, torch.linalg.cholesky(covariance)
 
 
 def draw_codes(mixture, n, seed):
@@ -932,7 +931,7 @@ def prior_dip_codes(cfg, pixels, sources, track=untracked):
     of its images. No training image is handed over."""
     decoder, codes = fit_codes(cfg, pixels, track)
     new = draw_codes(fit_mixture(codes, cfg.seed), len(sources), cfg.seed)
-    return torch.cat([decoder(part) for part in new.split(SAMPLE_BATCH)]) * 2 - 1
+    return torch.cat([decoder(part) for part in new.split(at_once(sources))]) * 2 - 1
 
 
 def prior_pca(cfg, pixels, sources, track=untracked):
@@ -1020,13 +1019,13 @@ def generate(cfg, run, net, pixels, judge):
     # at random: MNIST's first 1,000 training images are further from its test split than most
     sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
     rows, priors, grids = [], {}, {}
-    x = noise_start(cfg, sources[:SAMPLE_BATCH].shape, numbers[:SAMPLE_BATCH])
-    # a first call, else the first arm pays for setting up
-    sample(cfg, net, x, 2, 2, 0.0, numbers[:SAMPLE_BATCH], run.autocast)
+    x = sources[:at_once(sources)] / 127.5 - 1
+    for eta in cfg.eta:  # first calls, else the first arm pays for setting up
+        sample(cfg, net, x, 2, 2, eta, numbers[:len(x)])
     for arm, x_init, t_start, prior, seconds in starts(cfg, run, pixels, sources, numbers):
         for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
             with run.timed("sample") as took:
-                x = sample(cfg, net, x_init, t_start, nfe, eta, numbers, run.autocast)
+                x = sample(cfg, net, x_init, t_start, nfe, eta, numbers)
             row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
                    "seconds": took.seconds + seconds, "prior_seconds": seconds}
             row |= judge(x, sources if arm in HAS_SOURCE else None)
@@ -1095,7 +1094,8 @@ class Halves(NamedTuple):
 
     def target(self, rung, M):
         """What is fitted by images that stand on `rung` int64 [n]: [n M, ...]."""
-        return self.targets[rung.repeat_interleave(M), torch.arange(len(self.fitted)).to(rung)]
+        return self.targets[rung.repeat_interleave(M),
+                            torch.arange(len(self.fitted), device=rung.device)]
 
     def risk(self, A_x, M):
         """Estimates without bias the mean error of an image's M replicas A x_m, `A_x`
@@ -1195,35 +1195,38 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
     half = (halves if known.sigma else held_out)(cfg, known, numbers, rungs)
     group = DIPGroup(cfg, numbers, C, H, W, known.y.dtype)
     result = LikelyMean(torch.zeros_like(group.average[::M]))
-    target, A = half.targets[0], known.part(torch.arange(n).repeat_interleave(M)).A
+    target = half.targets[0].clone()
+    A = known.part(torch.arange(n, device=target.device).repeat_interleave(M)).A
     best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
     rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
     took, fitting = torch.full_like(rung, cfg.budget), torch.ones_like(rung, dtype=torch.bool)
+    advance = Graphed(lambda: group.iterate(target, half.fitted, A), target.device, cfg.budget)
     for i in track(range(1, cfg.budget + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
-        _, losses = group.iterate(i - 1, target, half.fitted, A)
+        advance()
         if i % CHECK and i < cfg.budget:
             continue
         # a look at what the replicas' mean is worth
-        group.rewind(group.collapsed(losses, target, half.fitted))
+        group.rewind(group.collapsed(group.losses, target, half.fitted))
         x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
         result.add(fitting, x, risk, half, M)
         group.save((risk < best).repeat_interleave(M))
         since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
-        group.require(~fitting | risk.isfinite())
         # a rung ends without a lower risk; the ladder, where a rung was no better than the last
         ends = fitting & (since >= cfg.patience)
         climbs = ends & (rung < len(half.targets) - 1) & (best < last)
         fitting = fitting & (climbs | ~ends)
         took = torch.where(ends & ~climbs, i, took)
+        finite, goes_on = torch.stack([(~fitting | risk.isfinite()).all(), fitting.any()]).tolist()
+        group.require(finite)
         look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
-        if not fitting.any():
+        if not goes_on:
             break
         # to the next rung, from this one's best; its first look will be the lowest there
         rung = rung + climbs
         last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
         group.begin_rung(climbs.repeat_interleave(M))
-        target = half.target(rung, M)
+        target.copy_(half.target(rung, M))
     return result.x, took
 
 
@@ -1246,10 +1249,13 @@ class Follow:
         self.psnr = torch.full_like(self.when, -math.inf)
 
     def __call__(self, i, rows, x):
-        psnr = measure.psnr(x.clamp(0, 1), self.truth[rows])
+        error = x.clamp(0, 1).double() - self.truth[rows]
+        psnr = -10 * error.square().mean((1, 2, 3)).log10()  # eval's, which would wait to check x
         self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
         up = psnr > self.psnr[rows]
-        self.best[rows[up]], self.psnr[rows[up]], self.when[rows[up]] = x[up], psnr[up], i
+        self.best[rows] = torch.where(up.view(-1, 1, 1, 1), x, self.best[rows])
+        self.psnr[rows] = torch.maximum(psnr, self.psnr[rows])
+        self.when[rows] = torch.where(up, i, self.when[rows])
 
     def curve(self):
         """[[iteration, mean PSNR]]; an image that has left stays where it was."""
@@ -1372,7 +1378,6 @@ def lack(name, gap):
 
 CHECKPOINT, CHECKPOINT_FORMAT, CHECKPOINT_SECONDS = "checkpoint.pt", 2, 60.0
 CHECKPOINT_KEYS = {"data", "shape", "step", "seconds", "rows", "losses", "net", "ema", "optimizer"}
-SAMPLE_BATCH, SAMPLE_BATCH_CUDA = 250, 2000  # images at once: a CPU's cache holds no more
 
 # ------------------------------------------------------------------ pictures and rows
 
@@ -1384,11 +1389,11 @@ def run_sample(cfg, run):
     net = make_unet(cfg, C, run.device)
     load_weights(net, saved["ema"], cfg.resume)
     cfg = run.begin(resolve(cfg, (cfg.samples, C, H, W)))
-    numbers = torch.arange(cfg.samples, device=run.device)
+    net, numbers = run.as_sampled(net), torch.arange(cfg.samples, device=run.device)
     x_init, arms, pictures = noise_start(cfg, (cfg.samples, C, H, W), numbers), [], []
     for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
         with run.timed("sample") as took:
-            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers, run.autocast)
+            x = sample(cfg, net, x_init, cfg.timesteps, nfe, eta, numbers)
         arms.append({"name": "ddpm", "seed": cfg.seed, "nfe": nfe, "t_start": cfg.timesteps,
                      "eta": eta, "seconds": took.seconds})
         file = f"samples-nfe{nfe}{f'-eta{eta:g}' * (len(cfg.eta) > 1)}.png"
@@ -1589,6 +1594,7 @@ class Run:
         self.cfg, self.command = cfg, "python dipddpm.py " + shlex.join(argv)
         self.device = pick_device(cfg.device)
         self.precision = pick_precision(cfg.precision, self.device)
+        torch.backends.cudnn.allow_tf32 = False  # else float32's convolutions keep 10 bits
         self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
         self.stop = 0  # the number of the signal that asked for it
         self.begun, self.saved, self.about = False, None, {}
@@ -1618,8 +1624,13 @@ class Run:
         return self.cfg
 
     def autocast(self):
-        """bf16 inside the networks where asked for; the mathematics around them stays float32."""
+        """bf16 inside the U-Net where asked for; the mathematics around it stays float32."""
         return torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16")
+
+    def as_sampled(self, net):
+        """The trained U-Net, itself, with weights in what it calculates in: nothing is cast anew in
+        each evaluation."""
+        return net.eval().to(torch.bfloat16 if self.precision == "bf16" else torch.float32)
 
     @contextlib.contextmanager
     def timed(self, part=None):
@@ -1752,10 +1763,17 @@ def join_processes(cfg):
         return
     if cfg.mode not in ("ddpm", "prior"):
         raise ValueError(f"--mode {cfg.mode} runs in one process, without torchrun")
-    cuda = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if cfg.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {cfg.device}: torchrun gives each process a device of its own; "
+                         "say cuda or cpu")
+    local, device = int(os.environ.get("LOCAL_RANK", 0)), None
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started more processes than the {torch.cuda.device_count()}"
+                             " GPUs here; lower --nproc-per-node or say --device cpu")
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    dist.init_process_group("nccl" if device else "gloo", device_id=device)
 
 
 def of_the_first(value):
@@ -1844,21 +1862,23 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if "amx_bf16" in about_cpu("flags") else "fp32"
 
 
 class Graphed:
-    """`work`, a function of nothing that returns nothing, to be called again and again. On CUDA the
+    """`work`, a function of nothing that returns nothing, to be called `calls` times. On CUDA the
     first three calls run as they are and allocate what lasts; the fourth is recorded as one CUDA
     graph, which is replayed from then on: one launch for hundreds of kernels, and nothing that the
     host waits for. So what changes between calls must lie in tensors that `work` itself reads and
-    writes in place. Elsewhere a call is a call."""
+    writes in place. Elsewhere a call is a call, and so it is where there are too few to repay the
+    recording, where the references, which may wait, stand in for the kernels, and among several
+    processes, whose messages are not recorded."""
 
-    def __init__(self, work, device):
+    def __init__(self, work, device, calls):
         self.work, self.calls, self.graph = work, 0, None
-        alone = processes()[1] == 1  # what processes tell each other is not recorded
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and alone else None
+        records = calls >= 20 and kernels.rng.fused(device) and processes()[1] == 1
+        self.stream = torch.cuda.Stream(device) if records else None
 
     def __call__(self):
         if self.stream is None:
@@ -1875,6 +1895,12 @@ class Graphed:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.work()
         self.graph.replay()
+
+
+def at_once(x):
+    """How many images of x's size [n, C, H, W] are sampled together: as many as a CPU's cache or,
+    eight times as many, a GPU's smaller memories hold."""
+    return max(1, (2000 if x.is_cuda else 250) * 28 * 28 // x[0, 0].numel())
 
 
 def keep_freed_memory():

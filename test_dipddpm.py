@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels imports Triton
@@ -645,11 +646,11 @@ def test_philox_gives_the_published_words(counter, key, words):
 
 
 @needs_triton
-def test_normals_of_the_kernel_are_those_of_the_reference_to_2_ulp():
+def test_normals_of_the_kernel_are_those_of_the_reference_to_1_3e_6():
+    """In ulp they may differ by a thousand: near a zero of the cosine a GPU's fma keeps what the
+    reference's product rounds away."""
     ours = rng.normal_triton((4, 25_000), SEED, 0, 0, 0, DEVICE).cpu()
-    theirs = rng.normal_ref((4, 25_000), SEED, 0, 0, 0)
-    apart = ours.view(torch.int32).long() - theirs.view(torch.int32).long()  # of one sign: in ulp
-    assert (ours * theirs >= 0).all() and apart.abs().max() <= 2
+    assert (ours - rng.normal_ref((4, 25_000), SEED, 0, 0, 0)).abs().max() < 1.3e-6
 
 
 def test_normals_are_box_muller_of_the_words():
@@ -879,15 +880,18 @@ COMPILE = """
 import json
 from kernels import bench
 
-print(json.dumps({f"{case.name}, sm_{chip}": bench.static(case, chip)
-                  for chip in bench.CHIPS for case in bench.CASES}))
+print(json.dumps({
+    f"{case.name}, sm_{chip}": bench.static(case, chip) | {"clamps": [
+        line for line in bench.machine_code(case, chip) if "FMNMX" in line]}
+    for chip in bench.CHIPS for case in bench.CASES}))
 """
 
 
 @needs_triton
 def test_machine_code_of_the_kernels_keeps_its_promises(tmp_path):
     """No local memory; 32-bit accesses for uint8 and 128-bit ones for float32, but for the scalars
-    of a sample; at most 50 instructions an element where noising and the reverse step are plain."""
+    of a sample; at most 50 instructions an element where noising and the reverse step are plain;
+    and a clamp keeps NaN, which Triton's interpreter would in any case."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, text=True,
@@ -901,6 +905,8 @@ def test_machine_code_of_the_kernels_keeps_its_promises(tmp_path):
         assert min(map(int, row["loads"])) >= 32 and min(map(int, row["stores"])) >= 32, name
         if name.startswith(("normal", "uniform", "q_sample", "posterior_step fp32")):
             assert row["instructions"] <= 50, (name, row)
+        assert bool(row["clamps"]) == name.startswith("posterior_step")
+        assert all(".NAN" in line for line in row["clamps"]), (name, row)
     per_thread = 4 * rng.BLOCK // (32 * rng.WARPS)
     for name in ("q_sample fp32 to fp32", "noise_loss fp32", "posterior_step fp32"):
         row = rows[f"{name}, sm_90"]
@@ -932,6 +938,38 @@ def bare_run(folder, **changes):
     run = dipddpm.Run(config(device="cpu", precision="fp32", **changes | where), [])
     run.begin(run.cfg)
     return run
+
+
+def test_auto_is_bf16_on_a_gpu_of_its_own_that_has_it_and_float32_is_float32(monkeypatch, tmp_path):
+    asked = {torch.device("cuda", 1): (8, 0), torch.device("cuda", 0): (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", asked.get)
+    assert [dipddpm.pick_precision("auto", device) for device in asked] == ["bf16", "fp32"]
+    assert {dipddpm.pick_precision("fp32", device) for device in asked} == {"fp32"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    bare_run(tmp_path / "r")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_graphs_are_recorded_where_the_kernels_serve_and_calls_repay_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "a stream")
+    streams = []
+    for served in True, False:  # without Triton the references stand in, which wait
+        monkeypatch.setattr(rng, "fused", lambda device: served and device.type == "cuda")
+        streams += [dipddpm.Graphed(print, torch.device(device), calls).stream
+                    for device, calls in (("cuda", 1000), ("cuda", 10), ("cpu", 1000))]
+    assert streams == ["a stream"] + 5 * [None]
+
+
+@pytest.mark.parametrize("device, local, said", [
+    ("cuda:1", 0, "--device cuda:1: torchrun gives each process a device of its own"),
+    ("auto", 1, "torchrun started more processes than the 1 GPUs here; lower --nproc-per-node")])
+def test_processes_without_a_device_each_are_refused(device, local, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    status, _, err = run_main(["--mode", "ddpm", "--device", device], capsys)
+    assert status == 2 and err.startswith("dipddpm: " + said) and err.count("\n") == 1
 
 
 FIELDS = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(dipddpm.Config)}
@@ -1367,7 +1405,8 @@ def test_the_exact_denoiser_of_a_gaussian_samples_that_gaussian(eta):
     assert x.std().item() == pytest.approx(0.2, rel=0.05) and abs(x.mean()) < 0.01
 
 
-def test_a_sample_is_the_end_of_its_way_and_does_not_depend_on_its_batch():
+def test_a_sample_is_the_end_of_its_way_and_does_not_depend_on_its_batch(monkeypatch):
+    monkeypatch.setattr(dipddpm, "at_once", lambda x: 250)
     cfg, numbers = config(timesteps=20), torch.arange(300)
     net, x = oracle(cfg, 0.5), dipddpm.noise_start(cfg, (300, 1, 4, 4), numbers)
     x_T = x.clone()
@@ -1396,6 +1435,37 @@ def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_seco
     assert torch.equal(ends(20, 1, eta=1.0), ends(20, 2, eta=1.0))  # for steps without noise only
 
 
+class Operations(TorchDispatchMode):
+    """Within it, the names of all operations and the arguments of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen.append((operation.name().split("::")[1].split(".")[0], args))
+        return operation(*args, **(kwargs or {}))
+
+    def waits(self):
+        """How often a GPU's host would wait for a value: for a number, or for how many are true."""
+        return sum(name in ("_local_scalar_dense", "nonzero") or name.startswith("index")
+                   and any(i is not None and i.dtype == torch.bool for i in args[1])
+                   for name, args in self.seen)
+
+
+def test_a_bf16_network_casts_its_input_and_no_more(tmp_path):
+    net = shaken(dipddpm.make_unet(config(width=8), 1, "cpu"))
+    x, t = kernels.normal((4, 1, 8, 8), 0, 0, 0, 0), torch.tensor([1, 300, 700, 999])
+    exact, run = net(x, t), bare_run(tmp_path / "r")
+    assert run.as_sampled(net) is net and torch.equal(net(x, t), exact)
+    run.precision = "bf16"
+    net = run.as_sampled(net)
+    with torch.no_grad(), Operations() as done:
+        out = net(x, t)
+    assert sum(name == "_to_copy" for name, _ in done.seen) <= 2
+    assert out.dtype == torch.bfloat16 and (out - exact).std() < 0.02 * exact.std()
+
+
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
@@ -1407,7 +1477,10 @@ def test_recorded_steps_equal_the_eager_ones_and_neither_waits(monkeypatch):
 
     def work():
         losses, *_ = steps_by(adamw, DEVICE)
-        return dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers), losses.view(4, 25).mean(1)
+        known = dipddpm.exact(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0),
+                                         dtype=torch.float64).to(DEVICE))
+        return (dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers), losses.view(4, 25).mean(1),
+                dipddpm.fit_dips(fit_config(), known, numbers[:2], 25))
 
     def call_without_waiting(graphed):
         torch.cuda.set_sync_debug_mode("error")
@@ -1458,7 +1531,8 @@ def test_a_dips_input_is_its_code_and_a_thirtieth_of_fresh_noise_that_all_share(
     assert 0 <= group.z.min() < 0.001 and 0.099 < group.z.max() < 0.1  # U(0, 0.1)
     group.net.register_forward_pre_hook(lambda net, args: inputs.append(args[0]))
     for i in (0, 7):
-        group.iterate(i, torch.zeros(2, 1, 8, 8), torch.ones(()) / 64, lambda x: x)
+        group.steps.fill_(i)
+        group.iterate(torch.zeros(2, 1, 8, 8), torch.ones(()) / 64, lambda x: x)
         noise = kernels.normal((1, 16, 8, 8), 0, 0, i, kernels.DIP_JITTER)
         torch.testing.assert_close(inputs[-1], (group.z + noise / 30).view(1, 32, 8, 8))
 
@@ -1578,15 +1652,16 @@ def test_a_member_that_goes_back_goes_on_as_if_it_had_never_left():
     share, same = torch.full_like(y, 1 / 64), lambda x: x
     group, other = (dipddpm.DIPGroup(fit_config(), torch.arange(2), 1, 8, 8, y.dtype)
                     for _ in range(2))
-    for i in range(30):
-        group.iterate(i, y, share, same), other.iterate(i, y, share, same)
+    for _ in range(30):
+        group.iterate(y, share, same), other.iterate(y, share, same)
     group.save(torch.tensor([True, True]))
-    for i in range(30, 130):
-        group.iterate(i, y, share, same)
+    for _ in range(100):
+        group.iterate(y, share, same)
     group.rewind(torch.tensor([True, False]))
     before = [p.view(2, -1)[0].clone() for p in group.net.parameters()]
     assert all(torch.equal(p, q.view(2, -1)[0]) for p, q in zip(before, other.net.parameters()))
-    group.iterate(30, y, share, same), other.iterate(30, y, share, same)
+    group.steps.fill_(30)  # the jitter of then
+    group.iterate(y, share, same), other.iterate(y, share, same)
     step, expected = (torch.cat([p.view(2, -1)[0] - q for p, q in
                                  zip(g.net.parameters(), before)]) for g in (group, other))
     assert (step - expected).norm() < 0.1 * expected.norm()
@@ -1817,10 +1892,10 @@ def ladder_by_hand(cfg, known, number, rungs):
     group = dipddpm.DIPGroup(cfg, replicas, 1, *known.mask.shape[2:], known.y.dtype)
     rung, since, best, last, risks, outputs = 0, 0, math.inf, math.inf, [], []
     for i in range(1, cfg.budget + 1):
-        _, losses = group.iterate(i - 1, half.targets[rung], half.fitted, known.A)
+        group.iterate(half.targets[rung], half.fitted, known.A)
         if i % 10 and i < cfg.budget:
             continue
-        group.rewind(group.collapsed(losses, half.targets[rung], half.fitted))
+        group.rewind(group.collapsed(group.losses, half.targets[rung], half.fitted))
         risks.append(half.risk(known.A(group.average), M))
         outputs.append(group.average.mean(0))
         since += 10
@@ -1887,6 +1962,22 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     # what nothing stops has its best moment long before
     assert all_of_them.tolist() == [500, 500] and sorted(ended.looks) == [*range(10, 501, 10)]
     assert (ended.psnr > ended.looks[500] + 1).all() and (ended.when < 400).all()
+
+
+@pytest.mark.parametrize("rungs, waits", [(1, 3), (3, 3)])
+def test_a_look_waits_for_the_device_three_times_at_most_and_an_iteration_never(rungs, waits):
+    (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
+    cfg, follow, counts = fit_config(budget=60, replicas=2, patience=20), dipddpm.Follow(truth), []
+
+    def track(steps, *_):
+        for step in steps:
+            with Operations() as done:
+                yield step
+            counts.append(done.waits())
+
+    dipddpm.fit_guided(cfg, known, numbers, rungs, track, lambda i, x: follow(i, numbers, x))
+    assert len(counts) >= 30 and max(counts) <= waits
+    assert all(count == 0 for i, count in enumerate(counts, 1) if i % dipddpm.CHECK)
 
 
 def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs():
@@ -2042,7 +2133,7 @@ def test_the_newest_run_is_sampled_without_data_whatever_the_batch(whole_run, tm
     os.utime("runs/old/checkpoint.pt", (1, 1))
     sheets = []
     for batch in 250, 2:
-        monkeypatch.setattr(dipddpm, "SAMPLE_BATCH", batch)
+        monkeypatch.setattr(dipddpm, "at_once", lambda x, batch=batch: batch)
         run("sample", tmp_path / str(batch), samples=5, nfe=3, eta=0)
         sheets.append(Image.open(tmp_path / str(batch) / "samples-nfe3.png"))
     # they are of the run's averaged network and of its noise
@@ -2186,7 +2277,8 @@ def little_training(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i:02}.png")
     flags = dict(mode="prior", data=tmp_path / "data", epochs=150, width=8, batch=15, timesteps=40,
                  samples=4, nfe=2, dip_iters=3, dip_width=4)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path),
+                                "CUDA_VISIBLE_DEVICES": ""}  # two processes would want two
     return flags, dict(cwd=HERE, env=environment, text=True, stdout=subprocess.PIPE,
                        stderr=subprocess.PIPE)
 

@@ -183,6 +183,7 @@ def print_timed(sizes=(128 * 784, 2**20, 2**24, 2**26)):
         elements = size // 784 * 784
         copies = min(64, 1 + 2 * gpu.L2_cache_size // (row["bytes"] * elements))
         sets = [inputs(elements // 784, "cuda") for _ in range(copies)]
+        torch.cuda.synchronize()  # the benchmark's own stream does not wait for the inputs
         torch.compiler.reset()
         seconds, *others = [
             do_bench_cudagraph(lambda: [f(s) for s in sets], return_mode="median") / 1e3 / copies

@@ -73,9 +73,9 @@ def fit_targets(cfg, known, targets, numbers, iters, track=dipddpm.untracked,
     shape = targets[0].shape[1], *known.mask.shape[2:]
     group = dipddpm.DIPGroup(cfg, numbers, *shape, targets[0].dtype)
     for i in track(range(1, iters + 1), "fit DIPs", len(numbers)):
-        x, _ = group.iterate(i - 1, targets[(i - 1) * len(targets) // iters], share, known.A)
-        look(i, x, group.average)
-    group.require(group.average.isfinite())
+        group.iterate(targets[(i - 1) * len(targets) // iters], share, known.A)
+        look(i, group.x, group.average)
+    group.require(group.average.isfinite().all())
     return group.average
 
 
@@ -227,11 +227,10 @@ def held_out_losses(cfg, net, pixels, run, n=1000):
     numbers, losses = torch.arange(len(pixels), device=run.device), {}
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         tau, loss = max(1, round(share * cfg.timesteps)), 0.0
-        for index in numbers.split(dipddpm.SAMPLE_BATCH):
+        for index in numbers.split(dipddpm.at_once(pixels)):
             t = torch.full_like(index, tau - 1)
             x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, index, 0, kernels.HELD_OUT)
-            with run.autocast():
-                out = net(x_t, t)
+            out = net(x_t, t)
             loss += kernels.noise_loss(out, pixels, index, t, table, cfg.seed, index, 0,
                                        kernels.HELD_OUT).sum().item()
         losses[f"t = {share:g} T"] = loss / len(pixels)
@@ -265,8 +264,7 @@ def convergence(cfg, run, name, net, rows, begun, judge, test):
             numbers = torch.arange(len(x_init), device=x_init.device)
             for nfe in sorted({few, most} if arm == "ddpm" else {few}):
                 with run.timed("sample"):
-                    x = dipddpm.sample(cfg, net, x_init, t_start, nfe, cfg.eta[0], numbers,
-                                       run.autocast)
+                    x = dipddpm.sample(cfg, net, x_init, t_start, nfe, cfg.eta[0], numbers)
                 of = arm if arm == "ddpm" else f"{arm} {name}"
                 curves.setdefault(f"training/{of}, {nfe} evaluations", []).append(
                     [saved["step"] * pace + seconds, judge(x).get("fid_lenet")])
@@ -284,8 +282,7 @@ def sampled(own, cfg, run, nets, pixels, judge):
         used, has_source = ("full",) if arm == "ddpm" else own.train, arm in dipddpm.HAS_SOURCE
         for name, nfe, eta in itertools.product(used, cfg.nfe, cfg.eta):
             with run.timed("sample") as took:
-                x = dipddpm.sample(cfg, nets[name], x_init, t_start, nfe, eta, numbers,
-                                   run.autocast)
+                x = dipddpm.sample(cfg, nets[name], x_init, t_start, nfe, eta, numbers)
             row = {"name": arm, "seed": cfg.seed, "train": name, "nfe": nfe, "t_start": t_start,
                    "eta": eta, "seconds": took.seconds + seconds, "prior_seconds": seconds}
             rows.append(row | judge(x, sources if has_source else None))

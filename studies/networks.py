@@ -144,7 +144,7 @@ def prior_dip_network(cfg, pixels, sources, track=dipddpm.untracked, **settings)
     """The source images through one DIP that was fitted to the whole data set, by the `settings` of
     `fit_network`; see `dipddpm.PRIORS`."""
     f = fit_network(cfg, pixels, track, **settings)
-    x = torch.cat([f(part.float() / 255) for part in sources.split(dipddpm.SAMPLE_BATCH)])
+    x = torch.cat([f(part.float() / 255) for part in sources.split(dipddpm.at_once(sources))])
     return x.clamp(0, 1) * 2 - 1
 
 

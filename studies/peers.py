@@ -151,11 +151,10 @@ def dip_pair(K, C, size, width):
     z, jitter = 0.1 * torch.rand(1, Cz, size, size), torch.zeros(1, Cz, size, size)
     net = skip(Cz, C, [width] * scales, [width] * scales, [4] * scales, pad="reflection",
                upsample_mode="bilinear", need_sigmoid=True)
-    optimizer, average, count = torch.optim.Adam(net.parameters(), 0.01), torch.zeros(()), [0]
+    optimizer, average = torch.optim.Adam(net.parameters(), 0.01), torch.zeros(())
 
     def ours():
-        group.iterate(count[0], y, torch.ones(()) / y[0].numel(), lambda x: x)
-        count[0] += 1
+        group.iterate(y, torch.ones(()) / y[0].numel(), lambda x: x)
 
     def theirs():
         nonlocal average

@@ -10,7 +10,6 @@ denoise also from y itself (`ddpm-y`). All but `ddpm-y` are kept consistent with
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import math
@@ -78,10 +77,10 @@ def fit_held_out(cfg, known, numbers, iters, track=dipddpm.untracked):
     group = dipddpm.DIPGroup(cfg, numbers, y.shape[1], H, W, y.dtype)
     best, best_risk = group.average.clone(), torch.full_like(share[:, :1, :1, :1], math.inf)
     for i in track(range(1, iters + 1), "fit DIPs", len(y)):
-        group.iterate(i - 1, y, share, known.A)
+        group.iterate(y, share, known.A)
         if i % dipddpm.CHECK and i < iters:
             continue
-        group.require(group.average.isfinite())
+        group.require(group.average.isfinite().all())
         risk = ((known.A(group.average) - y).square() * held).sum(dim=(1, 2, 3), keepdim=True)
         best = torch.where(risk < best_risk, group.average, best)
         best_risk = torch.minimum(risk, best_risk)
@@ -89,7 +88,7 @@ def fit_held_out(cfg, known, numbers, iters, track=dipddpm.untracked):
 
 
 @torch.no_grad()
-def restored(cfg, net, x_t, t_start, nfe, eta, numbers, known, autocast=contextlib.nullcontext):
+def restored(cfg, net, x_t, t_start, nfe, eta, numbers, known):
     """`dipddpm.reverse` from x_t [n, C, H, W], after t_start steps of noise, with each x0_hat made
     consistent with y. x_s is linear in x0_hat, so the change is added behind the kernel, times
     sqrt(ab_s); a noisy y has a step of its own. -> [n, C, H, W], about in [-1, 1]."""
@@ -98,8 +97,7 @@ def restored(cfg, net, x_t, t_start, nfe, eta, numbers, known, autocast=contextl
     alpha_bar = torch.tensor([schedule.at(tau) for tau in taus], device=x_t.device)
     x0_prev = torch.zeros_like(x_t) if eta == 0 and cfg.order == 2 else None
     for i, tau in enumerate(taus[:-1]):
-        with autocast():
-            out = net(x_t, torch.full_like(numbers, tau - 1))
+        out = net(x_t, torch.full_like(numbers, tau - 1))
         a, b, _, _, sigma, _ = table[i]
         x0_hat = (a * x_t + b * out.float()).clamp(-1, 1)
         ab_t, ab_s = alpha_bar[i], alpha_bar[i + 1]
@@ -157,8 +155,7 @@ def restore(cfg, run, net, known, truth):
                 continue  # no such short steps
             settings = cfg, net, x_init, t_start, nfe, eta, numbers
             with run.timed("sample") as took:
-                x = (dipddpm.sample(*settings, run.autocast) if arm == "ddpm-y"
-                     else in_parts(*settings, known, run.autocast))
+                x = dipddpm.sample(*settings) if arm == "ddpm-y" else in_parts(*settings, known)
             add(arm, ((x + 1) / 2).clamp(0, 1), nfe=nfe, t_start=t_start, eta=eta,
                 seconds=took.seconds + seconds, prior_seconds=seconds)
     return rows, measure.draw(
@@ -166,11 +163,11 @@ def restore(cfg, run, net, known, truth):
         f"{task}, sigma = {known.sigma:g}, {shown_nfe} network evaluations", shown)
 
 
-def in_parts(cfg, net, x_init, t_start, nfe, eta, numbers, known, autocast):
+def in_parts(cfg, net, x_init, t_start, nfe, eta, numbers, known):
     """`restored`, of as many images at a time as are fast."""
     return torch.cat([restored(cfg, net, x_init[part], t_start, nfe, eta, numbers[part],
-                               known.part(part), autocast)
-                      for part in torch.arange(len(x_init)).split(dipddpm.SAMPLE_BATCH)])
+                               known.part(part))
+                      for part in torch.arange(len(x_init)).split(dipddpm.at_once(x_init))])
 
 
 # ------------------------------------------------------------------ command line
@@ -181,8 +178,9 @@ def run_restore(tasks, cfg, run):
     # the network, and the images that it is for
     saved = dipddpm.load_checkpoint(cfg.resume)
     C, H, W = saved["shape"]
-    net = dipddpm.make_unet(cfg, C, run.device).eval()
+    net = dipddpm.make_unet(cfg, C, run.device)
     dipddpm.load_weights(net, saved["ema"], cfg.resume)
+    net = run.as_sampled(net)
     test = dipddpm.load_images(cfg, "test", saved["data"]["name"] if cfg.data == "auto" else None)
     if list(test.pixels.shape[1:]) != [C, H, W]:
         raise ValueError(f"{cfg.resume}: its network is for images of {C}x{H}x{W}, not "

@@ -340,10 +340,9 @@ def test_a_held_out_stop_takes_the_look_that_is_nearest_to_what_it_was_not_shown
     cfg, known = config((3, 8, 8), mode="dip", dip_width=8), corrupted(truth, sigma=0.5)
     iterate = dipddpm.DIPGroup.iterate
 
-    def watched(group, i, *args):
-        seen = iterate(group, i, *args)
-        looks[i + 1] = group.average.clone()
-        return seen
+    def watched(group, *args):
+        iterate(group, *args)
+        looks[group.steps.item()] = group.average.clone()
 
     monkeypatch.setattr(dipddpm.DIPGroup, "iterate", watched)
     x = restore.fit_held_out(cfg, known, numbers, 95)
