@@ -222,13 +222,13 @@ def kid(f, g, subsets=100, size=1000):
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1)**3
 
-    estimates = []
-    for _ in range(subsets):
+    estimates = torch.empty(subsets, dtype=f.dtype, device=f.device)
+    for i in range(subsets):
         x, y = draw(f), draw(g)
         xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1))
-        estimates.append((within - 2 * xy.mean()).item())
-    return statistics.mean(estimates), statistics.pstdev(estimates)
+        estimates[i] = within - 2 * xy.mean()
+    return estimates.mean().item(), estimates.std(correction=0).item()
 
 
 def precision_recall(f, g, k=3):
