@@ -406,31 +406,74 @@ def update_average(ema, net, n, decay=0.999):
         torch._foreach_add_(average, change)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum for 3x3 convolutions, every step of which is made (about) orthogonal: a weight
+    [out, in, 3, 3], read as a matrix, moves by 5 lr times the nearest matrix whose singular values
+    are all 1, so that what rarely has a large gradient is learned as fast as the rest (Jordan et
+    al. 2024). Weights of one shape are one batch of matrices."""
+
+    def __init__(self, weights, lr):
+        shapes = {p.shape: [] for p in weights}
+        for p in weights:
+            shapes[p.shape].append(p)
+        super().__init__([{"params": alike} for alike in shapes.values()], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            weights = group["params"]
+            grad = torch.stack([p.grad for p in weights]).flatten(2)  # [n, out, 9 in]
+            mean = self.state[weights[0]].setdefault("mean", torch.zeros_like(grad))
+            x = grad.lerp(mean.lerp_(grad, 0.05), 0.95)  # Nesterov's momentum
+            x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            # Newton and Schulz's x <- P x, P = 3.4445 - 4.775 A + 2.0315 A^2, A = x x', five times:
+            # singular values to 1 +- 0.3. A product of the P, which commute, is smaller than an x
+            A, one = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+            product = one
+            for _ in range(5):
+                P = 3.4445 * one - 4.775 * A + 2.0315 * A @ A
+                A, product = P @ A @ P, P @ product
+            x = -5 * group["lr"] * (product @ x)
+            torch._foreach_add_(weights, list(x.unflatten(2, weights[0].shape[1:])))
+
+
+def optimizers_of(net, lr):
+    """What trains a U-Net: Muon its 3x3 convolutions, but for the first and the last, AdamW the
+    rest. lr is a tensor that both read."""
+    inner = [m.weight for m in net.modules()
+             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+             and m is not net.enter and m is not net.leave]
+    rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
+    return [Muon(inner, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                               fused=True, capturable=lr.is_cuda)]
+
+
 def steps_of(cfg, N):
     """(images in a batch, steps in an epoch) of a training on N images."""
     B = min(cfg.batch, N)
     return B, N // B
 
 
-def train_steps(cfg, pixels, net, ema, optimizer, done=0, autocast=contextlib.nullcontext):
+def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.nullcontext):
     """Minimise `denoising_loss` (Ho et al. 2020, algorithm 1) over pixels uint8 [N, C, H, W] from
     step `done` on: yields (steps done, loss), the loss a scalar tensor that the next step
-    overwrites. net, ema, its running average, optimizer, whose rate is a tensor, and `done` are all
-    that a resume needs."""
+    overwrites. net, ema, its running average, optimizers, which read one tensor as their rate, and
+    `done` are all that a resume needs."""
     B, per_epoch = steps_of(cfg, len(pixels))
     steps, table = cfg.epochs * per_epoch, forward_table(cfg).to(pixels.device)
     rank, size = processes()
     numbers = torch.arange(rank, B, size, device=pixels.device)  # this process's part of a batch
     model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
     index, loss = torch.zeros_like(numbers), torch.zeros((), device=pixels.device)
-    step, lr = torch.zeros_like(numbers[0]), optimizer.param_groups[0]["lr"]
+    step, lr = torch.zeros_like(numbers[0]), optimizers[0].param_groups[0]["lr"]
 
     def one_step():  # what changes between steps lies in tensors: CUDA records this once
         now = denoising_loss(cfg, model, pixels, index, numbers, B, table, step, autocast).sum() / B
-        optimizer.zero_grad()
+        net.zero_grad()
         (now * size).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         update_average(ema, net, step)
         loss.copy_(now.detach())
 
@@ -452,15 +495,15 @@ def train_ddpm(cfg, pixels, run, each=None):
     are not finite any more."""
     net = make_unet(cfg, pixels.shape[1], run.device)
     ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    lr = torch.tensor(cfg.lr, device=run.device)
+    muon, adamw = optimizers_of(net, lr)
+    parts = {"net": net, "ema": ema, "muon": muon, "adamw": adamw}
     first, rows, losses, clock = run.continue_training(parts)
-    optimizer.param_groups[0].update(lr=torch.tensor(cfg.lr, device=run.device),
-                                     capturable=pixels.is_cuda)  # a tensor: a graph reads it
+    for group in muon.param_groups + adamw.param_groups:
+        group["lr"] = lr  # a resume's is another tensor
     (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
     steps = cfg.epochs * per_epoch
-    training = train_steps(cfg, pixels, **parts, done=first, autocast=run.autocast)
+    training = train_steps(cfg, pixels, net, ema, (muon, adamw), first, run.autocast)
     for done, loss in progress(training, "train", steps, B, first,
                                lambda: f"loss {rows[-1][4]:.4f}" if rows else ""):
         losses.append(loss.clone())
@@ -1376,8 +1419,9 @@ def lack(name, gap):
 
 # ================================================================== 10 the edge
 
-CHECKPOINT, CHECKPOINT_FORMAT, CHECKPOINT_SECONDS = "checkpoint.pt", 2, 60.0
-CHECKPOINT_KEYS = {"data", "shape", "step", "seconds", "rows", "losses", "net", "ema", "optimizer"}
+CHECKPOINT, CHECKPOINT_FORMAT, CHECKPOINT_SECONDS = "checkpoint.pt", 3, 60.0
+CHECKPOINT_KEYS = {"data", "shape", "step", "seconds", "rows", "losses", "net", "ema", "muon",
+                   "adamw"}
 
 # ------------------------------------------------------------------ pictures and rows
 
@@ -1661,7 +1705,8 @@ class Run:
         if self.saved:
             load_weights(parts["net"], saved["net"], "checkpoint")
             load_weights(parts["ema"], saved["ema"], "checkpoint")
-            parts["optimizer"].load_state_dict(saved["optimizer"])
+            parts["muon"].load_state_dict(saved["muon"])
+            parts["adamw"].load_state_dict(saved["adamw"])
         # they are the first process's: several would add them up
         losses = [loss.to(self.device) for loss in saved["losses"] if processes()[0] == 0]
         return saved["step"], list(saved["rows"]), losses, lambda: time.time() - began
@@ -1722,9 +1767,8 @@ def save(content, path):
 
 
 def load_checkpoint(folder):
-    """A checkpoint's content, tensors and plain values only: {"format", "data", "shape", "step",
-    "seconds", "rows", "losses", "net", "ema", "optimizer"}. FileNotFoundError, or ValueError in one
-    line if it is not one of ours."""
+    """A checkpoint's content, tensors and plain values only: "format" and CHECKPOINT_KEYS.
+    FileNotFoundError, or ValueError in one line if it is not one of ours."""
     path = Path(folder) / CHECKPOINT
     if not path.exists():
         raise FileNotFoundError(f"{path}: no checkpoint there")

@@ -72,7 +72,7 @@ def dipddpm_pair():
     cfg, net = dipddpm.Config(mode="ddpm", epochs=10**6), unet()
     pixels = ((x_0 + 1) * 127.5).to(torch.uint8)
     optimizer = torch.optim.AdamW(net.parameters(), torch.tensor(1e-3), fused=True)
-    training = dipddpm.train_steps(cfg, pixels, net, unet().requires_grad_(False), optimizer)
+    training = dipddpm.train_steps(cfg, pixels, net, unet().requires_grad_(False), [optimizer])
     start = torch.randn(N, 1, 28, 28)
     return net, lambda: next(training), lambda: dipddpm.sample(cfg, net, start, 1000, NFE, 0.0,
                                                                torch.arange(N))
