@@ -79,7 +79,7 @@ class Config:
     resume: str = flag(None, "run", "run to continue; with --out, its network is used and it stays")
     epochs: int = flag(30, "training", "passes over the training images", low=1)
     limit: int = flag(None, "training", "use only the first N training images", low=1)
-    batch: int = flag(128, "training", "images in a training step", low=1)
+    batch: int = flag(64, "training", "images in a training step", low=1)
     lr: float = flag(2e-3, "training", "AdamW's peak learning rate", low=0)
     timesteps: int = flag(1000, "training", "T, the steps of noise", low=2, high=100_000)
     schedule: str = flag("cosine", "training", "noise schedule", choices=("linear", "cosine"))

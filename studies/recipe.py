@@ -24,6 +24,7 @@ import data
 import dipddpm
 import eval as measure
 import kernels
+from dipddpm import forward_table, optimizers_of  # the method's, whatever takes their place
 
 
 def adamw(net, lr):
@@ -56,7 +57,7 @@ def nearest_noise(cfg, net, pixels, index, numbers, B, table, step, autocast, k=
 def muon_by(factor):
     """Muon's rate, times a factor."""
     def optimizers(net, lr):
-        muon, rest = dipddpm.optimizers_of(net, lr)
+        muon, rest = optimizers_of(net, lr)
         step = muon.step
 
         def scaled():
@@ -70,12 +71,11 @@ def muon_by(factor):
 
 def even_weights(cfg):
     """`dipddpm.forward_table` with every t's squared error of v counted alike."""
-    table = FORWARD_TABLE(cfg)
+    table = forward_table(cfg)
     table[:, 4] = 1
     return table
 
 
-FORWARD_TABLE = dipddpm.forward_table
 # {arm: (changes of Config, functions of dipddpm that others take the place of)}
 ARMS = {"now": ({}, {}),
         "before": ({"batch": 128}, {"optimizers_of": adamw}),

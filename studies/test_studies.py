@@ -20,7 +20,7 @@ import data
 import dipddpm
 import eval as measures
 import kernels
-from studies import arms, networks, reports, restore
+from studies import arms, networks, recipe, reports, restore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -756,3 +756,45 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
     assert reports.spread([0.0079]) == "0.00790" and reports.spread([0.0]) == "0.00"
     assert reports.spread([132.0, 133.0]) == "132.5 ± 0.7"
     assert reports.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
+
+
+# ================================================================== recipe
+
+
+def test_a_recipes_arms_differ_and_leave_the_method_as_it_was(tmp_path, capsys):
+    before = dict(vars(dipddpm))
+    words = ["--data", "digits", "--limit", "200", "--epochs", "4", "--out", str(tmp_path)]
+    recipe.main(words)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    assert [row["arm"] for row in rows] == list(recipe.ARMS) and vars(dipddpm) == before
+    losses = {row["arm"]: row["losses"] for row in rows}
+    assert all(len(loss) == 4 for loss in losses.values())
+    assert len({str(loss) for loss in losses.values()}) == len(losses)
+    assert all(0 <= row["recall at 20"] <= 1 and row["seconds"] > 0 for row in rows)
+    # what is there is not done again
+    path = tmp_path / "now-0.json"
+    path.write_text(path.read_text().replace('"now"', '"kept"'))
+    recipe.main([*words, "--arms", "now"])
+    assert json.loads(capsys.readouterr().out)["arm"] == "kept"
+
+
+def test_candidates_draw_what_they_say():
+    cfg, numbers = config(), torch.arange(4096)
+    t = recipe.logit_normal(cfg, numbers, 4096, torch.tensor(3)) / 1000
+    logit = torch.logit(t.clamp(5e-4, 1 - 5e-4))
+    assert abs(logit.mean()) < 0.02 and logit.std().item() == pytest.approx(1, abs=0.02)
+    asked, pixels, index = [], random_images(8, 1, 8, 8).mul(255).byte(), torch.arange(8)
+
+    def net(x_t, t):
+        asked.append((x_t, t))
+        return torch.zeros_like(x_t)
+
+    table = dipddpm.forward_table(cfg)
+    for k in 1, 64:
+        recipe.nearest_noise(cfg, net, pixels, index, index, 8, table, torch.tensor(0), None, k)
+    (x_t, t), (nearer, _) = asked
+    signal, noise = table[t][:, :2, None, None, None].unbind(1)
+    x_0 = pixels / 127.5 - 1
+    far, near = (((x - signal * x_0) / noise - x_0).square().mean() for x in (x_t, nearer))
+    assert near < far - 0.2
+    torch.testing.assert_close(x_t, kernels.q_sample(pixels, index, t, table, 0, index, 0))
