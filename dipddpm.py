@@ -408,9 +408,9 @@ def update_average(ema, net, n, decay=0.999):
 
 class Muon(torch.optim.Optimizer):
     """Momentum for 3x3 convolutions, every step of which is made (about) orthogonal: a weight
-    [out, in, 3, 3], read as a matrix, moves by 5 lr times the nearest matrix whose singular values
-    are all 1, so that what rarely has a large gradient is learned as fast as the rest (Jordan et
-    al. 2024). Weights of one shape are one batch of matrices."""
+    [out, in, 3, 3], read as a matrix, moves by 2.5 lr times the nearest matrix whose singular
+    values are all 1, so that what rarely has a large gradient is learned as fast as the rest
+    (Jordan et al. 2024). Weights of one shape are one batch of matrices."""
 
     def __init__(self, weights, lr):
         shapes = {p.shape: [] for p in weights}
@@ -433,7 +433,7 @@ class Muon(torch.optim.Optimizer):
             for _ in range(5):
                 P = 3.4445 * one - 4.775 * A + 2.0315 * A @ A
                 A, product = P @ A @ P, P @ product
-            x = -5 * group["lr"] * (product @ x)
+            x = -2.5 * group["lr"] * (product @ x)
             torch._foreach_add_(weights, list(x.unflatten(2, weights[0].shape[1:])))
 
 

@@ -1376,14 +1376,14 @@ def test_muon_is_torchs_on_convolutions_read_as_matrices():
     ours = [torch.nn.Parameter(w.clone()) for w in weights]
     theirs = [torch.nn.Parameter(w.flatten(1).clone()) for w in weights]
     optimizers = (dipddpm.Muon(ours, torch.tensor(0.01)),
-                  torch.optim.Muon(theirs, lr=0.05, weight_decay=0.0, momentum=0.95))
+                  torch.optim.Muon(theirs, lr=0.025, weight_decay=0.0, momentum=0.95))
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn_like(p)
             q.grad, before = p.grad.flatten(1).clone(), p.detach().clone()
         for optimizer in optimizers:
             optimizer.step()
-        values = torch.linalg.svdvals((before - p).flatten(1) / 0.05)
+        values = torch.linalg.svdvals((before - p).flatten(1) / 0.025)
         assert 0.6 < values.min() and values.max() < 1.3
     for w, p, q in zip(weights, ours, theirs):  # in bfloat16
         assert (p.flatten(1) - q).norm() < 0.02 * (w.flatten(1) - q).norm()
@@ -2429,7 +2429,7 @@ def test_one_process_or_two_stop_or_die_and_others_go_on(little_run, tmp_path):
 # can name is a fault.
 
 GOLDEN = {
-    "losses of 8 training steps": (0.243, 0.2428, 0.2156, 0.2319, 0.242, 0.2572, 0.2358, 0.2448),
+    "losses of 8 training steps": (0.243, 0.2428, 0.2158, 0.2323, 0.2428, 0.2582, 0.2374, 0.2461),
     "eps: DDIM, 2M, DDPM": (0.8233, 0.834, 0.8412),
     "v: DDIM, 2M, DDPM": (0.6674, 0.6827, 0.739),
     "x0: DDIM, 2M, DDPM": (0.5651, 0.5799, 0.6127),
