@@ -407,8 +407,8 @@ def update_average(ema, net, n, decay=0.999):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum for 3x3 convolutions, every step of which is made (about) orthogonal: a weight
-    [out, in, 3, 3], read as a matrix, moves by 2.5 lr times the nearest matrix whose singular
+    """Momentum for convolutions, every step of which is made (about) orthogonal: a weight
+    [out, in, k, k], read as a matrix, moves by 2.5 lr times the nearest matrix whose singular
     values are all 1, so that what rarely has a large gradient is learned as fast as the rest
     (Jordan et al. 2024). Weights of one shape are one batch of matrices."""
 
@@ -422,10 +422,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
-            grad = torch.stack([p.grad for p in weights]).flatten(2)  # [n, out, 9 in]
+            grad = torch.stack([p.grad for p in weights]).flatten(2)  # [n, out, in k k]
             mean = self.state[weights[0]].setdefault("mean", torch.zeros_like(grad))
             x = grad.lerp(mean.lerp_(grad, 0.05), 0.95)  # Nesterov's momentum
             x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            tall = max(1, x.shape[1] / x.shape[2])
+            x = x.mT if tall > 1 else x
             # Newton and Schulz's x <- P x, P = 3.4445 - 4.775 A + 2.0315 A^2, A = x x', five times:
             # singular values to 1 +- 0.3. A product of the P, which commute, is smaller than an x
             A, one = x @ x.mT, torch.eye(x.shape[1], device=x.device)
@@ -433,16 +435,16 @@ class Muon(torch.optim.Optimizer):
             for _ in range(5):
                 P = 3.4445 * one - 4.775 * A + 2.0315 * A @ A
                 A, product = P @ A @ P, P @ product
-            x = -2.5 * group["lr"] * (product @ x)
+            x = -2.5 * group["lr"] * tall**0.5 * (product @ x)
+            x = x.mT if tall > 1 else x
             torch._foreach_add_(weights, list(x.unflatten(2, weights[0].shape[1:])))
 
 
 def optimizers_of(net, lr):
-    """What trains a U-Net: Muon its 3x3 convolutions, but for the first and the last, AdamW the
-    rest. lr is a tensor that both read."""
-    inner = [m.weight for m in net.modules()
-             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
-             and m is not net.enter and m is not net.leave]
+    """What trains a U-Net: Muon its convolutions, but for the first and the last, AdamW the rest.
+    lr is a tensor that both read."""
+    inner = [layer.weight for name, layer in net.named_modules()
+             if isinstance(layer, nn.Conv2d) and name not in ("enter", "leave")]
     rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
     return [Muon(inner, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01,
                                                fused=True, capturable=lr.is_cuda)]
