@@ -502,7 +502,7 @@ def train_ddpm(cfg, pixels, run, each=None):
     parts = {"net": net, "ema": ema, "muon": muon, "adamw": adamw}
     first, rows, losses, clock = run.continue_training(parts)
     for group in muon.param_groups + adamw.param_groups:
-        group["lr"] = lr  # a resume's is another tensor
+        group.update(lr=lr, capturable=lr.is_cuda)  # a resume's may be another device's
     (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
     steps = cfg.epochs * per_epoch
     training = train_steps(cfg, pixels, net, ema, (muon, adamw), first, run.autocast)
