@@ -40,6 +40,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +81,7 @@ class Config:
     epochs: int = flag(30, "training", "passes over the training images", low=1)
     limit: int = flag(None, "training", "use only the first N training images", low=1)
     batch: int = flag(64, "training", "images in a training step", low=1)
-    lr: float = flag(2e-3, "training", "AdamW's peak learning rate", low=0)
+    lr: float = flag(2e-3, "training", "peak learning rate (of Muon 2.5 times as much)", low=0)
     timesteps: int = flag(1000, "training", "T, the steps of noise", low=2, high=100_000)
     schedule: str = flag("cosine", "training", "noise schedule", choices=("linear", "cosine"))
     predict: str = flag("v", "training", "what the network predicts", choices=("eps", "v", "x0"))
@@ -260,7 +261,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # [B, heads, HW, C / heads] each
+        qkv = qkv.transpose(-1, -2).contiguous()  # as CUDA's fused attention asks for
+        q, k, v = qkv.unbind(1)  # [B, heads, HW, C / heads] each
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(-1, -2).reshape(B, C, H, W))
 
@@ -270,7 +272,7 @@ class UNet(nn.Module):
     column are repeated up to multiples of 4. Space-to-depth by 2 comes first: on small images most
     of a U-Net's time is spent at full resolution, where there is least to decide. Skip connections
     are added, not concatenated, which keeps every block at one width. Two levels of widths w and
-    2 w, attention on the lower one."""
+    2 w, attention on the lower one. It calculates in the type of its weights."""
 
     def __init__(self, channels, width=32, blocks=(1, 2)):
         super().__init__()
@@ -408,14 +410,14 @@ def update_average(ema, net, n, decay=0.999):
 
 class Muon(torch.optim.Optimizer):
     """Momentum for convolutions, every step of which is made (about) orthogonal: a weight
-    [out, in, k, k], read as a matrix, moves by 2.5 lr times the nearest matrix whose singular
-    values are all 1, so that what rarely has a large gradient is learned as fast as the rest
-    (Jordan et al. 2024). Weights of one shape are one batch of matrices."""
+    [out, in, k, k], read as a matrix, moves by 2.5 lr sqrt(max(1, rows / columns)) times the
+    nearest matrix whose singular values are all 1, so that what rarely has a large gradient is
+    learned as fast as the rest (Jordan et al. 2024). Weights of one shape are one batch."""
 
     def __init__(self, weights, lr):
-        shapes = {p.shape: [] for p in weights}
+        shapes = {}
         for p in weights:
-            shapes[p.shape].append(p)
+            shapes.setdefault(p.shape, []).append(p)
         super().__init__([{"params": alike} for alike in shapes.values()], {"lr": lr})
 
     @torch.no_grad()
@@ -443,9 +445,9 @@ class Muon(torch.optim.Optimizer):
 def optimizers_of(net, lr):
     """What trains a U-Net: Muon its convolutions, but for the first and the last, AdamW the rest.
     lr is a tensor that both read."""
-    inner = [layer.weight for name, layer in net.named_modules()
-             if isinstance(layer, nn.Conv2d) and name not in ("enter", "leave")]
-    rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
+    inner, rest = [], []
+    for name, p in net.named_parameters():
+        (inner if p.dim() == 4 and not name.startswith(("enter", "leave")) else rest).append(p)
     return [Muon(inner, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01,
                                                fused=True, capturable=lr.is_cuda)]
 
@@ -1262,7 +1264,8 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
         climbs = ends & (rung < len(half.targets) - 1) & (best < last)
         fitting = fitting & (climbs | ~ends)
         took = torch.where(ends & ~climbs, i, took)
-        finite, goes_on = torch.stack([(~fitting | risk.isfinite()).all(), fitting.any()]).tolist()
+        finite = (~(fitting | ends) | risk.isfinite()).all()
+        finite, goes_on = torch.stack([finite, fitting.any()]).tolist()  # the host waits
         group.require(finite)
         look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
         if not goes_on:
@@ -1299,7 +1302,7 @@ class Follow:
         self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
         up = psnr > self.psnr[rows]
         self.best[rows] = torch.where(up.view(-1, 1, 1, 1), x, self.best[rows])
-        self.psnr[rows] = torch.maximum(psnr, self.psnr[rows])
+        self.psnr[rows] = torch.where(up, psnr, self.psnr[rows])
         self.when[rows] = torch.where(up, i, self.when[rows])
 
     def curve(self):
@@ -1700,15 +1703,12 @@ class Run:
                 raise KeyboardInterrupt
 
     def continue_training(self, parts):
-        """Give the network, its average and the optimiser what a checkpoint holds of them, or leave
-        them at their beginning: -> steps done, rows, losses since the last row, clock."""
+        """Give networks and optimisers what a checkpoint holds of them, or leave them at their
+        beginning: -> steps done, rows, losses since the last row, clock."""
         saved = self.saved or {"step": 0, "rows": [], "losses": [], "seconds": 0.0}
         began = time.time() - saved["seconds"]
-        if self.saved:
-            load_weights(parts["net"], saved["net"], "checkpoint")
-            load_weights(parts["ema"], saved["ema"], "checkpoint")
-            parts["muon"].load_state_dict(saved["muon"])
-            parts["adamw"].load_state_dict(saved["adamw"])
+        for name, part in parts.items() if self.saved else ():
+            load_weights(part, saved[name], "checkpoint")
         # they are the first process's: several would add them up
         losses = [loss.to(self.device) for loss in saved["losses"] if processes()[0] == 0]
         return saved["step"], list(saved["rows"]), losses, lambda: time.time() - began
@@ -1925,6 +1925,8 @@ class Graphed:
         self.work, self.calls, self.graph = work, 0, None
         records = calls >= 20 and kernels.rng.fused(device) and processes()[1] == 1
         self.stream = torch.cuda.Stream(device) if records else None
+        # Adam's word about the calls before the recording
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")
 
     def __call__(self):
         if self.stream is None:

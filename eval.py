@@ -216,15 +216,15 @@ def kid(f, g, subsets=100, size=1000):
     m = min(size, len(f) // 2, len(g) // 2)
     generator = torch.Generator().manual_seed(0)
 
-    def draw(x):
-        return x[torch.randperm(len(x), generator=generator)[:m].to(x.device)]
+    rows = torch.stack([torch.randperm(len(x), generator=generator)[:m]
+                        for _ in range(subsets) for x in (f, g)]).to(f.device)
 
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1)**3
 
     estimates = torch.empty(subsets, dtype=f.dtype, device=f.device)
     for i in range(subsets):
-        x, y = draw(f), draw(g)
+        x, y = f[rows[2 * i]], g[rows[2 * i + 1]]
         xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1))
         estimates[i] = within - 2 * xy.mean()

@@ -940,7 +940,7 @@ def bare_run(folder, **changes):
     return run
 
 
-def test_auto_is_bf16_on_a_gpu_of_its_own_that_has_it_and_float32_is_float32(monkeypatch, tmp_path):
+def test_auto_is_bf16_where_the_runs_own_gpu_has_it_and_float32_is_not_tf32(monkeypatch, tmp_path):
     asked = {torch.device("cuda", 1): (8, 0), torch.device("cuda", 0): (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", asked.get)
     assert [dipddpm.pick_precision("auto", device) for device in asked] == ["bf16", "fp32"]
@@ -1362,12 +1362,16 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
         assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
 
-def steps_by(optimizer, device="cpu"):
+def sgd(net, lr):
+    return [torch.optim.SGD(net.parameters(), lr)]
+
+
+def steps_by(optimizers, device="cpu"):
     """A hundred training steps, or this process's part of them: losses and weights."""
-    cfg = config(**TINY_TRAINING | dict(lr=0.1))
+    cfg = config(**TINY_TRAINING | dict(lr=0.1 if optimizers is sgd else 5e-3))
     net, lr = dipddpm.make_unet(cfg, 1, device), torch.tensor(0.0, device=device)
     steps = dipddpm.train_steps(cfg, tiny_images().to(device), net, copy.deepcopy(net),
-                                [optimizer(net.parameters(), lr)])
+                                optimizers(net, lr))
     return [torch.stack([loss.clone() for _, loss in steps]), *net.state_dict().values()]
 
 
@@ -1404,12 +1408,12 @@ def one_of_two(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                          world_size=2)
-    torch.save(steps_by(torch.optim.SGD), folder / f"{rank}.pt")
+    torch.save(steps_by(sgd), folder / f"{rank}.pt")
 
 
 def test_a_hundred_steps_split_over_two_processes_are_those_of_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
-    losses, *weights = steps_by(torch.optim.SGD)
+    losses, *weights = steps_by(sgd)
     (half, *these), (other, *those) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(half + other, losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(these, weights, rtol=1e-4, atol=1e-5)
@@ -1501,10 +1505,9 @@ needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def test_recorded_steps_equal_the_eager_ones_and_neither_waits(monkeypatch):
     cfg, numbers = config(predict="x0", timesteps=50), torch.arange(16, device=DEVICE)
     x, net = dipddpm.noise_start(cfg, (16, 1, 8, 8), numbers), oracle(cfg, 0.5).to(DEVICE)
-    adamw = functools.partial(torch.optim.AdamW, fused=True, capturable=True)
 
     def work():
-        losses, *_ = steps_by(adamw, DEVICE)
+        losses, *_ = steps_by(dipddpm.optimizers_of, DEVICE)
         known = dipddpm.exact(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0),
                                          dtype=torch.float64).to(DEVICE))
         return (dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers), losses.view(4, 25).mean(1),
@@ -1646,7 +1649,7 @@ def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_ended()
 def test_a_fit_that_leaves_the_finite_numbers_says_so(fit):
     _, known = measured("denoise", 1, 0.1)
     with pytest.raises(RuntimeError, match="a DIP fit is not finite after .* rate 1e.30"):
-        fit(fit_config(dip_lr=1e30, replicas=2), known, torch.arange(1), 1)
+        fit(fit_config(dip_lr=1e30, replicas=2, patience=10), known, torch.arange(1), 1)
 
 
 @pytest.mark.parametrize("task", dipddpm.TASKS)
@@ -1992,8 +1995,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     assert (ended.psnr > ended.looks[500] + 1).all() and (ended.when < 400).all()
 
 
-@pytest.mark.parametrize("rungs, waits", [(1, 3), (3, 3)])
-def test_a_look_waits_for_the_device_three_times_at_most_and_an_iteration_never(rungs, waits):
+@pytest.mark.parametrize("rungs", [1, 3])
+def test_a_look_waits_for_the_device_three_times_and_an_iteration_never(rungs):
     (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
     cfg, follow, counts = fit_config(budget=60, replicas=2, patience=20), dipddpm.Follow(truth), []
 
@@ -2004,7 +2007,7 @@ def test_a_look_waits_for_the_device_three_times_at_most_and_an_iteration_never(
             counts.append(done.waits())
 
     dipddpm.fit_guided(cfg, known, numbers, rungs, track, lambda i, x: follow(i, numbers, x))
-    assert len(counts) >= 30 and max(counts) <= waits
+    assert len(counts) >= 30 and max(counts) == 2  # and one tolist, which is no operation here
     assert all(count == 0 for i, count in enumerate(counts, 1) if i % dipddpm.CHECK)
 
 

@@ -69,10 +69,10 @@ def stepper(net, loss):
 
 def dipddpm_pair():
     """-> network, training step, sampler; so for the others. This one averages its weights too."""
-    cfg, net = dipddpm.Config(mode="ddpm", epochs=10**6), unet()
+    cfg, net = dipddpm.Config(mode="ddpm", epochs=10**6, batch=B), unet()
     pixels = ((x_0 + 1) * 127.5).to(torch.uint8)
-    optimizer = torch.optim.AdamW(net.parameters(), torch.tensor(1e-3), fused=True)
-    training = dipddpm.train_steps(cfg, pixels, net, unet().requires_grad_(False), [optimizer])
+    optimizers = dipddpm.optimizers_of(net, torch.tensor(1e-3))
+    training = dipddpm.train_steps(cfg, pixels, net, unet().requires_grad_(False), optimizers)
     start = torch.randn(N, 1, 28, 28)
     return net, lambda: next(training), lambda: dipddpm.sample(cfg, net, start, 1000, NFE, 0.0,
                                                                torch.arange(N))

@@ -1,7 +1,7 @@
 """Candidates for the recipe of training, one at a time, judged without the test split.
 
     python -m studies.recipe --out FOLDER --epochs 4 --seeds 0,1,2 --arms now,adamw,batch128
-    python -m studies.recipe --step            where the time of a training step goes
+    python -m studies.recipe            where the time of a training step goes
 
 Each arm trains on all training images but the last tenth, which its samples are then compared
 with: fid_lenet and recall of 2,000 digits at 10 and 20 evaluations. One process and one thread;
@@ -10,6 +10,7 @@ FOLDER/ARM-SEED.json as each ends, and those that are there are not done again.
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -25,6 +26,7 @@ import dipddpm
 import eval as measure
 import kernels
 from dipddpm import forward_table, optimizers_of  # the method's, whatever takes their place
+from studies.restore import some_of
 
 
 def adamw(net, lr):
@@ -87,7 +89,7 @@ ARMS = {"now": ({}, {}),
         "even-weights": ({}, {"forward_table": even_weights}),
         "muon-twice": ({}, {"optimizers_of": muon_by(2)}),
         "muon-half": ({}, {"optimizers_of": muon_by(0.5)}),
-        "rate-twice": ({"lr": 4e-3}, {"optimizers_of": muon_by(0.5)})}
+        "adamw-twice": ({"lr": 4e-3}, {"optimizers_of": muon_by(0.5)})}
 
 
 def trained(cfg, pixels):
@@ -115,7 +117,8 @@ def measured(cfg, arm, train, folder, n=2000):
         vars(dipddpm).update(kept)
     judge = measure.Judge(train, pixels, train._replace(
         pixels=train.pixels[-held:], labels=train.labels[-held:]), n, [folder])
-    row, numbers = {"arm": arm, "seed": cfg.seed, "losses": losses, "seconds": seconds}, None
+    row = {"arm": arm, "seed": cfg.seed, "data": train.name, "images": len(pixels),
+           "epochs": cfg.epochs, "losses": losses, "seconds": seconds}
     numbers = torch.arange(n)
     x = dipddpm.noise_start(cfg, (n, *pixels.shape[1:]), numbers)
     for nfe in 10, 20:
@@ -163,7 +166,7 @@ def step_times(rounds=15):
              "Muon": optimizers[0].step, "AdamW": optimizers[1].step,
              "average": lambda: dipddpm.update_average(ema, net, step)}
     seconds = {name: [] for name in parts}
-    for _, (name, part) in ((i, item) for i in range(rounds + 2) for item in parts.items()):
+    for name, part in [*parts.items()] * (rounds + 2):
         began = time.perf_counter()
         part()
         seconds[name].append(time.perf_counter() - began)
@@ -178,24 +181,24 @@ def main(argv=None):
     p.add_argument("--data", default="mnist")
     p.add_argument("--limit", type=int)
     p.add_argument("--epochs", type=int, default=4)
-    p.add_argument("--seeds", default="0")
-    p.add_argument("--arms", default=",".join(ARMS))
-    p.add_argument("--step", action="store_true", help="only time a training step")
+    p.add_argument("--seeds", type=dipddpm.listed(int), default=(0,))
+    p.add_argument("--arms", type=some_of(ARMS), default=tuple(ARMS))
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     dipddpm.keep_freed_memory()
-    if args.step:
+    if args.out is None:
         return step_times()
     train = data.load(args.data, split="train", limit=args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed in map(int, args.seeds.split(",")):
-        for arm in args.arms.split(","):
-            path = args.out / f"{arm}-{seed}.json"
-            if not path.exists():
-                cfg = dipddpm.Config(mode="ddpm", data=args.data, epochs=args.epochs, seed=seed)
-                row = measured(cfg, arm, train, args.out)
-                measure.write_json(row, path)
-            print(json.dumps(json.loads(path.read_text())), flush=True)
+    for seed, arm in itertools.product(args.seeds, args.arms):
+        path = args.out / f"{arm}-{seed}.json"
+        if not path.exists():
+            cfg = dipddpm.Config(mode="ddpm", data=args.data, epochs=args.epochs, seed=seed)
+            measure.write_json(measured(cfg, arm, train, args.out), path)
+        row = json.loads(path.read_text())
+        if (row["data"], row["epochs"]) != (train.name, args.epochs):
+            sys.exit(f"{path} is of {row['epochs']} epochs of {row['data']}: name another --out")
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
