@@ -25,7 +25,7 @@ import data
 import dipddpm
 import eval as measure
 import kernels
-from dipddpm import forward_table, optimizers_of  # the method's, whatever takes their place
+from dipddpm import optimizers_of  # the method's, whatever takes its place
 from studies.restore import some_of
 
 
@@ -71,13 +71,6 @@ def muon_by(factor):
     return optimizers
 
 
-def even_weights(cfg):
-    """`dipddpm.forward_table` with every t's squared error of v counted alike."""
-    table = forward_table(cfg)
-    table[:, 4] = 1
-    return table
-
-
 # {arm: (changes of Config, functions of dipddpm that others take the place of)}
 ARMS = {"now": ({}, {}),
         "before": ({"batch": 128}, {"optimizers_of": adamw}),
@@ -86,7 +79,6 @@ ARMS = {"now": ({}, {}),
         "batch32": ({"batch": 32}, {}),
         "logit-normal": ({}, {"draw_t": logit_normal}),
         "nearest-noise": ({}, {"denoising_loss": nearest_noise}),
-        "even-weights": ({}, {"forward_table": even_weights}),
         "muon-twice": ({}, {"optimizers_of": muon_by(2)}),
         "muon-half": ({}, {"optimizers_of": muon_by(0.5)}),
         "adamw-twice": ({"lr": 4e-3}, {"optimizers_of": muon_by(0.5)})}
