@@ -78,12 +78,9 @@ def _counters(shape, sample, draw, device):
 
 
 def _circle(u):
-    """(cos 2 pi u, sin 2 pi u) to 4e-7 for u in [0, 1] turns, by one body for torch and for Triton.
-
-    With x = u - 1/2 they are (x^2 - 1/16) and x (x^2 - 1/4), which hold the zeros, times minimax
-    polynomials in x^2: no quadrants and no signs. A GPU fuses products and sums, so that beside a
-    zero the two agree to 1e-6, not to an ulp.
-    """
+    """(cos 2 pi u, sin 2 pi u) to 4e-7 for u in [0, 1] turns: with x = u - 1/2, (x^2 - 1/16) and
+    x (x^2 - 1/4), which hold the zeros, times minimax polynomials in x^2. A GPU fuses products and
+    sums, so that beside a zero torch and Triton agree to 1e-6, not to an ulp."""
     x = u - 0.5
     y = x * x
     cos = y * -6.54001 + 25.567091
