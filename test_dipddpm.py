@@ -2853,7 +2853,7 @@ def test_fid_of_a_set_to_itself_is_zero_and_rises(judged, worse, strengths):
 
 @needs("mnist")
 def test_the_judge_reads_mnist():
-    train, test = (data.load("mnist", split=split) for split in ("train", "test"))
+    train, test = (data.load("mnist", REAL, split) for split in ("train", "test"))
     judge = measures.Judge(train, train.pixels[:100], test, 10_000, [data.cache_root()])
     assert (judge.lenet.fc2(judge.features.relu()).argmax(1) == test.labels).sum() >= 9880
     assert 0.3 < judge.summary()["floor"]["fid_lenet"] < 3
