@@ -1375,6 +1375,23 @@ def steps_by(optimizers, device="cpu"):
     return [torch.stack([loss.clone() for _, loss in steps]), *net.state_dict().values()]
 
 
+@pytest.mark.parametrize("shape", [(8, 2, 3, 3), (4, 8, 3, 3), (12, 3, 1, 1)])
+def test_muon_is_newton_and_schulz_on_nesterovs_momentum(shape):
+    p, mean = torch.nn.Parameter(torch.zeros(shape)), torch.zeros(shape, dtype=torch.float64)
+    muon, expected = dipddpm.Muon([p], torch.tensor(0.01)), 0.0
+    for i in range(3):
+        p.grad = random_images(*shape, seed=i) - 0.5
+        mean = 0.95 * mean + 0.05 * p.grad.double()
+        x = (0.05 * p.grad.double() + 0.95 * mean).flatten(1)
+        x = x / x.norm()
+        for _ in range(5):  # on x itself
+            A = x @ x.T
+            x = 3.4445 * x - 4.775 * A @ x + 2.0315 * A @ A @ x
+        expected = expected - 0.025 * max(1, len(x) / x.shape[1])**0.5 * x.view(shape)
+        muon.step()
+    torch.testing.assert_close(p.data.double(), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_muon_is_torchs_on_convolutions_read_as_matrices():
     shapes = (8, 2, 3, 3), (8, 2, 3, 3), (4, 8, 3, 3), (12, 3, 1, 1)
     weights = [random_images(*shape) - 0.5 for shape in shapes]

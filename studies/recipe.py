@@ -8,7 +8,6 @@ with: fid_lenet and recall of 2,000 digits at 10 and 20 evaluations. One process
 FOLDER/ARM-SEED.json as each ends, and those that are there are not done again.
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -44,8 +43,8 @@ def logit_normal(cfg, numbers, B, step):
 
 
 def nearest_noise(cfg, net, pixels, index, numbers, B, table, step, autocast, k=4):
-    """`dipddpm.denoising_loss` with the nearest to x_0 of k draws of eps (Immiscible Diffusion, Li
-    et al. 2024)."""
+    """`dipddpm.denoising_loss` with the nearest to x_0 of k draws of eps (Immiscible Diffusion,
+    arXiv 2505.18521)."""
     t, x_0 = dipddpm.draw_t(cfg, numbers, B, step), pixels[index].float() / 127.5 - 1
     draws = torch.stack([kernels.normal(x_0.shape, cfg.seed, numbers, step + j * 2**24,
                                         kernels.TRAIN_NOISE, x_0.device) for j in range(k)])
@@ -168,7 +167,7 @@ def step_times(rounds=15):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = dipddpm.OneLineParser(prog="studies.recipe", description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path)
     p.add_argument("--data", default="mnist")
     p.add_argument("--limit", type=int)
@@ -180,16 +179,21 @@ def main(argv=None):
     dipddpm.keep_freed_memory()
     if args.out is None:
         return step_times()
-    train = data.load(args.data, split="train", limit=args.limit)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        train = data.load(args.data, split="train", limit=args.limit)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
     for seed, arm in itertools.product(args.seeds, args.arms):
         path = args.out / f"{arm}-{seed}.json"
         if not path.exists():
             cfg = dipddpm.Config(mode="ddpm", data=args.data, epochs=args.epochs, seed=seed)
             measure.write_json(measured(cfg, arm, train, args.out), path)
         row = json.loads(path.read_text())
-        if (row["data"], row["epochs"]) != (train.name, args.epochs):
-            sys.exit(f"{path} is of {row['epochs']} epochs of {row['data']}: name another --out")
+        images = len(train.pixels) - len(train.pixels) // 10
+        if (row["data"], row["images"], row["epochs"]) != (train.name, images, args.epochs):
+            p.error(f"{path} is of {row['epochs']} epochs of {row['images']} images of "
+                     f"{row['data']}: name another --out")
         print(json.dumps(row), flush=True)
 
 
