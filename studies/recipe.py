@@ -24,7 +24,12 @@ import data
 import dipddpm
 import eval as measure
 import kernels
-from dipddpm import optimizers_of  # the method's, whatever takes its place
+from dipddpm import (  # the method's, whatever takes their place
+    forward_table,
+    make_unet,
+    optimizers_of,
+    update_average,
+)
 from studies.restore import some_of
 
 
@@ -70,6 +75,24 @@ def muon_by(factor):
     return optimizers
 
 
+def without_attention(cfg, channels, device):
+    net = make_unet(cfg, channels, device)
+    net.attention = torch.nn.Identity()
+    return net
+
+
+def even_weights(cfg):
+    """Each t's squared error of v counts alike."""
+    table = forward_table(cfg)
+    table[:, 4] = 1
+    return table
+
+
+def no_average(average, net, step):
+    """The weights as they are."""
+    update_average(average, net, torch.zeros_like(step))
+
+
 # {arm: (changes of Config, functions of dipddpm that others take the place of)}
 ARMS = {"now": ({}, {}),
         "before": ({"batch": 128}, {"optimizers_of": adamw}),
@@ -80,19 +103,23 @@ ARMS = {"now": ({}, {}),
         "nearest-noise": ({}, {"denoising_loss": nearest_noise}),
         "muon-twice": ({}, {"optimizers_of": muon_by(2)}),
         "muon-half": ({}, {"optimizers_of": muon_by(0.5)}),
+        "no-attention": ({}, {"make_unet": without_attention}),
+        "even-weights": ({}, {"forward_table": even_weights}),
+        "no-average": ({}, {"update_average": no_average}),
         "adamw-twice": ({"lr": 4e-3}, {"optimizers_of": muon_by(0.5)})}
 
 
 def trained(cfg, pixels):
-    """The averaged network after `dipddpm.train_steps`, mean losses of the epochs, seconds."""
+    """The averaged network after `dipddpm.train_steps`, mean losses of the epochs, seconds of
+    the core."""
     net = dipddpm.make_unet(cfg, pixels.shape[1], "cpu")
     ema, lr = copy.deepcopy(net).requires_grad_(False), torch.tensor(cfg.lr)
-    (B, per_epoch), losses, began = dipddpm.steps_of(cfg, len(pixels)), [], time.time()
+    (B, per_epoch), losses, began = dipddpm.steps_of(cfg, len(pixels)), [], time.process_time()
     steps = dipddpm.train_steps(cfg, pixels, net, ema, dipddpm.optimizers_of(net, lr))
     for _, loss in dipddpm.progress(steps, "train", cfg.epochs * per_epoch, B):
         losses.append(loss.item())
     return ema.eval(), [statistics.fmean(losses[i * per_epoch:][:per_epoch])
-                        for i in range(cfg.epochs)], time.time() - began
+                        for i in range(cfg.epochs)], time.process_time() - began
 
 
 def measured(cfg, arm, train, folder, n=2000):
