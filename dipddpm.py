@@ -7,7 +7,8 @@
  5 sampling   steps of section 2, nfe of them, from x_T ~ N(0, 1)         Lu et al. 2022, 2M
  6 DIP        min_theta |A f_theta(z) - y|^2, stopped early               Ulyanov et al. 2018
  7 codes      min_theta,c sum_i |g_theta(c_i) - x_i|^2                    Bojanowski et al. 2018
- 8 method 1   a DIP's output, noised as in section 1 to t_start, is where section 5 begins
+ 8 method 1   a DIP's output p, noised as in section 1 to t_start, is where section 5 begins; the
+              bridge: x_t = sqrt(ab_t) (x_0 + kappa_t (p - x_0)) + sqrt(1 - ab_t) eps ends there
  9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop
 10 the edge   command line, folders, checkpoints, processes, devices: to be skipped at first
 
@@ -92,9 +93,10 @@ class Config:
     eta: tuple = flag((0.0,), "sampling", "0: DPM-Solver++(2M), 1: DDPM's own sampler, a list",
                       of=float, low=0, high=1)
     samples: int = flag(None, "sampling", "images made (1000; sample: 64) or fitted (16)", low=1)
-    dip_source: tuple = flag(("images", "codes"), "DIP", "priors of --mode prior: one DIP for each "
-                             "image; one decoder for all, new images from new codes. A list",
-                             of=str, choices=("images", "codes"))
+    dip_source: tuple = flag(("codes", "bridge"), "DIP", "priors of --mode prior: images, a DIP "
+                             "for each; codes, one decoder for all, new images from new codes; "
+                             "bridge, a network that is trained to go on from these. A list",
+                             of=str, choices=("images", "codes", "bridge"))
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels: 128)",
                           low=1)
     dip_iters: int = flag(60, "DIP", "iterations of an image's DIP in --mode prior", low=1)
@@ -110,6 +112,7 @@ class Config:
     order: int = 2  # of the sampler where eta is 0
     arch: str = "skip"  # a DIP's network
     decoder_width: int = 32  # channels of the codes' decoder
+    bridge_start: int = None  # steps of noise at a bridge's end (0.6 T)
     dip_lr: float = None  # Adam's rate in an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
     dip_group: int = 64  # DIPs that are fitted together
     window: float = 0.95  # decay of the average of a DIP's outputs
@@ -175,13 +178,23 @@ def prediction(predict, ab):
     return (p, q), (a, b), (ab / (1 - ab)).clamp(max=GAMMA) * b**2
 
 
-def forward_table(cfg):
-    """What training needs at each t: float32 [T, 5] with columns (signal, noise, p, q, weight), in
-    x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
-    loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last."""
+def forward_table(cfg, t_start=None):
+    """What training needs at each t: float32 [T, 6] with columns (signal, noise, p, q, weight,
+    kappa), in x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
+    loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last.
+
+    With t_start, of a bridge, float32 [t_start, 6]: x_0 + kappa (prior - x_0) takes x_0's place in
+    x_t, kappa = SNR_{t_start} / SNR_t, and the target is x_0 - prior. This is section 1's process
+    given that it ends at signal prior + noise eps', for any eps' (Zhou et al. 2024, DDBM, eq. 8;
+    eps' is drawn into x_t's own)."""
     ab = schedule_of(cfg).alpha_bar
     (p, q), _, weight = prediction(cfg.predict, ab)
-    return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight], dim=1).float()  # [T, 5]
+    kappa = torch.zeros_like(ab)
+    if t_start:
+        ab = ab[:t_start]
+        kappa = ab[-1] / (1 - ab[-1]) * (1 - ab) / ab
+        p, q, weight = torch.ones_like(ab), torch.zeros_like(ab), torch.ones_like(ab)
+    return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight, kappa], dim=1).float()  # [T, 6]
 
 
 # ================================================================== 2 reverse
@@ -197,9 +210,9 @@ def time_grid(t_start, nfe):
     return [*taus, 0]
 
 
-def reverse_table(cfg, taus, eta):
-    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 6] with columns
-    (a, b, c0, ct, sigma, k) in
+def reverse_table(cfg, taus, eta, bridge=False):
+    """The numbers of each reverse step from taus[i] to taus[i + 1]: float32 [S, 7] with columns
+    (a, b, c0, ct, sigma, k, cp) in
 
         x0_hat = clip(a x_t + b out, -1, 1),    x_s = c0 x0_hat + ct x_t + sigma z.
 
@@ -210,18 +223,28 @@ def reverse_table(cfg, taus, eta):
 
     k = h / (2 h_previous), h the step in half the log signal-to-noise ratio, is for the second
     order, where x0_hat + k (x0_hat - x0_hat_previous) takes x0_hat's place (Lu et al. 2022,
-    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last."""
+    DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last.
+
+    On a bridge from taus[0] x_t's mean is signal (x_0 + kappa (prior - x_0)). So c0 prior's share
+    of kappa, what of it ct x_t brings along taken off, moves to cp, x_s having cp prior as well;
+    and x0_hat = clip(prior + out, -1, 1)."""
     schedule, rows, h_previous = schedule_of(cfg), [], math.inf
+    ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
         sigma = eta * math.sqrt((1 - ab_s) / (1 - ab_t)) * math.sqrt(1 - ab_t / ab_s)
         ct = math.sqrt(max(0.0, 1 - ab_s - sigma**2) / (1 - ab_t))
         c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
         _, (a, b), _ = prediction(cfg.predict, torch.tensor(ab_t, dtype=torch.float64))
+        cp = 0.0
+        if bridge:
+            kappa_t, kappa_s = (ab_end / (1 - ab_end) * (1 - ab) / ab for ab in (ab_t, ab_s))
+            cp = math.sqrt(ab_s) * kappa_s - math.sqrt(ab_t) * kappa_t * ct
+            a, b, c0 = 0.0, 1.0, c0 - cp
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
-        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous)])
+        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous), cp])
         h_previous = h
-    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 6]
+    return torch.tensor(rows, dtype=torch.float64).float()  # [S, 7]
 
 
 # ================================================================== 3 U-Net
@@ -268,18 +291,20 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: x_t [B, C, H, W] and t int64 [B] -> out [B, C, H, W]; inside, the last row and
-    column are repeated up to multiples of 4. Space-to-depth by 2 comes first: on small images most
-    of a U-Net's time is spent at full resolution, where there is least to decide. Skip connections
-    are added, not concatenated, which keeps every block at one width. Two levels of widths w and
-    2 w, attention on the lower one. It calculates in the type of its weights."""
+    """The denoiser: x_t [B, C, H, W] and t int64 [B] -> out [B, C, H, W]; with a bridge's prior
+    [B, C, H, W] as well, out is what x_0 has that the prior lacks. Inside, the last row and column
+    are repeated up to multiples of 4. Space-to-depth by 2 comes first: on small images most of a
+    U-Net's time is spent at full resolution, where there is least to decide. Skip connections are
+    added, not concatenated, which keeps every block at one width. Two levels of widths w and 2 w,
+    attention on the lower one. It calculates in the type of its weights."""
 
-    def __init__(self, channels, width=32, blocks=(1, 2)):
+    def __init__(self, channels, width=32, blocks=(1, 2), bridge=False):
         super().__init__()
         self.width = width
+        self.unit = 1 / 8 if bridge else 1  # of out: about what a prior lacks
         emb = 4 * width
         self.embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.enter = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.enter = nn.Conv2d(4 * channels * (1 + bridge), width, 3, padding=1)
         self.down1 = nn.ModuleList(ResidualBlock(width, emb) for _ in range(blocks[0]))
         self.shrink = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.down2 = nn.ModuleList(ResidualBlock(2 * width, emb) for _ in range(blocks[1]))
@@ -298,8 +323,9 @@ class UNet(nn.Module):
         angle = t[:, None] * torch.exp(-math.log(1e4) * exponent)  # [B, width / 2]
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    def forward(self, x_t, t):
+    def forward(self, x_t, t, prior=None):
         H, W = x_t.shape[2:]
+        x_t = x_t if prior is None else torch.cat([x_t, prior], dim=1)
         if H % 4 or W % 4:
             x_t = F.pad(x_t, (0, -W % 4, 0, -H % 4), mode="replicate")
         x_t = x_t.to(self.enter.weight.dtype)
@@ -320,7 +346,7 @@ class UNet(nn.Module):
         for block in self.up1:
             h = block(h + skips.pop(), emb)
         out = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
-        return out[..., :H, :W]  # [B, C, H, W]
+        return out[..., :H, :W] * self.unit  # [B, C, H, W]
 
 
 def draw_weights(net, seed, network):
@@ -348,9 +374,9 @@ def fresh(make, seed, network, device):
     return draw_weights(net.to_empty(device=device), seed, network)
 
 
-def make_unet(cfg, channels, device):
+def make_unet(cfg, channels, device, bridge=False):
     """The U-Net of a run, as it begins."""
-    return fresh(lambda: UNet(channels, cfg.width), cfg.seed, 0, device)
+    return fresh(lambda: UNet(channels, cfg.width, bridge=bridge), cfg.seed, 2 * bridge, device)
 
 
 # ================================================================== 4 training
@@ -363,27 +389,29 @@ def epoch_order(cfg, N, epoch, device):
     return keys.argsort(stable=True)
 
 
-def draw_t(cfg, numbers, B, step):
+def draw_t(cfg, T, numbers, B, step):
     """t uniform in 0 ... T-1, one draw in each of B equal strata: int64 [n]. The loss varies much
     with t, and strata take that out of the gradient's variance (after the low-discrepancy sampler
     of Kingma et al. 2021, VDM, which shares one draw among the strata)."""
     u = kernels.uniform((len(numbers),), cfg.seed, numbers, step, kernels.TRAIN_TIME,
                         numbers.device)
-    return ((numbers + u) * (cfg.timesteps / B)).long().clamp(max=cfg.timesteps - 1)
+    return ((numbers + u) * (T / B)).long().clamp(max=T - 1)
 
 
-def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast):
+def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast, prior_of=None):
     """w_t times the mean of (out(x_t, t) - target)^2 over pixels, at one t for each image (Ho et
     al. 2020, eq. 14, with the targets and weights of `forward_table`): float32 [n]. The images are
     pixels[index], int64 [n], and `numbers` their places in a batch of B. t and eps depend on seed,
-    place and step alone, so a batch may be split at will."""
-    t = draw_t(cfg, numbers, B, step)
+    place and step alone, so a batch may be split at will. On a bridge `prior_of`(index, numbers,
+    step) -> [n, C, H, W] in [-1, 1] are the images' priors."""
+    t = draw_t(cfg, len(table), numbers, B, step)
+    prior = prior_of and prior_of(index, numbers, step)
     # x_t = signal x_0 + noise eps, eps drawn from (seed, number, step)
-    x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, numbers, step)  # [n, C, H, W]
+    x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, numbers, step, prior=prior)
     with autocast():
-        out = net(x_t, t)
+        out = net(x_t, t, prior)  # [n, C, H, W]
     # weight mean (out - (p x_0 + q eps))^2: the same eps, drawn again
-    return kernels.noise_loss(out, pixels, index, t, table, cfg.seed, numbers, step)
+    return kernels.noise_loss(out, pixels, index, t, table, cfg.seed, numbers, step, prior=prior)
 
 
 def half_cosine(step, steps):
@@ -458,13 +486,15 @@ def steps_of(cfg, N):
     return B, N // B
 
 
-def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.nullcontext):
+def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.nullcontext,
+                prior_of=None):
     """Minimise `denoising_loss` (Ho et al. 2020, algorithm 1) over pixels uint8 [N, C, H, W] from
     step `done` on: yields (steps done, loss), the loss a scalar tensor that the next step
     overwrites. net, ema, its running average, optimizers, which read one tensor as their rate, and
     `done` are all that a resume needs."""
     B, per_epoch = steps_of(cfg, len(pixels))
-    steps, table = cfg.epochs * per_epoch, forward_table(cfg).to(pixels.device)
+    steps = cfg.epochs * per_epoch
+    table = forward_table(cfg, prior_of and cfg.bridge_start).to(pixels.device)
     rank, size = processes()
     numbers = torch.arange(rank, B, size, device=pixels.device)  # this process's part of a batch
     model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
@@ -472,7 +502,9 @@ def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.n
     step, lr = torch.zeros_like(numbers[0]), optimizers[0].param_groups[0]["lr"]
 
     def one_step():  # what changes between steps lies in tensors: CUDA records this once
-        now = denoising_loss(cfg, model, pixels, index, numbers, B, table, step, autocast).sum() / B
+        losses = denoising_loss(cfg, model, pixels, index, numbers, B, table, step, autocast,
+                                prior_of)
+        now = losses.sum() / B
         net.zero_grad()
         (now * size).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -492,23 +524,24 @@ def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.n
         yield n + 1, loss
 
 
-def train_ddpm(cfg, pixels, run, each=None):
+def train_network(cfg, pixels, run, name="ddpm", prior_of=None, each=None):
     """`train_steps` to their end, a row of the log every 50, a checkpoint a minute. Returns the
-    averaged network, rows [network, step, epoch, seconds, loss, lr] and seconds. `each` is called
-    after every step with (steps done, averaged network, seconds). RuntimeError where the weights
-    are not finite any more."""
-    net = make_unet(cfg, pixels.shape[1], run.device)
+    averaged network and rows [name, step, epoch, seconds, loss, lr]. `each` is called after every
+    step with (steps done, averaged network, seconds). RuntimeError where the weights are not finite
+    any more."""
+    net = make_unet(cfg, pixels.shape[1], run.device, prior_of is not None)
     ema = copy.deepcopy(net).requires_grad_(False)
     lr = torch.tensor(cfg.lr, device=run.device)
     muon, adamw = optimizers_of(net, lr)
     parts = {"net": net, "ema": ema, "muon": muon, "adamw": adamw}
-    first, rows, losses, clock = run.continue_training(parts)
+    first, rows, losses, clock = run.continue_training(name, parts)
     for group in muon.param_groups + adamw.param_groups:
         group.update(lr=lr, capturable=lr.is_cuda)  # a resume's may be another device's
     (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
     steps = cfg.epochs * per_epoch
-    training = train_steps(cfg, pixels, net, ema, (muon, adamw), first, run.autocast)
-    for done, loss in progress(training, "train", steps, B, first,
+    training = train_steps(cfg, pixels, net, ema, (muon, adamw), first, run.autocast,
+                           prior_of)
+    for done, loss in progress(training, f"train {name}", steps, B, first,
                                lambda: f"loss {rows[-1][4]:.4f}" if rows else ""):
         losses.append(loss.clone())
         if each is not None:
@@ -521,37 +554,39 @@ def train_ddpm(cfg, pixels, run, each=None):
                                    f"{cfg.lr:g}; the last good checkpoint is kept")
         if row_due:
             mean = total(torch.stack(losses).sum()).item() / len(losses)
-            rows.append(["ddpm", done, done / per_epoch, clock(), mean,
+            rows.append([name, done, done / per_epoch, clock(), mean,
                          learning_rate(cfg, done - 1, steps)])
             losses = []
         if stop or done == steps or row_due and time.time() - saved_at > CHECKPOINT_SECONDS:
-            run.save_training(parts, done, rows, losses, clock())
+            run.save_training(name, parts, done, rows, losses, clock())
             saved_at = time.time()
         if stop:
             raise KeyboardInterrupt
-    return run.as_sampled(ema), rows, clock()
+    run.seconds["train"] += clock()
+    return run.as_sampled(ema), rows
 
 
 # ================================================================== 5 sampling
 
 
 @torch.no_grad()
-def reverse(cfg, net, x_t, t_start, nfe, eta, numbers):
+def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, prior=None):
     """The reverse process from x_t [n, C, H, W], an image after t_start steps of noise, in nfe
     network evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2, where eta = 1 and
     nfe = t_start; Lu et al. 2022, DPM-Solver++(2M), where eta = 0): yields x_t and, after each
-    step, x_t again, overwritten; the last is x_0 in [-1, 1]."""
+    step, x_t again, overwritten; the last is x_0 in [-1, 1]. With a prior [n, C, H, W] it goes over
+    the bridge to which net was trained."""
     taus = time_grid(t_start, nfe)
-    table = reverse_table(cfg, taus, eta).to(x_t.device)  # [nfe, 6]
+    table = reverse_table(cfg, taus, eta, prior is not None).to(x_t.device)  # [nfe, 7]
     times = torch.tensor(taus[:-1], device=x_t.device) - 1
     x0_prev = torch.zeros_like(x_t) if eta == 0 and cfg.order == 2 else None
     step = torch.zeros(1, dtype=torch.int64, device=x_t.device)
 
     def one_step():
-        out = net(x_t, times.index_select(0, step).expand(len(x_t)))
+        out = net(x_t, times.index_select(0, step).expand(len(x_t)), prior)
         # x0_hat = clip(a x_t + b out, -1, 1); x_t <- c0 x0_hat + ct x_t + sigma z
         kernels.posterior_step(x_t, out, table, step[0], cfg.seed, numbers, inplace=True,
-                               x0_prev=x0_prev)
+                               x0_prev=x0_prev, prior=prior)
         step.add_(1)
 
     advance = Graphed(one_step, x_t.device, nfe)
@@ -561,11 +596,12 @@ def reverse(cfg, net, x_t, t_start, nfe, eta, numbers):
         yield x_t
 
 
-def sample(cfg, net, x_init, t_start, nfe, eta, numbers):
+def sample(cfg, net, x_init, t_start, nfe, eta, numbers, prior=None):
     """The end of `reverse`, [n, C, H, W] in [-1, 1], `at_once` images at a time."""
-    ends, n = [], at_once(x_init)
-    for x, part in zip(x_init.split(n), numbers.split(n)):
-        *_, x_0 = reverse(cfg, net, x.clone(), t_start, nfe, eta, part)
+    ends = []
+    for rows in torch.arange(len(x_init), device=x_init.device).split(at_once(x_init)):
+        *_, x_0 = reverse(cfg, net, x_init[rows], t_start, nfe, eta, numbers[rows],
+                          None if prior is None else prior[rows])
         ends.append(x_0)
     return torch.cat(ends)
 
@@ -852,6 +888,35 @@ CODE_RATES = 2e-3, 1e-2  # peak learning rates of decoder and codes
 CELL_DRAW, CODE_DRAW, CENTRE_DRAW, GAUSS_DRAW = 1, 2, 3, 4  # in the stream DIP_CODE; 0 is z's
 
 
+class Coding(NamedTuple):
+    """Images as codes: `decode` makes images [n, C, H, W] in [0, 1] of codes [n, D]; `codes` [N, D]
+    are those of the training images."""
+
+    decode: object
+    codes: torch.Tensor
+
+    def new(self, cfg, like):
+        """As many images in [-1, 1] as `like` [n, C, H, W] has, of new codes from a mixture of
+        Gaussians over the codes."""
+        new = draw_codes(fit_mixture(self.codes, cfg.seed), len(like), cfg.seed)
+        return torch.cat([self.decode(part) for part in new.split(at_once(like))]) * 2 - 1
+
+    def prior_of(self, cfg, most=0.2):
+        """What gives a bridge's training its priors: (index, numbers, step) -> images in [-1, 1] of
+        the codes of training images `index` with fresh noise of up to `most` standard deviations,
+        as new codes will not be as good (conditioning augmentation, Ho et al. 2022, cascaded
+        diffusion)."""
+        spread = most * self.codes.std(0)
+
+        @torch.no_grad()
+        def prior(index, numbers, step):
+            about, code = (cfg.seed, numbers, step), self.codes[index]  # [n, D]
+            level = kernels.uniform((len(code), 1), *about, kernels.CODE_LEVEL, code.device)
+            z = kernels.normal(code.shape, *about, kernels.CODE_NOISE, code.device)
+            return self.decode(code + level * spread * z) * 2 - 1
+        return prior
+
+
 class CodeDecoder(nn.Module):
     """One DIP for all images: code [B, CODE] -> x [B, C, H, W] in [0, 1]. A linear map to a quarter
     of the size, then twice upsampling and a 3x3 convolution."""
@@ -898,7 +963,7 @@ def principal_components(pixels, D):
 def fit_codes(cfg, pixels, track=untracked):
     """Minimise sum_i |g_theta(c_i) - x_i|^2 over theta and a code c_i for each image, together
     (Bojanowski et al. 2018), from whitened principal components; Adam, half a cosine. pixels uint8
-    [N, C, H, W]. Returns the decoder, to be evaluated with its running statistics, and codes
+    [N, C, H, W]. The decoder is to be evaluated with its running statistics, and codes are
     [N, CODE]."""
     N, C, H, W = pixels.shape
     B, per_epoch = steps_of(cfg, N)
@@ -921,7 +986,13 @@ def fit_codes(cfg, pixels, track=untracked):
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    return decoder.eval().requires_grad_(False), codes.weight.detach()
+    return Coding(decoder.eval().requires_grad_(False), codes.weight.detach())
+
+
+def principal_codes(cfg, pixels, track=untracked):
+    """Whitened principal components, decoded linearly: what a DIP's decoder must beat."""
+    scores, mean, axes = principal_components(pixels, min(CODE, pixels[0].numel(), len(pixels)))
+    return Coding(lambda code: (mean + code @ axes).clamp(0, 1).view(-1, *pixels.shape[1:]), scores)
 
 
 def fit_mixture(codes, seed):
@@ -963,6 +1034,10 @@ def draw_codes(mixture, n, seed):
 # x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps, then the reverse process from t_start. Each
 # prior is a function (cfg, pixels, sources, track) -> x_prior [n, C, H, W] in [-1, 1], of the
 # training images uint8 [N, C, H, W] and n of them, sources [n, C, H, W].
+#
+# The network of `ddpm` never saw a prior. A bridge's did: each training image has a code, so that
+# pairs (image, prior) are at hand, x_t goes from one to the other (`forward_table`), and the
+# network sees both x_t and prior.
 
 
 def prior_dip_images(cfg, pixels, sources, track=untracked):
@@ -976,17 +1051,12 @@ def prior_dip_images(cfg, pixels, sources, track=untracked):
 def prior_dip_codes(cfg, pixels, sources, track=untracked):
     """New images from new codes: one decoder for the whole data set, a mixture fitted to the codes
     of its images. No training image is handed over."""
-    decoder, codes = fit_codes(cfg, pixels, track)
-    new = draw_codes(fit_mixture(codes, cfg.seed), len(sources), cfg.seed)
-    return torch.cat([decoder(part) for part in new.split(at_once(sources))]) * 2 - 1
+    return fit_codes(cfg, pixels, track).new(cfg, sources)
 
 
 def prior_pca(cfg, pixels, sources, track=untracked):
-    """The same mixture fitted to as many principal components and decoded linearly: what a DIP
-    decoder must beat."""
-    scores, mean, axes = principal_components(pixels, min(CODE, pixels[0].numel(), len(pixels)))
-    new = draw_codes(fit_mixture(scores, cfg.seed), len(sources), cfg.seed)
-    return ((mean + new @ axes).clamp(0, 1) * 2 - 1).view(-1, *pixels.shape[1:])
+    """The same of principal components."""
+    return principal_codes(cfg, pixels).new(cfg, sources)
 
 
 def prior_gauss(cfg, pixels, sources, track=untracked):
@@ -1023,6 +1093,11 @@ def noise_start(cfg, shape, numbers):
     return kernels.normal(shape, cfg.seed, numbers, 0, kernels.INIT_NOISE, numbers.device)
 
 
+# A bridge's arm and the coding that its priors come from.
+CODINGS = {"dip-codes": fit_codes, "pca": principal_codes}
+BRIDGES = {"dip-bridge": "dip-codes"}
+
+
 def run_prior(cfg, run):
     """--mode ddpm: train, sample from noise, measure. --mode prior: from priors, too."""
     train = load_images(cfg, "train")
@@ -1033,33 +1108,56 @@ def run_prior(cfg, run):
     cfg = run.begin(resolve(cfg, pixels.shape), about, [C, H, W])
     say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
         f"{run.device}, {run.precision}")
-    net, rows, run.seconds["train"] = train_ddpm(cfg, pixels, run)
+    net, rows = train_network(cfg, pixels, run, "ddpm")
+    nets, codings = {"ddpm": net}, {}
+    bridging = cfg.mode == "prior" and "bridge" in cfg.dip_source
+    for arm, source in BRIDGES.items() if bridging else ():
+        with run.timed("dip") as took:
+            coding = CODINGS[source](cfg, pixels, run.track)
+        nets[arm], more = train_network(cfg, pixels, run, arm, coding.prior_of(cfg))
+        rows, codings[source] = rows + more, (coding, took.seconds)
     if processes()[0]:
         return  # the first process alone samples, measures and writes
     write_log(run, rows)
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
     judge = measure.Judge(train, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
-    arms, pictures = generate(cfg, run, net, pixels, judge)
+    arms, pictures = generate(cfg, run, nets, codings, pixels, judge)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
-                "arms": arms, "curves": loss_curve(rows), "pictures": pictures} | judge.summary())
+                "arms": arms, "curves": loss_curves(rows), "pictures": pictures} | judge.summary())
 
 
-def starts(cfg, run, pixels, sources, numbers):
-    """(arm, x_init, t_start, its prior, seconds that this took): noise, then each prior noised to
-    each t_start."""
-    eps = noise_start(cfg, sources.shape, numbers)
-    yield "ddpm", eps, cfg.timesteps, None, 0.0
+class Start(NamedTuple):
+    """Where an arm begins: its network, x_init [n, C, H, W] after t_start steps of noise, the prior
+    in it, if any, and seconds that this took."""
+
+    arm: str
+    net: nn.Module
+    x_init: torch.Tensor
+    t_start: int
+    prior: torch.Tensor | None = None
+    seconds: float = 0.0
+
+
+def starts(cfg, run, nets, codings, pixels, sources, numbers):
+    """The `Start` of each arm: noise; each prior noised to each t_start, and to where the bridges
+    from it end."""
+    yield Start("ddpm", nets["ddpm"], noise_start(cfg, sources.shape, numbers), cfg.timesteps)
     for arm, prior in PRIORS.items() if cfg.mode == "prior" else ():
-        if arm.startswith("dip-") and arm.removeprefix("dip-") not in cfg.dip_source:
+        chosen = not arm.startswith("dip-") or arm.removeprefix("dip-") in cfg.dip_source
+        if not chosen and arm not in codings:
             continue
+        coding, seconds = codings.get(arm, (None, 0.0))
         with run.timed("dip" if arm.startswith("dip-") else None) as took:
-            x = prior(cfg, pixels, sources, run.track)
-        for t_start in cfg.t_start:
-            yield arm, start_from_prior(cfg, x, t_start, numbers), t_start, x, took.seconds
+            x = coding.new(cfg, sources) if coding else prior(cfg, pixels, sources, run.track)
+        bridges = [(name, cfg.bridge_start) for name in nets if BRIDGES.get(name) == arm]
+        for name, t_start in [(arm, t) for t in cfg.t_start if chosen] + bridges:
+            x_init = start_from_prior(cfg, x, t_start, numbers)
+            yield Start(name, nets.get(name, nets["ddpm"]), x_init, t_start, x,
+                        took.seconds + seconds)
 
 
-def generate(cfg, run, net, pixels, judge):
+def generate(cfg, run, nets, codings, pixels, judge):
     """Every arm samples with the same seed and count and is measured against the test split: rows
     of results.json, pictures."""
     numbers = torch.arange(cfg.samples, device=run.device)
@@ -1068,22 +1166,23 @@ def generate(cfg, run, net, pixels, judge):
     rows, priors, grids = [], {}, {}
     x = sources[:at_once(sources)] / 127.5 - 1
     for eta in cfg.eta:  # first calls, else the first arm pays for setting up
-        sample(cfg, net, x, 2, 2, eta, numbers[:len(x)])
-    for arm, x_init, t_start, prior, seconds in starts(cfg, run, pixels, sources, numbers):
+        sample(cfg, nets["ddpm"], x, 2, 2, eta, numbers[:len(x)])
+    for start in starts(cfg, run, nets, codings, pixels, sources, numbers):
+        arm, bridged = start.arm, start.prior if start.arm in nets else None
         for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
             with run.timed("sample") as took:
-                x = sample(cfg, net, x_init, t_start, nfe, eta, numbers)
-            row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": t_start, "eta": eta,
-                   "seconds": took.seconds + seconds, "prior_seconds": seconds}
+                x = sample(cfg, start.net, start.x_init, start.t_start, nfe, eta, numbers, bridged)
+            row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": start.t_start, "eta": eta,
+                   "seconds": took.seconds + start.seconds, "prior_seconds": start.seconds}
             row |= judge(x, sources if arm in HAS_SOURCE else None)
             if arm in HAS_SOURCE:  # times SNR(t_start) / 2: KL of x_init from its noised source
-                square = (prior - sources.float() / 127.5 + 1).square()
+                square = (start.prior - sources.float() / 127.5 + 1).square()
                 row["prior_square_error"] = square.sum().item() / len(x)
             rows.append(row)
             grids.setdefault(nfe, {}).setdefault(arm, (x[:16] + 1) / 2)
             say(describe(row))
-        if prior is not None:
-            priors[arm] = (prior[:16] + 1) / 2
+        if start.prior is not None and bridged is None:
+            priors[arm] = (start.prior[:16] + 1) / 2
     eta = f"eta = {cfg.eta[0]:g}"
     pictures = [measure.draw(run.folder / f"samples-nfe{nfe}.png",
                              f"{nfe} network evaluations, {eta}", arms)
@@ -1465,10 +1564,12 @@ def describe(row):
     return f"{row['name']:<12}" + "  ".join(f"{k} {row[k]:.4g}" for k in keys if k in row)
 
 
-def loss_curve(rows):
-    """log.csv's rows -> {"loss/ddpm": [[step, loss], ...]}, thinned to about 200 points."""
-    curve = [[step, loss] for _, step, _, _, loss, _ in rows]
-    return {"loss/ddpm": curve[::max(1, len(curve) // 200)]}
+def loss_curves(rows):
+    """log.csv's rows -> {"loss/ddpm": [[step, loss], ...]}, each thinned to about 200 points."""
+    curves = {}
+    for name, step, _, _, loss, _ in rows:
+        curves.setdefault(f"loss/{name}", []).append([step, loss])
+    return {name: curve[::max(1, len(curve) // 200)] for name, curve in curves.items()}
 
 
 def write_log(run, rows):
@@ -1584,8 +1685,9 @@ def resolve(cfg, shape=None):
     sigma = cfg.sigma
     if sigma is None and fitting:
         sigma = 0.1 if cfg.task == "denoise" else 0.0
-    t_start = cfg.t_start or (max(1, round(0.6 * cfg.timesteps)),)
-    cfg = replace(cfg, samples=samples, sigma=sigma, t_start=t_start)
+    moderate = max(1, round(0.6 * cfg.timesteps))
+    cfg = replace(cfg, samples=samples, sigma=sigma, t_start=cfg.t_start or (moderate,),
+                  bridge_start=cfg.bridge_start or moderate)
     if shape is None:
         return cfg
     small = max(shape[2:]) <= 64
@@ -1646,21 +1748,22 @@ class Run:
         torch.backends.cudnn.allow_tf32 = False  # else float32's convolutions keep 10 bits
         self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
         self.stop = 0  # the number of the signal that asked for it
-        self.begun, self.saved, self.about = False, None, {}
+        self.begun, self.about = False, {}
         continues = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.folder = of_the_first(Path(cfg.resume) if continues and not cfg.out
                                    else new_folder(cfg))
         self.fresh = not continues or bool(cfg.out)
-        if continues and (Path(cfg.resume) / CHECKPOINT).exists():
-            self.saved = load_checkpoint(cfg.resume)
-        self.began = time.time() - (self.saved or {}).get("seconds", 0.0)
+        self.saved = {name: load_checkpoint(cfg.resume, name) for name in ("ddpm", *BRIDGES)
+                      if continues and (Path(cfg.resume) / checkpoint_name(name)).exists()}
+        self.began = time.time() - sum(saved["seconds"] for saved in self.saved.values())
 
     def begin(self, cfg, about=None, shape=None):
         """Make the folder: not before the input is known to be good, so that misuse leaves none.
         Returns the Config, which config.json then holds."""
-        if self.saved and self.saved["data"] != about:
-            raise ValueError(f"--resume {cfg.resume}: the data was {self.saved['data']}, now "
-                             f"{about}")
+        for saved in self.saved.values():
+            if saved["data"] != about:
+                raise ValueError(f"--resume {cfg.resume}: the data was {saved['data']}, now "
+                                 f"{about}")
         if about and processes()[1] > min(cfg.batch, about["train"]):
             raise ValueError(f"--batch {cfg.batch} is too small for as many processes")
         self.cfg, self.about = replace(cfg, out=str(self.folder)), {"data": about, "shape": shape}
@@ -1668,8 +1771,8 @@ class Run:
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             measure.write_json(asdict(self.cfg), self.folder / "config.json", digits=17)
-            if self.fresh and self.saved:
-                save(self.saved, self.folder / CHECKPOINT)
+            for name, saved in self.saved.items() if self.fresh else ():
+                save(saved, self.folder / checkpoint_name(name))
         return self.cfg
 
     def autocast(self):
@@ -1702,23 +1805,23 @@ class Run:
             if self.stop:
                 raise KeyboardInterrupt
 
-    def continue_training(self, parts):
+    def continue_training(self, name, parts):
         """Give networks and optimisers what a checkpoint holds of them, or leave them at their
         beginning: -> steps done, rows, losses since the last row, clock."""
-        saved = self.saved or {"step": 0, "rows": [], "losses": [], "seconds": 0.0}
+        saved = self.saved.get(name, {"step": 0, "rows": [], "losses": [], "seconds": 0.0})
         began = time.time() - saved["seconds"]
-        for name, part in parts.items() if self.saved else ():
-            load_weights(part, saved[name], "checkpoint")
+        for part in parts if name in self.saved else ():
+            load_weights(parts[part], saved[part], "checkpoint")
         # they are the first process's: several would add them up
         losses = [loss.to(self.device) for loss in saved["losses"] if processes()[0] == 0]
         return saved["step"], list(saved["rows"]), losses, lambda: time.time() - began
 
-    def save_training(self, parts, step, rows, losses, seconds):
+    def save_training(self, name, parts, step, rows, losses, seconds):
         if processes()[0] == 0:
             save({"format": CHECKPOINT_FORMAT, "step": step, "rows": rows, "losses": losses,
                   "seconds": seconds, **self.about}
-                 | {name: part.state_dict() for name, part in parts.items()},
-                 self.folder / CHECKPOINT)
+                 | {key: part.state_dict() for key, part in parts.items()},
+                 self.folder / checkpoint_name(name))
 
     def finish(self, result, keys=("fid_lenet", "psnr")):
         """Write results.json and report.html, print the table, say where they are."""
@@ -1768,10 +1871,14 @@ def save(content, path):
     measure.write_bytes(path, buffer.getbuffer())
 
 
-def load_checkpoint(folder):
+def checkpoint_name(network):
+    return CHECKPOINT if network == "ddpm" else f"{network}.pt"
+
+
+def load_checkpoint(folder, network="ddpm"):
     """A checkpoint's content, tensors and plain values only: "format" and CHECKPOINT_KEYS.
     FileNotFoundError, or ValueError in one line if it is not one of ours."""
-    path = Path(folder) / CHECKPOINT
+    path = Path(folder) / checkpoint_name(network)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no checkpoint there")
     try:

@@ -51,7 +51,11 @@ CASES = (
          {"grad_ptr": "*bf16", "out_ptr": "*bf16"}),
     Case("posterior_step fp32", posterior.posterior_step_kernel, 12),
     Case("posterior_step bf16 out", posterior.posterior_step_kernel, 10, {"out_ptr": "*bf16"}),
+    Case("q_sample, bridge", noising.q_sample_kernel, 9, {"prior_ptr": "*fp32"}),
+    Case("noise_loss, bridge", noising.noise_loss_kernel, 13, {"prior_ptr": "*fp32"}),
     Case("posterior_step 2M", posterior.posterior_step_kernel, 20, {"x0_prev_ptr": "*fp32"}),
+    Case("posterior_step 2M, bridge", posterior.posterior_step_kernel, 24,
+         {"x0_prev_ptr": "*fp32", "prior_ptr": "*fp32"}),
 )
 
 
@@ -111,11 +115,11 @@ def print_static():
         print(f"\nsm_{capability}: machine code of one thread, which serves "
               f"{4 * BLOCK // (32 * WARPS)} elements; limits in G elements/s of an {chip}: "
               f"{issue / 1e12:.1f} T instructions/s, {bandwidth / 1e12:.2f} TB/s")
-        print(f"{'kernel':<24}{'instr./el.':>11}{'limit':>7}{'B/el.':>7}{'limit':>7}  "
+        print(f"{'kernel':<26}{'instr./el.':>11}{'limit':>7}{'B/el.':>7}{'limit':>7}  "
               f"{'loads (n x bits)':<20}{'stores':<14}{'local':>5}{'registers':>10}")
         for case in CASES:
             r = static(case, capability)
-            print(f"{case.name:<24}{r['instructions']:>11.1f}{r['by_issue'] / 1e9:>7.0f}"
+            print(f"{case.name:<26}{r['instructions']:>11.1f}{r['by_issue'] / 1e9:>7.0f}"
                   f"{r['bytes']:>7}{r['by_bandwidth'] / 1e9:>7.0f}  {widths(r['loads']):<20}"
                   f"{widths(r['stores']):<14}{r['local']:>5}{r['registers']:>10}")
 
@@ -129,8 +133,8 @@ def inputs(images, device):
         t=torch.randint(1000, (images,), device=device),
         x=torch.randn(shape, device=device),  # x_t, or the eps that plain torch must keep
         out=torch.randn(shape, device=device),
-        forward=torch.rand(1000, 5, device=device),
-        reverse=torch.rand(50, 6, device=device),
+        forward=torch.rand(1000, 6, device=device),
+        reverse=torch.rand(50, 7, device=device),
         draw=torch.zeros((), dtype=torch.int64, device=device))
 
 
@@ -147,7 +151,7 @@ def noise_loss_plain(s):
 
 
 def posterior_step_plain(s):
-    a, b, c0, ct, sigma, _ = s.reverse[0]
+    a, b, c0, ct, sigma, *_ = s.reverse[0]
     x0_hat = (a * s.x + b * s.out).clamp(-1, 1)
     return c0 * x0_hat + ct * s.x + sigma * torch.randn_like(s.x)
 
@@ -176,7 +180,7 @@ def print_timed(sizes=(128 * 784, 2**20, 2**24, 2**26)):
     lanes = BLOCK * rng.blocks(784) / 196
     print(f"\n{gpu.name}, sm_{gpu.major}{gpu.minor}; images of 28x28, which leave lanes idle: "
           f"instructions x {lanes:.2f}; medians; limits of an {CHIPS[capability][0]}")
-    print(f"{'kernel':<24}{'elements':>11}{'us':>10}{'GB/s':>7}{'of limit':>9}{'x plain':>9}"
+    print(f"{'kernel':<26}{'elements':>11}{'us':>10}{'GB/s':>7}{'of limit':>9}{'x plain':>9}"
           f"{'x compiled':>11}")
     for (name, (ours, plain)), size in itertools.product(TIMED.items(), sizes):
         row = static({case.name: case for case in CASES}[name], capability)
@@ -190,7 +194,7 @@ def print_timed(sizes=(128 * 784, 2**20, 2**24, 2**26)):
             for f in (ours, plain, torch.compile(plain, dynamic=False))]
 
         limit = min(row["by_issue"] / lanes, row["by_bandwidth"])
-        print(f"{name:<24}{elements:>11}{seconds * 1e6:>10.2f}"
+        print(f"{name:<26}{elements:>11}{seconds * 1e6:>10.2f}"
               f"{row['bytes'] * elements / seconds / 1e9:>7.0f}{elements / seconds / limit:>9.0%}"
               f"{others[0] / seconds:>9.2f}{others[1] / seconds:>11.2f}", flush=True)
 
