@@ -405,11 +405,11 @@ def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast, p
     place and step alone, so a batch may be split at will. On a bridge `prior_of`(index, numbers,
     step) -> [n, C, H, W] in [-1, 1] are the images' priors."""
     t = draw_t(cfg, len(table), numbers, B, step)
-    prior = prior_of and prior_of(index, numbers, step)
+    prior = None if prior_of is None else prior_of(index, numbers, step)
     # x_t = signal x_0 + noise eps, eps drawn from (seed, number, step)
     x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, numbers, step, prior=prior)
     with autocast():
-        out = net(x_t, t, prior)  # [n, C, H, W]
+        out = net(x_t, t) if prior is None else net(x_t, t, prior)  # [n, C, H, W]
     # weight mean (out - (p x_0 + q eps))^2: the same eps, drawn again
     return kernels.noise_loss(out, pixels, index, t, table, cfg.seed, numbers, step, prior=prior)
 
@@ -526,9 +526,9 @@ def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.n
 
 def train_network(cfg, pixels, run, name="ddpm", prior_of=None, each=None):
     """`train_steps` to their end, a row of the log every 50, a checkpoint a minute. Returns the
-    averaged network and rows [name, step, epoch, seconds, loss, lr]. `each` is called after every
-    step with (steps done, averaged network, seconds). RuntimeError where the weights are not finite
-    any more."""
+    averaged network, rows [name, step, epoch, seconds, loss, lr] and seconds. `each` is called
+    after every step with (steps done, averaged network, seconds). RuntimeError where the weights
+    are not finite any more."""
     net = make_unet(cfg, pixels.shape[1], run.device, prior_of is not None)
     ema = copy.deepcopy(net).requires_grad_(False)
     lr = torch.tensor(cfg.lr, device=run.device)
@@ -562,8 +562,7 @@ def train_network(cfg, pixels, run, name="ddpm", prior_of=None, each=None):
             saved_at = time.time()
         if stop:
             raise KeyboardInterrupt
-    run.seconds["train"] += clock()
-    return run.as_sampled(ema), rows
+    return run.as_sampled(ema), rows, clock()
 
 
 # ================================================================== 5 sampling
@@ -583,7 +582,8 @@ def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, prior=None):
     step = torch.zeros(1, dtype=torch.int64, device=x_t.device)
 
     def one_step():
-        out = net(x_t, times.index_select(0, step).expand(len(x_t)), prior)
+        t = times.index_select(0, step).expand(len(x_t))
+        out = net(x_t, t) if prior is None else net(x_t, t, prior)
         # x0_hat = clip(a x_t + b out, -1, 1); x_t <- c0 x0_hat + ct x_t + sigma z
         kernels.posterior_step(x_t, out, table, step[0], cfg.seed, numbers, inplace=True,
                                x0_prev=x0_prev, prior=prior)
@@ -1108,14 +1108,15 @@ def run_prior(cfg, run):
     cfg = run.begin(resolve(cfg, pixels.shape), about, [C, H, W])
     say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
         f"{run.device}, {run.precision}")
-    net, rows = train_network(cfg, pixels, run, "ddpm")
+    net, rows, run.seconds["train"] = train_network(cfg, pixels, run)
     nets, codings = {"ddpm": net}, {}
     bridging = cfg.mode == "prior" and "bridge" in cfg.dip_source
     for arm, source in BRIDGES.items() if bridging else ():
         with run.timed("dip") as took:
             coding = CODINGS[source](cfg, pixels, run.track)
-        nets[arm], more = train_network(cfg, pixels, run, arm, coding.prior_of(cfg))
+        nets[arm], more, seconds = train_network(cfg, pixels, run, arm, coding.prior_of(cfg))
         rows, codings[source] = rows + more, (coding, took.seconds)
+        run.seconds["train"] += seconds
     if processes()[0]:
         return  # the first process alone samples, measures and writes
     write_log(run, rows)

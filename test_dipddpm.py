@@ -609,7 +609,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = 0x0123456789ABCDEF
 
 
-def some_table(columns=5):
+def some_table(columns=6):
     """Unlike numbers in seven rows, so that a swapped column cannot pass."""
     x = torch.linspace(0.2, 1.1, 7 * columns, device=DEVICE)
     return x.view(7, columns).flip(0).contiguous()
@@ -743,29 +743,36 @@ def draws(draw_from, shape, dtype):
     return [*found, draw_from(shape[:1], SEED, 17, 2**31, 3, DEVICE)]
 
 
+def a_prior(shape):
+    return kernels.normal(shape, 1, 0, 2, 0, DEVICE)
+
+
 def noised(q_sample, shape, dtype):
     x_0, index, *rest = training_batch(shape)
     scaled = x_0[: shape[0]].to(dtype) / 255
-    return [q_sample(x_0, index, *rest, dtype=dtype), q_sample(scaled, None, *rest, dtype=dtype)]
+    return [q_sample(x_0, index, *rest, dtype=dtype), q_sample(scaled, None, *rest, dtype=dtype),
+            q_sample(x_0, index, *rest, dtype=dtype, prior=a_prior(shape))]
 
 
 def losses_and_gradients(noise_loss, shape, dtype):
     x_0, index, *rest = training_batch(shape)
     scaled, out = x_0[: shape[0]] / 255, kernels.normal(shape, 1, 0, 0, 0, DEVICE).to(dtype)
-    return [*noise_loss(out, x_0, index, *rest), *noise_loss(out, scaled, None, *rest)]
+    return [*noise_loss(out, x_0, index, *rest), *noise_loss(out, scaled, None, *rest),
+            *noise_loss(out, x_0, index, *rest, prior=a_prior(shape))]
 
 
 def steps(posterior_step, shape, dtype):
-    """With noise, and without (sigma = 0); each also in place and of second order."""
+    """With noise, and without (sigma = 0); each also in place, of second order, on a bridge."""
     x_t, out = (kernels.normal(shape, 1, 0, draw, 0, DEVICE) for draw in (0, 1))
-    table, some = some_table(columns=6), torch.arange(shape[0], device=DEVICE) * 3
+    table, some = some_table(columns=7), torch.arange(shape[0], device=DEVICE) * 3
     table[2, 4] = 0
     found = []
     for step, sample in (1, 4), (2, 4), (torch.tensor(3, device=DEVICE), some):
-        for inplace, second in itertools.product((False, True), repeat=2):
+        for inplace, second, bridge in itertools.product((False, True), repeat=3):
             x, x0_prev = x_t.clone(), -x_t if second else None
             found += [posterior_step(x, out.to(dtype), table, step, SEED, sample,
-                                     rng.STEP_NOISE, inplace, x0_prev), x, *[x0_prev] * second]
+                                     rng.STEP_NOISE, inplace, x0_prev,
+                                     a_prior(shape) if bridge else None), x, *[x0_prev] * second]
     return found
 
 
@@ -794,9 +801,16 @@ def test_q_sample_is_signal_plus_noise():
     x_0, index, t, table, *where = training_batch((4, 1, 7, 3))
     eps = kernels.normal((4, 1, 7, 3), *where, kernels.TRAIN_NOISE, DEVICE)
     x = x_0[index].double() / 127.5 - 1
-    plain = table[t, 0].view(-1, 1, 1, 1) * x + table[t, 1].view(-1, 1, 1, 1) * eps
+    signal, noise, *_, kappa = table[t].view(4, 6, 1, 1, 1).unbind(1)
     x_t = kernels.q_sample(x_0, index, t, table, *where)
-    assert (x_t - plain).abs().max() < 1e-6
+    assert (x_t - signal * x - noise * eps).abs().max() < 1e-6
+    prior = a_prior(x.shape)
+    bridged = kernels.q_sample(x_0, index, t, table, *where, prior=prior)
+    mean = (1 - kappa) * x + kappa * prior
+    assert (bridged - signal * mean - noise * eps).abs().max() < 2e-6
+    without = table.clone()
+    without[:, 5] = 0
+    assert torch.equal(kernels.q_sample(x_0, index, t, without, *where, prior=prior), x_t)
     scaled = x_0.float() / 127.5 - 1
     before = scaled.clone()
     assert (kernels.q_sample(scaled, index, t, table, *where) - x_t).abs().max() < 1e-6
@@ -808,18 +822,21 @@ def test_q_sample_is_signal_plus_noise():
     assert torch.equal(scaled, before)  # the data are never written to
 
 
+@pytest.mark.parametrize("bridge", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_noise_loss_and_its_gradient_are_those_of_the_formula(dtype):
+def test_noise_loss_and_its_gradient_are_those_of_the_formula(dtype, bridge):
     x_0, index, t, table, *where = training_batch((4, 3, 5, 5))
     out = kernels.normal((4, 3, 5, 5), 1, 0, 0, 0, DEVICE).to(dtype).requires_grad_()
     by = torch.tensor([0.5, -1.0, 2.0, 0.25], device=DEVICE)
-    loss = kernels.noise_loss(out, x_0, index, t, table, *where)
+    prior = a_prior(out.shape) if bridge else None
+    loss = kernels.noise_loss(out, x_0, index, t, table, *where, prior=prior)
     (gradient,) = torch.autograd.grad((loss * by).sum(), out)
 
     plain_out = out.detach().double().requires_grad_()
     eps = kernels.normal(out.shape, *where, kernels.TRAIN_NOISE, DEVICE).double()
-    _, _, target_x0, target_eps, weight = table.double()[t].view(4, 5, 1, 1, 1).unbind(1)
-    target = target_x0 * (x_0[index].double() / 127.5 - 1) + target_eps * eps
+    _, _, target_x0, target_eps, weight, _ = table.double()[t].view(4, 6, 1, 1, 1).unbind(1)
+    x = x_0[index].double() / 127.5 - 1 - (prior if bridge else 0)
+    target = target_x0 * x + target_eps * eps
     plain = (weight * (plain_out - target) ** 2).mean((1, 2, 3))
     (plain_gradient,) = torch.autograd.grad((plain * by).sum(), plain_out)
     assert loss.dtype == torch.float32 and gradient.dtype == dtype
@@ -829,32 +846,34 @@ def test_noise_loss_and_its_gradient_are_those_of_the_formula(dtype):
 
 def test_loss_draws_the_noise_that_q_sample_added():
     x_0, index, t, table, *where = training_batch((4, 1, 7, 3))
-    table[:] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0], device=DEVICE)  # x_t = eps = target
+    table[:] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0], device=DEVICE)  # x_t = eps = target
     eps = kernels.q_sample(x_0, index, t, table, *where)
     assert kernels.noise_loss(eps, x_0, index, t, table, *where).max() < 1e-12
     assert kernels.noise_loss(eps, x_0, index, t, table, *where, kernels.WEIGHTS).min() > 1
 
 
+@pytest.mark.parametrize("bridge", [False, True])
 @pytest.mark.parametrize("second", [False, True])
-def test_posterior_step_is_its_formula_and_clips(second):
-    shape, table = (4, 1, 7, 3), some_table(columns=6)
+def test_posterior_step_is_its_formula_and_clips(second, bridge):
+    shape, table = (4, 1, 7, 3), some_table(columns=7)
     x_t, out = (2 * kernels.normal(shape, 1, 0, draw, 0, DEVICE) for draw in (0, 1))
     z = kernels.normal(shape, SEED, 6, 3, kernels.STEP_NOISE, DEVICE)
-    a, b, c0, ct, sigma, k = table[3].double()
-    x0_hat, x0_prev = (a * x_t + b * out).clamp(-1, 1), out.clone() if second else None
-    plain = c0 * (x0_hat + k * (x0_hat - out) * second) + ct * x_t + sigma * z
-    found = kernels.posterior_step(x_t, out, table, 3, SEED, 6, x0_prev=x0_prev)
+    a, b, c0, ct, sigma, k, cp = table[3].double()
+    prior, p = (a_prior(shape), a_prior(shape)) if bridge else (None, 0)
+    x0_hat, x0_prev = (p + a * x_t + b * out).clamp(-1, 1), out.clone() if second else None
+    plain = c0 * (x0_hat + k * (x0_hat - out) * second) + ct * x_t + cp * p + sigma * z
+    found = kernels.posterior_step(x_t, out, table, 3, SEED, 6, x0_prev=x0_prev, prior=prior)
     assert (found - plain).abs().max() < 3e-6
     assert not second or (x0_prev - x0_hat).abs().max() < 1e-6
     same, x0_prev = x_t.clone(), out.clone() if second else None
     assert same is kernels.posterior_step(same, out, table, 3, SEED, 6, inplace=True,
-                                          x0_prev=x0_prev)
+                                          x0_prev=x0_prev, prior=prior)
     assert torch.equal(same, found)
 
 
 def test_step_with_sigma_zero_adds_no_noise():
     x_t, out = pixels(2, 1, 5, 5).float() / 99, pixels(2, 1, 5, 5).float() / 300
-    table = torch.tensor([[0, 1, 1, 0, 0, 0.0]], device=DEVICE)  # x_s = x0_hat = out
+    table = torch.tensor([[0, 1, 1, 0, 0, 0, 0.0]], device=DEVICE)  # x_s = x0_hat = out
     assert torch.equal(kernels.posterior_step(x_t, out, table, 0, SEED, 0), out)
 
 
@@ -863,7 +882,7 @@ def test_a_step_lets_the_networks_nan_be_seen(form):
     step = getattr(posterior, f"posterior_step_{form}")
     x_t, out = kernels.normal((2, 2, 1, 5, 5), 1, 0, 0, 0, DEVICE)
     out[1, 0, 2, 3] = math.nan
-    assert torch.equal(step(x_t, out, some_table(columns=6), 3, SEED, 0).isnan(), out.isnan())
+    assert torch.equal(step(x_t, out, some_table(columns=7), 3, SEED, 0).isnan(), out.isnan())
 
 
 @needs_triton
@@ -890,8 +909,8 @@ print(json.dumps({
 @needs_triton
 def test_machine_code_of_the_kernels_keeps_its_promises(tmp_path):
     """No local memory; 32-bit accesses for uint8 and 128-bit ones for float32, but for the scalars
-    of a sample; at most 50 instructions an element where noising and the reverse step are plain;
-    and a clamp keeps NaN, which Triton's interpreter would in any case."""
+    of a sample; at most 50 instructions an element where noising and the reverse step are plain,
+    55 elsewhere; and a clamp keeps NaN, which Triton's interpreter would in any case."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, text=True,
@@ -903,8 +922,8 @@ def test_machine_code_of_the_kernels_keeps_its_promises(tmp_path):
     for name, row in rows.items():
         assert row["local"] == 0, name
         assert min(map(int, row["loads"])) >= 32 and min(map(int, row["stores"])) >= 32, name
-        if name.startswith(("normal", "uniform", "q_sample", "posterior_step fp32")):
-            assert row["instructions"] <= 50, (name, row)
+        plain = name.startswith(("normal", "uniform", "q_sample", "posterior_step fp32"))
+        assert row["instructions"] <= (50 if plain else 55), (name, row)
         assert bool(row["clamps"]) == name.startswith("posterior_step")
         assert all(".NAN" in line for line in row["clamps"]), (name, row)
     per_thread = 4 * rng.BLOCK // (32 * rng.WARPS)
@@ -1008,7 +1027,7 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
     ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
-    ("--mode prior --dip-source code", "code is none of images, codes"),
+    ("--mode prior --dip-source code", "code is none of images, codes, bridge"),
     ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
     ("--mode guide --sigma banana", "banana"),
     ("--mode guide --data digits --sigma own", "--sigma own is for --mode dip"),
@@ -1102,7 +1121,7 @@ def test_posterior_at_eta_one_is_ddpm():
     ab = dipddpm.schedule_of(cfg).alpha_bar.flip(0)
     ab_t, ab_s = ab, torch.cat([ab[1:], torch.ones(1, dtype=torch.float64)])
     alpha, beta = ab_t / ab_s, 1 - ab_t / ab_s
-    _, _, c0, ct, sigma, _ = dipddpm.reverse_table(cfg, list(range(200, -1, -1)), eta=1).T.double()
+    _, _, c0, ct, sigma, *_ = dipddpm.reverse_table(cfg, list(range(200, -1, -1)), eta=1).T.double()
     # Ho et al. 2020, eq. 7
     for got, want in ((c0, ab_s.sqrt() * beta / (1 - ab_t)),
                       (ct, alpha.sqrt() * (1 - ab_s) / (1 - ab_t)),
@@ -1117,16 +1136,41 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta, predict):
     cfg = config(timesteps=100, predict=predict)
     schedule, taus = dipddpm.schedule_of(cfg), dipddpm.time_grid(90, 7)
     rows = dipddpm.reverse_table(cfg, taus, eta).double()
-    for (a, b, c0, ct, sigma, _), tau, next_tau in zip(rows, taus, taus[1:]):
+    for (a, b, c0, ct, sigma, *_), tau, next_tau in zip(rows, taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
         (p, q), _, _ = dipddpm.prediction(predict, torch.tensor(ab_t).double())
         signal, noise = math.sqrt(ab_t), math.sqrt(1 - ab_t)
         assert [a * signal + b * p, a * noise + b * q] == pytest.approx([1, 0], abs=1e-6)
         assert c0 + ct * signal == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
-    assert rows[-1, 2:].tolist() == [1, 0, 0, 0]  # the last step adds no noise
+    assert rows[-1, 2:].tolist() == [1, 0, 0, 0, 0]  # the last step adds no noise
     ddpm = dipddpm.reverse_table(cfg, taus, 1.0).double()
     torch.testing.assert_close(rows[:, 4], eta * ddpm[:, 4])  # Song et al. 2021, eq. 16
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_bridge_goes_from_the_noised_prior_to_the_image_and_each_step_keeps_its_marginal(eta):
+    cfg = config(timesteps=100)
+    schedule, taus = dipddpm.schedule_of(cfg), dipddpm.time_grid(60, 7)
+    table = dipddpm.forward_table(cfg, 60).double()
+    assert table.shape == (60, 6) and table[-1, 5] == 1 and table[0, 5] < 1e-3
+    assert torch.equal(table[:, :2], dipddpm.forward_table(cfg)[:60, :2].double())
+    assert table[:, 2:5].unique(dim=0).tolist() == [[1, 0, 1]]  # the target is x_0 - prior
+    # x_t given x_0 and the end signal prior + noise eps', whose eps' is then drawn as well
+    ab = schedule.alpha_bar[:60]
+    torch.testing.assert_close(table[:, 5], ab[-1] / (1 - ab[-1]) * (1 - ab) / ab)
+    rows = dipddpm.reverse_table(cfg, taus, eta, bridge=True).double()
+    plain = dipddpm.reverse_table(cfg, taus, eta).double()
+    assert torch.equal(rows[:, 3:6], plain[:, 3:6])
+    at = [(0.0, 1.0) if tau == 0 else (table[tau - 1, 5], schedule.at(tau)) for tau in taus]
+    for (a, b, c0, ct, sigma, _, cp), (kappa_t, ab_t), (kappa_s, ab_s) in zip(rows, at, at[1:]):
+        assert (a, b) == (0, 1)  # x0_hat is the prior and what the network adds
+        # with x0_hat = x_0: shares of x_0 and of the prior, and the noise's variance
+        assert c0 + ct * ab_t**0.5 * (1 - kappa_t) == pytest.approx(
+            ab_s**0.5 * (1 - kappa_s), abs=1e-6)
+        assert cp + ct * ab_t**0.5 * kappa_t == pytest.approx(ab_s**0.5 * kappa_s, abs=1e-6)
+        assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
+    assert rows[-1, 2:].tolist() == [1, 0, 0, 0, 0]  # the last step gives x0_hat
 
 
 def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
@@ -1225,6 +1269,15 @@ def test_the_unet_is_two_levels_with_added_skips(size):
     assert sum(p.numel() for p in dipddpm.UNet(1).parameters()) == 573_604  # as README has it
 
 
+def test_a_bridges_unet_adds_nothing_at_first_and_sees_both_its_images():
+    net, prior = dipddpm.make_unet(config(width=8), 2, "cpu", bridge=True), torch.randn(3, 2, 8, 8)
+    x_t, t = torch.randn(3, 2, 8, 8), torch.tensor([0, 40, 999])
+    assert net(x_t, t, prior).count_nonzero() == 0
+    out = shaken(net)(x_t, t, prior)
+    assert out.shape == x_t.shape
+    assert not out.allclose(net(x_t, t, -prior)) and not out.allclose(net(-x_t, t, prior))
+
+
 # ------------------------------------------------------------------ DDPM training
 
 
@@ -1235,8 +1288,8 @@ def test_epoch_order_is_a_new_permutation_each_epoch():
 
 
 def test_timesteps_put_one_draw_in_each_stratum_and_reach_both_ends():
-    numbers, cfg = torch.arange(100), config(timesteps=500)
-    t = torch.stack([dipddpm.draw_t(cfg, numbers, 100, step) for step in range(40)])
+    numbers, cfg = torch.arange(100), config()
+    t = torch.stack([dipddpm.draw_t(cfg, 500, numbers, 100, step) for step in range(40)])
     assert torch.equal(t // 5, numbers.expand(40, -1))
     assert t.unique().tolist() == list(range(500))
 
@@ -1264,7 +1317,7 @@ def test_a_training_step_is_algorithm_1_with_a_clipped_gradient_and_an_average(p
         assert done == n + 1
         # the images of this step, each noised to its t
         index = dipddpm.epoch_order(cfg, 22, n // 4, "cpu")[n % 4 * 5:][:5]
-        t = dipddpm.draw_t(cfg, numbers, 5, n)
+        t = dipddpm.draw_t(cfg, cfg.timesteps, numbers, 5, n)
         ab = dipddpm.cosine_schedule(20).alpha_bar[t].view(5, 1, 1, 1)
         x = x_0[index] / 127.5 - 1
         eps = kernels.normal(x.shape, 0, numbers, n, kernels.TRAIN_NOISE)
@@ -1298,7 +1351,7 @@ def test_a_training_is_its_optimizers_steps_and_its_log_their_mean_loss_and_rate
     net = dipddpm.make_unet(cfg, 1, "cpu")
     ema, optimizers = copy.deepcopy(net), dipddpm.optimizers_of(net, torch.tensor(0.0))
     losses = [loss.item() for _, loss in dipddpm.train_steps(cfg, x_0, net, ema, optimizers)]
-    trained, rows, seconds = dipddpm.train_ddpm(cfg, x_0, run)
+    trained, rows, seconds = dipddpm.train_network(cfg, x_0, run)
     assert [row[1:3] for row in rows] == [[50, 6.25], [100, 12.5], [112, 14.0]]
     for begin, (_, step, _, at, loss, lr) in zip((0, 50, 100), rows):
         assert loss == pytest.approx(np.mean(losses[begin:step]), rel=1e-3)
@@ -1320,13 +1373,57 @@ TINY_TRAINING = dict(width=8, batch=16, epochs=25, timesteps=50, lr=5e-3)
 
 
 def train(folder, each=None, **changes):
-    """A training on tiny images, begun or continued in the folder: `train_ddpm`'s result."""
+    """A training on tiny images, begun or continued in the folder: `train_network`'s result."""
     run = bare_run(folder, **TINY_TRAINING | changes)
-    return dipddpm.train_ddpm(run.cfg, tiny_images(), run, each and functools.partial(each, run))
+    each = each and functools.partial(each, run)
+    return dipddpm.train_network(run.cfg, tiny_images(), run, each=each)
 
 
 def stop_at_step_38(run, done, ema, seconds):
     run.stop = signal.SIGINT if done == 38 else 0
+
+
+def halves_of(images):
+    """A coding of tiny images: each its own code, whose decoding loses half of the contrast."""
+    return dipddpm.Coding(lambda code: 0.25 + code.view(-1, 1, 8, 8) / 2,
+                          images.flatten(1).float() / 255)
+
+
+def test_a_bridge_learns_what_its_prior_lacks_and_samples_it_in_three_steps(tmp_path):
+    x_0, numbers = tiny_images(), torch.arange(32)
+    run, coding = bare_run(tmp_path, **TINY_TRAINING, bridge_start=30), halves_of(tiny_images())
+    net, rows, _ = dipddpm.train_network(run.cfg, x_0, run, "dip-bridge", coding.prior_of(run.cfg))
+    assert rows[-1][0] == "dip-bridge" and rows[-1][4] < 0.01 < rows[0][4]
+    prior = coding.decode(coding.codes[:32]) * 2 - 1
+    start = dipddpm.start_from_prior(run.cfg, prior, 30, numbers)
+    x = dipddpm.sample(run.cfg, net, start, 30, 3, 0.0, numbers, prior)
+    assert (x - x_0[:32] / 127.5 + 1).square().mean() < 0.1 * (prior - x).square().mean()
+
+
+def test_a_bridges_training_and_sampling_do_not_depend_on_how_a_batch_is_split(monkeypatch):
+    cfg, x_0, step = config(timesteps=20, bridge_start=12), tiny_images(), torch.tensor(7)
+    net, coding = shaken(dipddpm.UNet(1, 8, bridge=True)), halves_of(x_0)
+    table, index = dipddpm.forward_table(cfg, 12), torch.arange(40, 24, -1)
+    whole, parts = ([dipddpm.denoising_loss(
+        cfg, net, x_0, index[numbers], numbers, 16, table, step, contextlib.nullcontext,
+        coding.prior_of(cfg)) for numbers in torch.arange(16).split(n)] for n in (16, 4))
+    torch.testing.assert_close(torch.cat(parts), whole[0])
+    numbers, prior = torch.arange(20), coding.decode(coding.codes[:20]) * 2 - 1
+    start = dipddpm.start_from_prior(cfg, prior, 12, numbers)
+    many = dipddpm.sample(cfg, net, start, 12, 4, 1.0, numbers, prior)
+    monkeypatch.setattr(dipddpm, "at_once", lambda x: 7)
+    torch.testing.assert_close(dipddpm.sample(cfg, net, start, 12, 4, 1.0, numbers, prior), many)
+
+
+def test_codes_for_a_bridges_training_have_noise_of_up_to_a_fifth_of_their_spread():
+    codes = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) * 3
+    prior = dipddpm.Coding(lambda code: code, codes).prior_of(config())
+    index, numbers = torch.arange(199, 99, -1), torch.arange(100)
+    noise = (prior(index, numbers, torch.tensor(5)) + 1) / 2 - codes[index]
+    level = noise.std(1) / 3
+    assert level.max() < 0.28 and level.mean().item() == pytest.approx(0.1, abs=0.02)
+    assert level.min() < 0.02 and not noise.allclose(
+        (prior(index, numbers, torch.tensor(6)) + 1) / 2 - codes[index])
 
 
 def test_training_learns_and_sampling_returns_the_data(tmp_path):
@@ -1848,11 +1945,13 @@ def test_every_arm_starts_from_its_prior_with_the_marginal_at_t_start(tmp_path):
     cfg = fit_config(out=str(tmp_path / "run"), dip_iters=1, timesteps=10, t_start=(1, 6),
                      dip_source=("images",))
     run, eps = dipddpm.Run(cfg, []), kernels.normal(x.shape, 0, numbers, 0, kernels.INIT_NOISE)
-    first, *arms = dipddpm.starts(cfg, run, x, x, numbers)
-    assert first[::2] == ("ddpm", 10, 0.0) and first[3] is None and torch.equal(first[1], eps)
-    assert [(arm, t_start) for arm, _, t_start, *_ in arms] == [
+    first, *arms = dipddpm.starts(cfg, run, {"ddpm": "net"}, {}, x, x, numbers)
+    assert first[:2] == ("ddpm", "net") and first[3:] == (10, None, 0.0)
+    assert torch.equal(first.x_init, eps)
+    assert [(start.arm, start.t_start) for start in arms] == [
         (arm, t) for arm in ("dip-images", "gauss", "pca", "blur") for t in (1, 6)]
-    for arm, x_init, t_start, prior, seconds in arms:
+    for arm, net, x_init, t_start, prior, seconds in arms:
+        assert net == "net"
         ab = dipddpm.cosine_schedule(10).at(t_start)
         torch.testing.assert_close(x_init, ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
         assert torch.equal(prior, dipddpm.PRIORS[arm](cfg, x, x)) and seconds > 0
@@ -2084,7 +2183,7 @@ def test_noise_level_is_found_in_flat_images():
 # ------------------------------------------------------------------ whole runs
 
 
-ARMS = {"ddpm", "dip-images", "dip-codes", "gauss", "pca", "blur"}
+ARMS = {"ddpm", "dip-codes", "dip-bridge", "gauss", "pca", "blur"}
 TINY = dict(data="digits", limit=128, epochs=2, width=8, batch=32, timesteps=40, samples=8,
             dip_iters=3, dip_width=4, nfe="2,4", eta="0,1")
 FIT = dict(data="digits", samples=1, budget=60, dip_width=4, replicas=2)
@@ -2155,7 +2254,7 @@ def test_a_prior_run_leaves_results_of_every_arm(whole_run):
     error = dipddpm.prior_blur(None, None, sources) - (sources.float() / 127.5 - 1)
     assert rows["blur", 2, 0]["prior_square_error"] == pytest.approx(
         error.square().sum().item() / 8, rel=1e-4)
-    assert {"log.csv", "checkpoint.pt", "priors.png", "samples-nfe4.png"} <= {
+    assert {"log.csv", "checkpoint.pt", "dip-bridge.pt", "priors.png", "samples-nfe4.png"} <= {
         path.name for path in folder.iterdir()}
 
 
@@ -2408,11 +2507,12 @@ def test_a_training_stopped_again_and_again_ends_in_the_same_bits(little_run, tm
     *ends, last = map(int, done.stdout.split())
     assert last == 0 and {-signal.SIGKILL, 130, 143} <= set(ends), (ends, done.stderr)
     assert f"dipddpm: interrupted; continue with --resume {folder}\n" in done.stderr
-    assert log_of(whole) == log_of(folder) and len(log_of(whole)) == 12
+    assert log_of(whole) == log_of(folder) and len(log_of(whole)) == 24
     assert (whole / "samples-nfe2.png").read_bytes() == (folder / "samples-nfe2.png").read_bytes()
-    weights = dipddpm.load_checkpoint(folder)["ema"]
-    for name, weight in dipddpm.load_checkpoint(whole)["ema"].items():
-        assert torch.equal(weight, weights[name])
+    for network in "ddpm", "dip-bridge":
+        weights = dipddpm.load_checkpoint(folder, network)["ema"]
+        for name, weight in dipddpm.load_checkpoint(whole, network)["ema"].items():
+            assert torch.equal(weight, weights[name])
 
 
 def test_one_process_or_two_stop_or_die_and_others_go_on(little_run, tmp_path):
@@ -2466,6 +2566,7 @@ GOLDEN = {
     "dip_width": (16, 16, 128, 16),
     "sigma": (0.1, 0.1),
     "budget": (1000, 1000, 3000, 1000),
+    "bridge_start": (600, 600, 600, 600),
     "dip_lr": (0.01, 0.05, 0.01, 0.01),
     "patience": (50, 50, 200, 50),
 }

@@ -195,7 +195,7 @@ def smoothed(cfg, pixels, run):
 
 
 def train(cfg, pixels, run, name, snapshots):
-    """`dipddpm.train_ddpm`, with the averaged weights kept `snapshots` times, in
+    """`dipddpm.train_network`, with the averaged weights kept `snapshots` times, in
     snapshots/NAME-STEP.pt. Networks but `full` have a folder of their own, for their checkpoint."""
     steps = cfg.epochs * dipddpm.steps_of(cfg, len(pixels))[1]
     home, kept = run.folder, run.folder / "snapshots"
@@ -209,9 +209,9 @@ def train(cfg, pixels, run, name, snapshots):
         run.folder = home / name
         run.folder.mkdir(exist_ok=True)
         there = (run.folder / dipddpm.CHECKPOINT).exists()
-        run.saved = dipddpm.load_checkpoint(run.folder) if there else None
+        run.saved = {"ddpm": dipddpm.load_checkpoint(run.folder)} if there else {}
     try:
-        net, rows, seconds = dipddpm.train_ddpm(cfg, pixels, run, each)
+        net, rows, seconds = dipddpm.train_network(cfg, pixels, run, each=each)
     finally:
         run.folder = home
     run.seconds["train"] += seconds
@@ -277,7 +277,9 @@ def sampled(own, cfg, run, nets, pixels, judge):
     numbers = torch.arange(cfg.samples, device=run.device)
     sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
     rows, begun = [], {}
-    for arm, x_init, t_start, prior, seconds in dipddpm.starts(cfg, run, pixels, sources, numbers):
+    for start in dipddpm.starts(cfg, run, {"ddpm": nets["full"]}, {}, pixels, sources,
+                                numbers):
+        arm, _, x_init, t_start, prior, seconds = start
         begun.setdefault(arm, (x_init, t_start, seconds))
         used, has_source = ("full",) if arm == "ddpm" else own.train, arm in dipddpm.HAS_SOURCE
         for name, nfe, eta in itertools.product(used, cfg.nfe, cfg.eta):
@@ -320,7 +322,7 @@ def run_prior(own, cfg, run):
     root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
     judge = measure.Judge(images, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
     rows, begun = sampled(own, cfg, run, nets, pixels, judge)
-    curves = {f"loss/{name}": next(iter(dipddpm.loss_curve(log).values()))
+    curves = {f"loss/{name}": next(iter(dipddpm.loss_curves(log).values()))
               for name, log in logs.items()}
     for name, net in nets.items():
         curves |= convergence(cfg, run, name, net, logs[name], begun, judge, test)

@@ -39,23 +39,24 @@ def adamw(net, lr):
                               fused=True)]
 
 
-def logit_normal(cfg, numbers, B, step):
+def logit_normal(cfg, T, numbers, B, step):
     """`dipddpm.draw_t`, but t / T = sigmoid(N(0, 1)) (Esser et al. 2024), in the same strata."""
     u = kernels.uniform((len(numbers),), cfg.seed, numbers, step, kernels.TRAIN_TIME,
                         numbers.device)
     t = torch.sigmoid(torch.special.ndtri(((numbers + u) / B).clamp(1e-6, 1 - 1e-6)))
-    return (t * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    return (t * T).long().clamp(max=T - 1)
 
 
-def nearest_noise(cfg, net, pixels, index, numbers, B, table, step, autocast, k=4):
+def nearest_noise(cfg, net, pixels, index, numbers, B, table, step, autocast,
+                  prior_of=None, k=4):
     """`dipddpm.denoising_loss` with the nearest to x_0 of k draws of eps (Immiscible Diffusion,
     arXiv 2505.18521)."""
-    t, x_0 = dipddpm.draw_t(cfg, numbers, B, step), pixels[index].float() / 127.5 - 1
+    t, x_0 = dipddpm.draw_t(cfg, len(table), numbers, B, step), pixels[index].float() / 127.5 - 1
     draws = torch.stack([kernels.normal(x_0.shape, cfg.seed, numbers, step + j * 2**24,
                                         kernels.TRAIN_NOISE, x_0.device) for j in range(k)])
     best = (draws * x_0).sum((2, 3, 4)).argmax(0)
     eps = draws[best, torch.arange(len(x_0), device=x_0.device)]
-    signal, noise, p, q, weight = table[t][:, :, None, None, None].unbind(1)
+    signal, noise, p, q, weight, _ = table[t][:, :, None, None, None].unbind(1)
     out = net(signal * x_0 + noise * eps, t)
     return (weight * (out - p * x_0 - q * eps).square()).mean((1, 2, 3))
 
@@ -75,15 +76,15 @@ def muon_by(factor):
     return optimizers
 
 
-def without_attention(cfg, channels, device):
-    net = make_unet(cfg, channels, device)
+def without_attention(cfg, channels, device, bridge=False):
+    net = make_unet(cfg, channels, device, bridge)
     net.attention = torch.nn.Identity()
     return net
 
 
-def even_weights(cfg):
+def even_weights(cfg, t_start=None):
     """Each t's squared error of v counts alike."""
-    table = forward_table(cfg)
+    table = forward_table(cfg, t_start)
     table[:, 4] = 1
     return table
 

@@ -93,12 +93,12 @@ def restored(cfg, net, x_t, t_start, nfe, eta, numbers, known):
     consistent with y. x_s is linear in x0_hat, so the change is added behind the kernel, times
     sqrt(ab_s); a noisy y has a step of its own. -> [n, C, H, W], about in [-1, 1]."""
     taus, schedule = dipddpm.time_grid(t_start, nfe), dipddpm.schedule_of(cfg)
-    table = dipddpm.reverse_table(cfg, taus, eta).to(x_t.device)  # [nfe, 6]
+    table = dipddpm.reverse_table(cfg, taus, eta).to(x_t.device)  # [nfe, 7]
     alpha_bar = torch.tensor([schedule.at(tau) for tau in taus], device=x_t.device)
     x0_prev = torch.zeros_like(x_t) if eta == 0 and cfg.order == 2 else None
     for i, tau in enumerate(taus[:-1]):
         out = net(x_t, torch.full_like(numbers, tau - 1))
-        a, b, _, _, sigma, _ = table[i]
+        a, b, _, _, sigma, *_ = table[i]
         x0_hat = (a * x_t + b * out.float()).clamp(-1, 1)
         ab_t, ab_s = alpha_bar[i], alpha_bar[i + 1]
         if known.sigma:
