@@ -178,21 +178,26 @@ def prediction(predict, ab):
     return (p, q), (a, b), (ab / (1 - ab)).clamp(max=GAMMA) * b**2
 
 
+def kappa_of(ab, ab_end):
+    """The prior's share in the mean of a bridge, of alpha_bar where it is and where it ends: the
+    ratio of the signal-to-noise ratios, from 0 at the clean image to 1."""
+    return ab_end / (1 - ab_end) * (1 - ab) / ab
+
+
 def forward_table(cfg, t_start=None):
     """What training needs at each t: float32 [T, 6] with columns (signal, noise, p, q, weight,
     kappa), in x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
     loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last.
 
     With t_start, of a bridge, float32 [t_start, 6]: x_0 + kappa (prior - x_0) takes x_0's place in
-    x_t, kappa = SNR_{t_start} / SNR_t, and the target is x_0 - prior. This is section 1's process
-    given that it ends at signal prior + noise eps', for any eps' (Zhou et al. 2024, DDBM, eq. 8;
-    eps' is drawn into x_t's own)."""
+    x_t, and the target is x_0 - prior. This is the same process, given that it ends at signal prior
+    + noise eps' (Zhou et al. 2024, DDBM), with eps' ~ N(0, 1) drawn as well."""
     ab = schedule_of(cfg).alpha_bar
     (p, q), _, weight = prediction(cfg.predict, ab)
     kappa = torch.zeros_like(ab)
     if t_start:
         ab = ab[:t_start]
-        kappa = ab[-1] / (1 - ab[-1]) * (1 - ab) / ab
+        kappa = kappa_of(ab, ab[-1])
         p, q, weight = torch.ones_like(ab), torch.zeros_like(ab), torch.ones_like(ab)
     return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight, kappa], dim=1).float()  # [T, 6]
 
@@ -225,9 +230,9 @@ def reverse_table(cfg, taus, eta, bridge=False):
     order, where x0_hat + k (x0_hat - x0_hat_previous) takes x0_hat's place (Lu et al. 2022,
     DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last.
 
-    On a bridge from taus[0] x_t's mean is signal (x_0 + kappa (prior - x_0)). So c0 prior's share
-    of kappa, what of it ct x_t brings along taken off, moves to cp, x_s having cp prior as well;
-    and x0_hat = clip(prior + out, -1, 1)."""
+    On a bridge, which ends at taus[0], x_s = c0 x0_hat + ct x_t + cp prior + sigma z, where x0_hat
+    = clip(prior + out, -1, 1): cp is the prior's share in x_s without what ct x_t brings along, and
+    c0 is as much less."""
     schedule, rows, h_previous = schedule_of(cfg), [], math.inf
     ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):
@@ -238,8 +243,8 @@ def reverse_table(cfg, taus, eta, bridge=False):
         _, (a, b), _ = prediction(cfg.predict, torch.tensor(ab_t, dtype=torch.float64))
         cp = 0.0
         if bridge:
-            kappa_t, kappa_s = (ab_end / (1 - ab_end) * (1 - ab) / ab for ab in (ab_t, ab_s))
-            cp = math.sqrt(ab_s) * kappa_s - math.sqrt(ab_t) * kappa_t * ct
+            cp = (math.sqrt(ab_s) * kappa_of(ab_s, ab_end)
+                  - math.sqrt(ab_t) * kappa_of(ab_t, ab_end) * ct)
             a, b, c0 = 0.0, 1.0, c0 - cp
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
         rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous), cp])
