@@ -35,21 +35,24 @@ class Images(NamedTuple):
 
 
 def load(name, root=None, split="train", limit=None, size=None, crop=None) -> Images:
-    """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
+    """The first `limit` images of a split ("train" or "test"; of image files also "all"), in the
+    published order. `name` is
     auto, mnist, fashion, cifar10, stl10, digits, or a path to one image, to a folder of images or
     to a folder of four IDX files under MNIST's names; data sets live under `root`, by default
     `default_root()`. `size` resizes each image until its shorter side has so many pixels; `crop`
     then takes the middle crop x crop. ValueError for a bad argument or a damaged file,
     FileNotFoundError that says what to put where."""
     name, root = str(name), Path(root).expanduser() if root else default_root()
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is neither 'train' nor 'test'")
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split {split!r} is neither 'train' nor 'test' nor 'all'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} is less than 1")
     if name == "auto":
         name = _mnist_or_digits(root)
     # A set's name is looked up before a path of the same name.
     path = Path(name).expanduser()
+    if split == "all" and not path.exists():
+        raise ValueError(f"{name}: own pictures are image files, not a data set")
     if name in SETS:
         pixels, labels = SETS[name](root, split, limit)
     elif any(path.glob("train-images-idx3-ubyte*")):
@@ -299,7 +302,7 @@ def load_files(path, split="train", limit=None, size=None, crop=None):
     height, width = _fitted(paths[0], size, crop).shape[1:]
     # The split's images; a size other than the first one's is refused.
     chosen = [p for i, p in enumerate(paths)
-              if len(paths) < 10 or (i % 10 == 9) == (split == "test")]
+              if len(paths) < 10 or split == "all" or (i % 10 == 9) == (split == "test")]
     pixels = []
     for p in chosen[:limit]:
         image = _fitted(p, size, crop)

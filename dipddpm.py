@@ -68,7 +68,7 @@ class Config:
     mode: str = flag(MISSING, "run", "what to do",
                      choices=("dip", "ddpm", "prior", "guide", "sample"))
     data: str = flag("auto", "run", "auto, mnist, fashion, cifar10, stl10, digits, or a path: one "
-                     "image, a folder of images, or a folder of four IDX files")
+                     "image, a folder of images, or a folder of IDX files")
     data_dir: str = flag(None, "run", "where data sets live (or DIPDDPM_DATA)")
     size: int = flag(None, "run", "resize each image: its shorter side to N pixels", low=7)
     crop: int = flag(None, "run", "then take its middle N x N pixels", low=7)
@@ -83,7 +83,6 @@ class Config:
     batch: int = flag(64, "training", "images in a training step", low=1)
     lr: float = flag(2e-3, "training", "peak learning rate (of Muon 2.5 times as much)", low=0)
     timesteps: int = flag(1000, "training", "T, the steps of noise", low=2, high=100_000)
-    schedule: str = flag("cosine", "training", "noise schedule", choices=("linear", "cosine"))
     predict: str = flag("v", "training", "what the network predicts", choices=("eps", "v", "x0"))
     width: int = flag(32, "training", "channels of the U-Net's upper level", low=8)
     t_start: tuple = flag(None, "sampling", "steps of noise on a prior (0.6 T), a list", of=int,
@@ -95,23 +94,33 @@ class Config:
     dip_source: tuple = flag(("images", "codes"), "DIP", "priors of --mode prior: one DIP for each "
                              "image; one decoder for all, new images from new codes. A list",
                              of=str, choices=("images", "codes"))
-    dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels: 128)",
-                          low=1)
-    dip_iters: int = flag(60, "DIP", "iterations of an image's DIP in --mode prior", low=1)
-    code_epochs: int = flag(3, "DIP", "the decoder's passes over the training images", low=1)
-    task: str = flag("denoise", "dip, guide", "what is lost: nothing, half of the pixels, a centre "
-                     "box, or all but the means of blocks of 2 or 4",
-                     choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
-    sigma: str = flag(None, "dip, guide", "noise that is added to images in [0, 1] (denoise: 0.1, "
-                      "else 0); own: none, the pictures are noisy already", low=0, high=100)
-    budget: int = flag(None, "dip, guide", "most iterations (1000; above 64 pixels: 3000)", low=1)
+    dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
+                          "128)", low=1)
+    dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (prior: 60; dip, guide: "
+                          "1000, above 64 pixels 3000)", low=1)
+    pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
+                         "them, and results are compared with them. own: yours, as they came; "
+                         "nothing is added, nothing compared. (In --mode dip own for one image; "
+                         "else test)", choices=("test", "own"))
+    task: str = flag("denoise", "dip, guide", "what to undo: noise alone; inpaint, missing pixels "
+                     "(half of a test picture's, or a centre box); sr, a half or a quarter of the "
+                     "size", choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
+    mask: str = flag(None, "dip, guide", "own pictures to inpaint: an image of their size, white "
+                     "where they are given; all that is darker is filled")
+    sigma: float = flag(None, "dip, guide", "noise, where white is 1: added to test pictures "
+                        "(denoise: 0.1, else 0), or the level in own ones (denoise: estimated, "
+                        "else 0)", low=0)
+    minutes: float = flag(None, "dip, guide", "end each fit after so long, with what it has (10 "
+                          "above 64 pixels on a CPU, unless --dip-iters is given)", low=0.01)
     replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
     # settings without a flag
+    schedule: str = "cosine"  # of noise: cosine or linear
+    code_epochs: int = 3  # the decoder's passes over the training images
     order: int = 2  # of the sampler where eta is 0
     arch: str = "skip"  # a DIP's network
     decoder_width: int = 32  # channels of the codes' decoder
     dip_lr: float = None  # Adam's rate in an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
-    dip_group: int = 64  # DIPs that are fitted together
+    dip_group: int = None  # DIPs that are fitted together: 64; dip, guide above 64 pixels: 1
     window: float = 0.95  # decay of the average of a DIP's outputs
     rungs: int = 5  # of the ladder
     alpha: float = 0.35  # noise that is added to the half that is fitted, in sigma
@@ -615,13 +624,14 @@ def pooling(k):
 MASKING = (lambda x, mask: x * mask,) * 2
 TASKS = {"denoise": (lambda x, mask: x,) * 2, "inpaint": MASKING, "inpaint-box": MASKING,
          "sr": pooling(2), "sr-4": pooling(4)}
+FACTORS = {"sr": 2, "sr-4": 4}  # by how much y is smaller than x
 
 
 def corrupt(cfg, task, truth, sigma, numbers):
     """truth [n, C, H, W] in [0, 1] -> the Measurement y = A truth + sigma eps, not clipped.
     ValueError if images of this size cannot be halved, or quartered, as the task does."""
     n, _, H, W = truth.shape
-    factor = {"sr": 2, "sr-4": 4}.get(task, 1)
+    factor = FACTORS.get(task, 1)
     if H % factor or W % factor:
         raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of "
                          f"{factor}")
@@ -1246,11 +1256,11 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
     A = known.part(torch.arange(n, device=target.device).repeat_interleave(M)).A
     best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
     rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
-    took, fitting = torch.full_like(rung, cfg.budget), torch.ones_like(rung, dtype=torch.bool)
-    advance = Graphed(lambda: group.iterate(target, half.fitted, A), target.device, cfg.budget)
-    for i in track(range(1, cfg.budget + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
+    took, fitting = torch.zeros_like(rung), torch.ones_like(rung, dtype=torch.bool)
+    advance = Graphed(lambda: group.iterate(target, half.fitted, A), target.device, cfg.dip_iters)
+    for i in track(range(1, cfg.dip_iters + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
         advance()
-        if i % CHECK and i < cfg.budget:
+        if i % CHECK and i < cfg.dip_iters:
             continue
         # a look at what the replicas' mean is worth
         group.rewind(group.collapsed(group.losses, target, half.fitted))
@@ -1275,16 +1285,21 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
         last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
         group.begin_rung(climbs.repeat_interleave(M))
         target.copy_(half.target(rung, M))
-    return result.x, took
+    # `track` may end before all have ended, and even before the first look
+    early = (result.weight == 0).view(n, 1, 1, 1)
+    x = torch.where(early, group.average.view(n, M, C, H, W).mean(1), result.x)
+    return x, torch.where(fitting, i, took)
 
 
 def fit_plain(cfg, known, numbers, rungs, track=untracked, look=unseen):
     """A DIP for each image that nothing stops, called as `fit_guided`; it has one rung."""
+    took = torch.zeros_like(numbers)
+
     def seldom(i, _, average):
-        if i % CHECK == 0 or i == cfg.budget:
+        took.fill_(i)
+        if i % CHECK == 0 or i == cfg.dip_iters:
             look(i, average)
-    x = fit_dips(cfg, known, numbers, cfg.budget, track, seldom)
-    return x, torch.full((len(x),), cfg.budget, device=x.device)
+    return fit_dips(cfg, known, numbers, cfg.dip_iters, track, seldom), took
 
 
 class Follow:
@@ -1326,37 +1341,61 @@ class Observed(NamedTuple):
     data: dict
 
 
+def as_they_came(cfg, y):
+    """One's own pictures y [n, C, h, w] in [0, 1] -> their Measurement: nothing is added. Where
+    --sigma does not say how noisy they are, it is to denoise the median of `noise_level`, since
+    they are taken to come from one source, and else 0. ValueError for a mask of another size."""
+    factor, sigma = FACTORS.get(cfg.task, 1), cfg.sigma
+    mask = torch.ones(len(y), 1, *(side * factor for side in y.shape[2:]), device=y.device)
+    if cfg.mask:
+        (*_, H, W), (*_, h, w) = (data.load(path, split="all", limit=1).pixels.shape
+                                  for path in (cfg.data, cfg.mask))
+        if (h, w) != (H, W):
+            raise ValueError(f"--mask {cfg.mask}: {w}x{h} pixels, but the picture has {W}x{H}")
+        white = load_images(cfg, "all", cfg.mask, 1).pixels.float().mean(1, keepdim=True) / 255
+        mask *= (white > 0.95).to(y.device)  # what is grey is in part what is to go
+        if mask.mean() in (0, 1):
+            raise ValueError(f"--mask {cfg.mask}: all of it is {'white' if mask.any() else 'dark'};"
+                             " white is given, what is darker is filled")
+    if sigma is None:
+        sigma = round(noise_level(y).median().item(), 6) if cfg.task == "denoise" else 0.0
+    return Measurement(cfg.task, y * mask if cfg.mask else y, mask, sigma)
+
+
 def observe(cfg, run):
-    """Load the test images and add what --sigma and --task say -> Config, Observed. A noise level
-    that is not given is the median over the images, which are taken to come from one source."""
-    test = load_images(cfg, "test", limit=cfg.samples)
-    truth = test.pixels.to(run.device).float() / 255
-    numbers = torch.arange(len(truth), device=run.device)
-    about = {"seed": cfg.seed, "task": cfg.task}
-    if cfg.sigma == "own":
-        sigma = noise_level(truth).median().item()
-        known, truth = exact(truth)._replace(sigma=sigma), None
-        about["sigma_estimate"] = sigma
-    else:
-        known = corrupt(cfg, cfg.task, truth, cfg.sigma, numbers)
-        about["sigma"] = cfg.sigma
-    n, (C, H, W) = len(numbers), test.pixels.shape[1:]
-    cfg = run.begin(resolve(cfg, test.pixels.shape))
-    say(f"data: {test.name}, {n} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}, sigma "
-        f"{known.sigma:.3g}{' (estimated)' * (truth is None)}; at most {cfg.budget} iterations; "
-        f"{run.device}")
-    return cfg, Observed(truth, known, numbers, about, {"name": test.name, "train": 0, "test": n,
-                                                        "sha256": test.sha256})
+    """Load one's own pictures, or test images and do to them what --task and --sigma say ->
+    Config, Observed."""
+    own = cfg.pictures == "own"
+    images = load_images(cfg, "all" if own else "test", limit=cfg.samples)
+    x = images.pixels.to(run.device).float() / 255
+    numbers = torch.arange(len(x), device=run.device)
+    known = as_they_came(cfg, x) if own else corrupt(cfg, cfg.task, x, cfg.sigma, numbers)
+    estimated = cfg.sigma is None and cfg.task == "denoise"
+    about = {"seed": cfg.seed, "task": cfg.task,
+             "sigma_estimate" if estimated else "sigma": known.sigma}
+    n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
+    cfg = run.begin(resolve(replace(cfg, sigma=known.sigma), (n, C, H, W)))
+    given = f", {known.mask.mean():.0%} given" if cfg.mask else ""
+    minutes = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
+    say(f"data: {images.name}, {n} {cfg.pictures} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}"
+        f"{given}, sigma {known.sigma:.3g}{' (estimated)' * estimated}; at most {cfg.dip_iters} "
+        f"iterations{minutes}; {run.device}")
+    return cfg, Observed(None if own else x, known, numbers, about,
+                         {"name": images.name, "train": 0, "test": n, "sha256": images.sha256})
 
 
 def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
     """`fit` of any number of images, as many together as dip_group has networks for: outputs
     [n, C, H, W] in [0, 1] and iterations [n]. `follow` is called with the iteration, the rows that
-    are fitted and the outputs."""
+    are fitted and the outputs. After a wish to stop what is not yet fitted stays as it is."""
     fits = []
     for rows in seen.numbers.split(max(1, cfg.dip_group // replicas)):
+        known = seen.known.part(rows)
+        if run.stop:
+            fits.append((known.back(known.y), torch.zeros_like(rows)))
+            continue
         look = (lambda i, x, rows=rows: follow(i, rows, x)) if follow else unseen
-        fits.append(fit(cfg, seen.known.part(rows), rows, rungs, run.track, look))
+        fits.append(fit(cfg, known, rows, rungs, run.until_stopped, look))
     x, took = map(torch.cat, zip(*fits))
     return x.clamp(0, 1), took
 
@@ -1385,13 +1424,15 @@ def run_fits(cfg, run):
     add("corrupted", corrupted)
     bound = None  # PSNR of each image at the best moment of a plain DIP
     for name, (fit, ladder) in FITS[cfg.mode].items():
-        if ladder and not seen.known.sigma:
+        if run.stop or ladder and not seen.known.sigma:
             continue
         follow = None if truth is None else Follow(truth)
         networks = 1 if fit is fit_plain else cfg.replicas
-        with run.timed("dip") as took:
+        with run.timed("dip", keeps=True) as took:
             x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
                                           networks, follow)
+        if truth is None and cfg.mask and not seen.known.sigma:  # what is given exactly is kept
+            x = torch.where(seen.known.mask > 0, seen.known.y, x)
         cost = steps_taken(iterations, networks) | {"seconds": took.seconds}
         if follow:  # what stopping elsewhere would have gained
             psnr = measure.psnr(x, truth)
@@ -1403,12 +1444,21 @@ def run_fits(cfg, run):
         add(name, x, **cost)
         if name == "plain":
             add("oracle", follow.best.clamp(0, 1), **steps_taken(follow.when, 1))
-    for k, image in enumerate(x[:16]) if cfg.mode == "dip" else ():
-        measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
+    for k, image in enumerate(x if truth is None else x[:16]) if cfg.mode == "dip" else ():
+        file = run.folder / f"restored-{k:02}.png"
+        measure.save_png(measure.grid(image[None]), file)
+        say(f"restored: {file}")
     picture = measure.draw(run.folder / f"{cfg.mode}.png",
                            f"{cfg.task}, sigma = {seen.known.sigma:.3g}", shown)
-    run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture]},
-               ("psnr", "ssim"))
+    note = run.early and (f"{run.early} after {iterations.max()} of at most {cfg.dip_iters} "
+                          "iterations: this is what the fit had by then")
+    run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture],
+                "notes": [note] if note else []},
+               ("psnr", "ssim") if truth is not None else ("iterations", "seconds"))
+    if run.stop:
+        raise KeyboardInterrupt(f"{note}; it cannot be continued")
+    if note:
+        say(note)
 
 
 def steps_taken(iterations, networks):
@@ -1503,10 +1553,6 @@ def listed(kind):
     return read
 
 
-def number_or_own(text):
-    return text if text == "own" else float(text)
-
-
 def parser():
     """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
     so that the caller can tell a flag that was given from one that was not."""
@@ -1517,7 +1563,7 @@ def parser():
         if f.metadata:
             m, title = f.metadata, f.metadata["group"]
             groups[title] = groups.get(title) or p.add_argument_group(title)
-            read = number_or_own if f.name == "sigma" else listed(m["of"]) if "of" in m else f.type
+            read = listed(m["of"]) if "of" in m else f.type
             choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
             shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
             groups[title].add_argument(
@@ -1542,12 +1588,14 @@ def read_config(argv):
     its network depends on may not differ; --mode sample resumes the newest run unless another is
     named. ValueError says what is wrong."""
     given = vars(parser().parse_args(argv))
-    if "resume" in given and given.get("mode") in ("dip", "guide"):
-        raise ValueError("--resume continues --mode ddpm and prior, or gives sample its network")
     if "resume" in given or given.get("mode") == "sample":
         folder = run_folder(given["resume"]) if "resume" in given else newest_run()
         saved = asdict(saved_config(folder))
-        sampling = given.get("mode", saved["mode"]) == "sample"
+        mode = given.get("mode", saved["mode"])
+        if mode in ("dip", "guide"):
+            raise ValueError(f"--resume {folder}: --mode {mode} cannot be continued, only ddpm and "
+                             "prior; give its command again, with another --out")
+        sampling = mode == "sample"
         for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
             if name in given and given[name] != saved[name]:
                 raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
@@ -1568,7 +1616,6 @@ def saved_config(folder):
         cfg = Config(**saved)
         for f in fields(cfg):
             value, kinds = getattr(cfg, f.name), {float: (float, int)}.get(f.type, f.type)
-            kinds = (float, int, str) if f.name == "sigma" else kinds
             if value != f.default and not isinstance(value, kinds):
                 raise ValueError(f"{f.name} cannot be {value!r}")
         return check(resolve(cfg))
@@ -1580,21 +1627,30 @@ def resolve(cfg, shape=None):
     """Config -> one without None for what is used: first what the mode decides, then, given the
     shape (N, C, H, W) of the images, what they do."""
     fitting = cfg.mode in ("dip", "guide")
+    if fitting and cfg.pictures is None:
+        own = cfg.mode == "dip" and (cfg.mask or Path(cfg.data).expanduser().is_file())
+        cfg = replace(cfg, pictures="own" if own else "test")
+    if cfg.pictures == "own":  # all of them
+        cfg = replace(cfg, samples=cfg.samples or sys.maxsize)
     samples = cfg.samples or {"sample": 64, "dip": 16, "guide": 16}.get(cfg.mode, 1000)
     sigma = cfg.sigma
-    if sigma is None and fitting:
+    if sigma is None and cfg.pictures == "test":
         sigma = 0.1 if cfg.task == "denoise" else 0.0
     t_start = cfg.t_start or (max(1, round(0.6 * cfg.timesteps)),)
     cfg = replace(cfg, samples=samples, sigma=sigma, t_start=t_start)
     if shape is None:
         return cfg
-    small = max(shape[2:]) <= 64
+    small, on_cpu = max(shape[2:]) <= 64, pick_device(cfg.device).type == "cpu"
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
+    iters = 60 if not fitting else 1000 if small else 3000
+    # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
+    minutes = 10.0 if fitting and on_cpu and not small and not cfg.dip_iters else None
     return replace(cfg, samples=min(samples, shape[0]),
-                   dip_width=cfg.dip_width or (16 if small else 128),
-                   dip_lr=cfg.dip_lr or rate, budget=cfg.budget or (1000 if small else 3000),
-                   patience=cfg.patience or (50 if small else 200))
+                   dip_width=cfg.dip_width or (16 if small or on_cpu else 128),
+                   dip_lr=cfg.dip_lr or rate, dip_iters=cfg.dip_iters or iters,
+                   minutes=cfg.minutes or minutes, patience=cfg.patience or (50 if small else 200),
+                   dip_group=cfg.dip_group or (64 if small or not fitting else 1))
 
 
 def check(cfg):
@@ -1615,9 +1671,17 @@ def check(cfg):
         raise ValueError("--lr must be above 0")
     if cfg.width % 8:
         raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
-    if cfg.sigma == "own" and (cfg.mode != "dip" or cfg.task != "denoise"):
-        raise ValueError("--sigma own is for --mode dip --task denoise: there is no truth to "
-                         "compare with, and no noise level can be told from what is lost")
+    if (cfg.sigma or 0) > 1:
+        raise ValueError(f"--sigma {cfg.sigma:g} is more than white, which is 1: of 255 grey values"
+                         f" it would be --sigma {cfg.sigma / 255:.3f}; is that meant?")
+    if cfg.mode == "guide" and cfg.pictures == "own":
+        raise ValueError("--pictures own is for --mode dip: guide compares with the truth")
+    masked = cfg.task.startswith("inpaint") and cfg.pictures == "own"
+    if cfg.mask and not masked:
+        raise ValueError("--mask is for one's own pictures in --mode dip --task inpaint")
+    if masked and not cfg.mask:
+        raise ValueError(f"--task {cfg.task} of your own picture needs --mask; --pictures test "
+                         "makes holes of its own, for a comparison")
     if max(cfg.t_start) > cfg.timesteps:
         raise ValueError(f"--t-start {max(cfg.t_start)} is beyond T = --timesteps {cfg.timesteps}")
     start = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
@@ -1646,6 +1710,7 @@ class Run:
         torch.backends.cudnn.allow_tf32 = False  # else float32's convolutions keep 10 bits
         self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
         self.stop = 0  # the number of the signal that asked for it
+        self.foretold, self.early = False, None  # what has been said, and why a fit ended early
         self.begun, self.saved, self.about = False, None, {}
         continues = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.folder = of_the_first(Path(cfg.resume) if continues and not cfg.out
@@ -1682,8 +1747,9 @@ class Run:
         return net.eval().to(torch.bfloat16 if self.precision == "bf16" else torch.float32)
 
     @contextlib.contextmanager
-    def timed(self, part=None):
-        """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to."""
+    def timed(self, part=None, keeps=False):
+        """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to.
+        KeyboardInterrupt if somebody asked to stop, unless what was done is kept."""
         took, began = SimpleNamespace(), time.time()
         yield took
         if self.device.type == "cuda":
@@ -1691,7 +1757,7 @@ class Run:
         took.seconds = time.time() - began
         if part:
             self.seconds[part] += took.seconds
-        if self.stop:
+        if self.stop and not keeps:
             raise KeyboardInterrupt
 
     def track(self, steps, label, per_step):
@@ -1701,6 +1767,24 @@ class Run:
             yield step
             if self.stop:
                 raise KeyboardInterrupt
+
+    def until_stopped(self, steps, label, per_step):
+        """As `track`, but it ends where somebody asked to stop or --minutes are spent: what is
+        fitted so far is a result. Of the first long fit it says how long that takes."""
+        began, limit = time.time(), self.cfg.minutes or math.inf
+        ends = f"or after {limit:g} minutes" if self.cfg.minutes else ""
+        for step in progress(steps, label, len(steps), per_step, note=lambda: ends):
+            yield step
+            minutes = (time.time() - began) / 60
+            if not self.foretold and (step == CHECK or minutes > 1 / 6):
+                self.foretold, each = True, minutes / step
+                if min(each * len(steps), limit) > 1:
+                    say(f"a fit takes at most {min(each * len(steps), limit):.0f} minutes, "
+                        f"{60 * each:.2g} s an iteration; --minutes, --dip-iters, --replicas, "
+                        "--dip-width, --size and --crop change that")
+            if self.stop or minutes >= limit and step < len(steps):
+                self.early = "interrupted" if self.stop else f"{limit:g} minutes are spent"
+                return
 
     def continue_training(self, parts):
         """Give networks and optimisers what a checkpoint holds of them, or leave them at their
@@ -2009,8 +2093,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         status, said = 1 if full or run and run.begun else 2, str(error)
-    except KeyboardInterrupt:
-        status, said = 128 + (run.stop if run and run.stop else signal.SIGINT), "interrupted"
+    except KeyboardInterrupt as stopped:
+        status = 128 + (run.stop if run and run.stop else signal.SIGINT)
+        said = str(stopped) or "interrupted"
     if status:
         goes_on = run and run.begun and run.cfg.mode in ("ddpm", "prior")
         if goes_on and said in ("interrupted", "another process ended"):

@@ -972,6 +972,9 @@ def test_processes_without_a_device_each_are_refused(device, local, said, monkey
     assert status == 2 and err.startswith("dipddpm: " + said) and err.count("\n") == 1
 
 
+# settings that may be null: they were not used; two are used by dip and guide alone
+UNUSED = {"data_dir", "size", "crop", "limit", "resume", "mask", "minutes"}
+FITS_OWN = {"sigma", "pictures"}
 FIELDS = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(dipddpm.Config)}
 
 
@@ -988,10 +991,10 @@ def test_settings_are_flags_and_the_help_shows_their_values_as_they_are_read():
 def test_a_resolved_config_holds_every_value_that_is_used(mode):
     cfg = dipddpm.resolve(dipddpm.resolve(config(mode=mode)), (5, 1, 28, 28))
     unset = {name for name, value in vars(cfg).items() if value is None}
-    unused = set() if mode in ("dip", "guide") else {"sigma"}
-    assert unset == {"data_dir", "size", "crop", "limit", "out", "resume"} | unused
+    assert unset == UNUSED | {"out"} | (set() if mode in ("dip", "guide") else FITS_OWN)
     assert cfg.samples == 5
-    given = dict(budget=7, dip_width=3, dip_lr=0.5, patience=9, samples=2, sigma=0.3, t_start=(4,))
+    given = dict(dip_iters=7, dip_width=3, dip_lr=0.5, patience=9, samples=2, sigma=0.3)
+    given |= dict(t_start=(4,))
     kept = dipddpm.resolve(config(mode=mode, **given), (5, 1, 28, 28))
     assert vars(kept).items() >= given.items()
 
@@ -1011,8 +1014,15 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode prior --dip-source code", "code is none of images, codes"),
     ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
     ("--mode guide --sigma banana", "banana"),
-    ("--mode guide --data digits --sigma own", "--sigma own is for --mode dip"),
-    ("--mode dip --data digits --sigma own --task sr", "--sigma own is for --mode dip"),
+    ("--mode dip --sigma 25", "of 255 grey values it would be --sigma 0.098"),
+    ("--mode guide --data digits --pictures own", "--pictures own is for --mode dip"),
+    ("--mode dip --data digits --pictures own", "digits: own pictures are image files"),
+    ("--mode dip --data digits --mask {tmp}/9x8.png", "--mask is for one's own pictures"),
+    ("--mode dip --data {tmp}/9x8.png --mask {tmp}/9x8.png", "--mask is for one's own pictures"),
+    ("--mode dip --data {tmp}/9x8.png --task inpaint-box", "needs --mask"),
+    ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/9x8.png", "all of it is dark"),
+    ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/8x8.png --crop 7",
+     "8x8.png: 8x8 pixels, but the picture has 9x8"),
     ("--mode dip --data digits --size 9 --task sr", "9x9 pixels; sizes must be multiples of 2"),
     ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
     ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 33554432 pixels"),
@@ -1030,6 +1040,8 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
 def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "damaged" / "mnist").mkdir(parents=True)
     (tmp_path / "file").touch()
+    for width in 8, 9:
+        Image.new("L", (width, 8)).save(tmp_path / f"{width}x8.png")
     for file in data.DIGESTS["mnist"]:
         (tmp_path / "damaged" / "mnist" / file).write_bytes(b"\0\0\x08\x03\0\0")  # a cut header
     monkeypatch.chdir(tmp_path)
@@ -1042,7 +1054,7 @@ FLAGS = int(os.environ.get("FLAGS", 60))
 EXTREME = {int: ["0", "-1", "1", "1000000000000", str(10**25), "nan", "1.5", ""],
            float: ["0", "-1", "1e-30", "1e30", "nan", "inf", "-inf", ""]}
 SHORT = ("--mode prior --epochs 1 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
-         "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --budget 20 "
+         "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --dip-iters 20 "
          "--dip-width 4 --replicas 2")
 
 
@@ -1939,9 +1951,9 @@ def ladder_by_hand(cfg, known, number, rungs):
     half = (dipddpm.halves if known.sigma else dipddpm.held_out)(cfg, known, replicas, rungs)
     group = dipddpm.DIPGroup(cfg, replicas, 1, *known.mask.shape[2:], known.y.dtype)
     rung, since, best, last, risks, outputs = 0, 0, math.inf, math.inf, [], []
-    for i in range(1, cfg.budget + 1):
+    for i in range(1, cfg.dip_iters + 1):
         group.iterate(half.targets[rung], half.fitted, known.A)
-        if i % 10 and i < cfg.budget:
+        if i % 10 and i < cfg.dip_iters:
             continue
         group.rewind(group.collapsed(group.losses, half.targets[rung], half.fitted))
         risks.append(half.risk(known.A(group.average), M))
@@ -1962,15 +1974,15 @@ def ladder_by_hand(cfg, known, number, rungs):
 @pytest.mark.parametrize("task, sigma", [("denoise", 0.6), ("inpaint", 0.6), ("sr", 0.0)])
 def test_images_climb_and_end_their_ladders_whatever_shares_their_group(task, sigma):
     truth, known = measured(task, 4, sigma, dtype=torch.float64)
-    cfg = fit_config(seed=1, patience=10, replicas=2, budget=105)
+    cfg = fit_config(seed=1, patience=10, replicas=2, dip_iters=105)
     x, *ends = zip(*(ladder_by_hand(cfg, known.part([k]), k, 3) for k in range(4)))
     if sigma:  # at the budget, on the last rung, and on one that is no better than the first
         assert {(105, 2), (105, 1)} & set(zip(*ends))
         assert {rung for i, rung in zip(*ends) if i < 105} == {1, 2}
     seen = dipddpm.Observed(truth, known, torch.arange(4), {}, {})
+    run = SimpleNamespace(until_stopped=dipddpm.untracked, stop=0)
     for K in (1, 4, 64):  # images one by one, in twos, all together
-        ours, took = dipddpm.fit_in_groups(dataclasses.replace(cfg, dip_group=K), seen,
-                                           SimpleNamespace(track=dipddpm.untracked),
+        ours, took = dipddpm.fit_in_groups(dataclasses.replace(cfg, dip_group=K), seen, run,
                                            dipddpm.fit_guided, 3, 2)
         assert took.tolist() == list(ends[0])
         torch.testing.assert_close(ours, torch.stack(x).clamp(0, 1), rtol=1e-5, atol=1e-7)
@@ -1985,7 +1997,7 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
 
     monkeypatch.setattr(measures, "measures", lambda x, truth: outputs.append(x) or {})
     for folder in tmp_path / "a", tmp_path / "b":
-        cfg = fit_config(mode="guide", samples=2, sigma=0.3, budget=60, patience=10, rungs=2,
+        cfg = fit_config(mode="guide", samples=2, sigma=0.3, dip_iters=60, patience=10, rungs=2,
                          replicas=2, out=str(folder))
         dipddpm.run_fits(cfg, dipddpm.Run(cfg, []))
         rows += json.loads((folder / "results.json").read_text())["arms"]
@@ -1999,7 +2011,7 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
 
 def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     truth, known = measured("denoise", 2, 0.3, size=28)
-    cfg = fit_config(28, dip_width=8, replicas=2, budget=500)
+    cfg = fit_config(28, dip_width=8, replicas=2, dip_iters=500)
     follow, ended = dipddpm.Follow(truth), dipddpm.Follow(truth)
     rows = torch.arange(2)
     x, iterations = dipddpm.fit_guided(cfg, known, rows, 1, look=lambda i, x: follow(i, rows, x))
@@ -2015,7 +2027,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
 @pytest.mark.parametrize("rungs", [1, 3])
 def test_a_look_waits_for_the_device_three_times_and_an_iteration_never(rungs):
     (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
-    cfg, follow, counts = fit_config(budget=60, replicas=2, patience=20), dipddpm.Follow(truth), []
+    cfg, follow = fit_config(dip_iters=60, replicas=2, patience=20), dipddpm.Follow(truth)
+    counts = []
 
     def track(steps, *_):
         for step in steps:
@@ -2042,7 +2055,7 @@ def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs():
 
 def test_a_collapsed_replica_goes_back_to_where_it_was_best():
     (truth, known), calls = measured("denoise", 2, 0.1, size=28), itertools.count(1)
-    cfg = fit_config(28, dip_width=8, replicas=2, budget=120)
+    cfg = fit_config(28, dip_width=8, replicas=2, dip_iters=120)
 
     def forget(net, _):  # one replica of the second image forgets everything
         if isinstance(net, dipddpm.Skip) and next(calls) == 200:  # at the second fit's 80th step
@@ -2059,16 +2072,10 @@ def test_a_collapsed_replica_goes_back_to_where_it_was_best():
 def test_observing_takes_the_middle_and_adds_the_noise_asked_for(tmp_path):
     pixels = data.load("digits", split="test", limit=3).pixels
     middle = pixels[:, :, 4:24, 4:24].float() / 255
-    for sigma in (0.2, "own"):
-        cfg = config(mode="dip", crop=20, samples=3, sigma=sigma, out=str(tmp_path / str(sigma)))
-        _, (truth, known, _, about, _) = dipddpm.observe(dipddpm.resolve(cfg),
-                                                         dipddpm.Run(cfg, []))
-        if sigma == "own":  # the pictures are noisy already
-            assert truth is None and torch.equal(known.y, middle)
-            assert known.sigma == about["sigma_estimate"]
-        else:
-            assert torch.equal(truth, middle) and known.sigma == 0.2
-            assert (known.y - middle).std() == pytest.approx(0.2, rel=0.1)
+    cfg = config(mode="dip", crop=20, samples=3, sigma=0.2, out=str(tmp_path / "r"))
+    _, (truth, known, *_) = dipddpm.observe(dipddpm.resolve(cfg), dipddpm.Run(cfg, []))
+    assert torch.equal(truth, middle) and known.sigma == 0.2
+    assert (known.y - middle).std() == pytest.approx(0.2, rel=0.1)
 
 
 def test_noise_level_is_found_in_flat_images():
@@ -2087,7 +2094,7 @@ def test_noise_level_is_found_in_flat_images():
 ARMS = {"ddpm", "dip-images", "dip-codes", "gauss", "pca", "blur"}
 TINY = dict(data="digits", limit=128, epochs=2, width=8, batch=32, timesteps=40, samples=8,
             dip_iters=3, dip_width=4, nfe="2,4", eta="0,1")
-FIT = dict(data="digits", samples=1, budget=60, dip_width=4, replicas=2)
+FIT = dict(data="digits", samples=1, dip_iters=60, dip_width=4, replicas=2)
 
 
 def words(**flags):
@@ -2105,8 +2112,7 @@ def run(mode, out, **flags):
     assert set(result["data"]) == {"name", "train", "test", "sha256"}
     # config.json says what ran: null is only what was not used
     assert result["config"] == json.loads((out / "config.json").read_text())
-    unused = {"data_dir", "size", "crop", "limit", "resume"}
-    unused |= set() if mode in ("dip", "guide") else {"sigma"}
+    unused = UNUSED | (set() if mode in ("dip", "guide") else FITS_OWN)
     assert {name for name, value in result["config"].items() if value is None} <= unused
     # seconds add up, every file is whole
     parts, whole = result["seconds"], result["seconds"]["total"] + 0.01
@@ -2214,22 +2220,135 @@ def test_guide_compares_its_arms(task, sigma, arms, tmp_path):
 
 
 def test_dip_stops_by_itself_and_tells_how_well(tmp_path):
-    corrupted, dip = run("dip", tmp_path, **FIT | dict(samples=3, budget=110))["arms"]
+    corrupted, dip = run("dip", tmp_path, **FIT | dict(samples=3, dip_iters=110))["arms"]
     assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
     assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
     assert dip["iterations"] <= 110 and len(list(tmp_path.glob("restored-*.png"))) == 3
 
 
-def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
-    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(3, 40, 48)
+@pytest.fixture
+def noisy(tmp_path):
+    """A folder with twelve colour pictures, 48 x 40, alike but for their noise of 0.1."""
+    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(12, 3, 40, 48)
     x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    measures.save_png(measures.grid(x[None]), tmp_path / "noisy.png")
-    flags = FIT | dict(data=tmp_path / "noisy.png", sigma="own", crop=32, dip_width=8)
-    _, dip = run("dip", tmp_path / "d", **flags)["arms"]
-    assert dip["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and "psnr" not in dip
+    (tmp_path / "noisy").mkdir()
+    for k, image in enumerate(x):
+        measures.save_png(measures.grid(image[None]), tmp_path / "noisy" / f"{k:02}.png")
+    mask = np.full((40, 48), 255, np.uint8)
+    mask[10:20, 16:32], mask[30, 30] = 0, 128
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path / "noisy"
+
+
+def own_row(out, capsys, **flags):
+    """A run on one's own pictures, in which nothing is compared: its row, its pictures."""
+    result = run("dip", out, **FIT | dict(dip_width=8, samples=99, dip_iters=30) | flags)
+    said, (_, row) = capsys.readouterr().out, result["arms"]
+    assert " own image" in said and "psnr" not in said + " ".join(row) and not result["curves"]
+    assert ("(estimated)" in said) == ("sigma_estimate" in row)
+    files = sorted(out.glob("restored-*.png"))
+    assert all(f"restored: {file}" in said for file in files)
+    return row, [np.asarray(Image.open(file)) for file in files]
+
+
+def test_own_pictures_are_denoised_as_they_came_by_a_given_or_estimated_level(noisy, tmp_path,
+                                                                              capsys):
+    row, (x,) = own_row(tmp_path / "1", capsys, data=noisy / "00.png", crop=32, dip_iters=110)
+    assert row["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and x.shape == (32, 32, 3)
+    assert (x - np.linspace(0.2, 0.8, 40)[4:36, None, None] * 255).std() < 0.08 * 255
+    row, (same,) = own_row(tmp_path / "2", capsys, data=noisy / "00.png", sigma=0.3)
+    assert row["sigma"] == 0.3
+    # of a folder, too, where it is said whose the pictures are; and one may be a test picture
+    row, every = own_row(tmp_path / "3", capsys, data=noisy, pictures="own")
+    assert row["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and len(every) == 12
+    for what in dict(data=noisy), dict(data=noisy / "00.png", pictures="test"):
+        corrupted, _ = run("dip", tmp_path / str(len(what)), **FIT | what | dict(sigma=0.2))["arms"]
+        assert corrupted["psnr"] == pytest.approx(-20 * math.log10(0.2), abs=1)
+
+
+def test_own_holes_are_filled_and_what_is_given_is_kept(noisy, tmp_path, capsys):
+    mask = np.asarray(Image.open(tmp_path / "mask.png")) == 255
+    before = np.asarray(Image.open(noisy / "00.png"))
+    for k, (size, kept) in enumerate(((None, mask), (20, None))):
+        row, (x,) = own_row(tmp_path / str(k), capsys, data=noisy / "00.png", task="inpaint",
+                            mask=tmp_path / "mask.png", **({"size": size} if size else {}))
+        assert row["sigma"] == 0 and x.shape == ((20, 24, 3) if size else (40, 48, 3))
+        if not size:
+            assert (x[kept] == before[kept]).all() and (x[~kept] != before[~kept]).mean() > 0.9
+    # they are no part of the fit
+    Image.fromarray(np.where(mask[..., None], before, 255 - before)).save(noisy / "00.png")
+    _, (other,) = own_row(tmp_path / "other", capsys, data=noisy / "00.png", task="inpaint",
+                          mask=tmp_path / "mask.png")
+    first = Image.open(tmp_path / "0" / "restored-00.png")
+    np.testing.assert_array_equal(other, np.asarray(first))
+    # where there is noise as well, nothing is kept
+    _, (x,) = own_row(tmp_path / "n", capsys, data=noisy / "00.png", task="inpaint", sigma=0.1,
+                      mask=tmp_path / "mask.png")
+    assert (x[mask] != before[mask]).mean() > 0.5
+
+
+@pytest.mark.parametrize("task, factor", dipddpm.FACTORS.items())
+def test_a_small_picture_is_enlarged(task, factor, noisy, tmp_path, capsys):
+    row, (x,) = own_row(tmp_path / "r", capsys, data=noisy / "00.png", task=task, crop=16,
+                        dip_iters=200)
+    assert row["sigma"] == 0 and x.shape == (16 * factor, 16 * factor, 3)
+    small = torch.tensor(np.asarray(Image.open(noisy / "00.png")))[12:28, 16:32].permute(2, 0, 1)
+    means = F.avg_pool2d(torch.tensor(x).permute(2, 0, 1).float(), factor)
+    assert (means - small).abs().mean() < 0.12 * 255
+
+
+@pytest.mark.parametrize("mode", ["dip", "guide"])
+def test_an_interrupted_fit_keeps_what_it_has(mode, tmp_path, monkeypatch, capsys):
+    track = dipddpm.Run.until_stopped
+
+    def stopped(run, steps, *about):
+        for step in track(run, steps, *about):
+            run.stop = signal.SIGTERM if step == 25 else 0
+            yield step
+
+    def one_by_one(cfg, shape=None, resolve=dipddpm.resolve):
+        return dataclasses.replace(resolve(cfg, shape), dip_group=1)
+
+    monkeypatch.setattr(dipddpm.Run, "until_stopped", stopped)
+    monkeypatch.setattr(dipddpm, "resolve", one_by_one)
+    flags = FIT | dict(samples=3, sigma=0.3)
+    status, out, err = run_main(words(mode=mode, out=tmp_path / "r", **flags), capsys)
+    assert status == 143 and "interrupted after 25 of at most 60 iterations" in err
+    assert "report: " in out and err.count("\n") == 1
+    _, fitted, *oracle = results_of(tmp_path / "r")
+    assert fitted["name"] == ("dip" if mode == "dip" else "plain") and len(oracle) < 2
+    assert round(3 * fitted["iterations"]) == 25 and (tmp_path / "r" / f"{mode}.png").exists()
+    if mode == "dip":  # of the first image the mean over two looks, and the others as they were
+        monkeypatch.undo()
+        run("dip", tmp_path / "s", **flags | dict(samples=1, dip_iters=20))
+        pictures = [np.asarray(Image.open(tmp_path / file), int) for file in
+                    ("r/restored-00.png", "s/restored-00.png", "r/restored-01.png", "r/dip.png")]
+        assert abs(pictures[0] - pictures[1]).max() <= 1
+        shown = pictures[3][60:116:2, 60:116:2]  # the second row: what was given
+        assert abs(pictures[2] - shown).max() <= 1
+    for flags in dict(resume=tmp_path / "r"), dict(resume=tmp_path / "r", mode=mode, out="x"):
+        assert "cannot be continued" in refused(capsys, **flags)
+
+
+def test_minutes_end_a_fit_and_its_length_is_foretold(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 5)  # seconds, five for each look at the clock
+    run_of_it = bare_run(tmp_path / "r", mode="dip", minutes=2.0)
+    monkeypatch.setattr(dipddpm.time, "time", lambda: next(clock))
+    taken = list(run_of_it.until_stopped(range(1, 1000), "fit", 1))
+    assert 5 < len(taken) < 25 and run_of_it.early == "2 minutes are spent" and not run_of_it.stop
     said = capsys.readouterr().out
-    assert "(estimated)" in said and "psnr" not in said
-    assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
+    assert "a fit takes at most 2 minutes, " in said and "--minutes, --dip-iters" in said
+
+
+def test_a_photo_on_a_cpu_ends_in_minutes_unless_its_iterations_are_said(monkeypatch):
+    def resolved(size, **said):
+        cfg = dipddpm.resolve(config(mode="dip", **said), (3, 3, size, size))
+        return cfg.minutes, cfg.dip_iters, cfg.dip_width, cfg.dip_group
+
+    assert resolved(64) == (None, 1000, 16, 64) and resolved(65) == (10, 3000, 16, 1)
+    assert resolved(65, dip_iters=70)[:2] == (None, 70) and resolved(65, minutes=3.0)[0] == 3
+    monkeypatch.setattr(dipddpm, "pick_device", lambda name: torch.device("cuda"))
+    assert resolved(65) == (None, 3000, 128, 1)
 
 
 # ---- misuse and damage ---------------------------------------------------------------------------
@@ -2463,10 +2582,11 @@ GOLDEN = {
     "ladder, and iterations": (0.09949, 120, 90),
     "t_start": (600, 600, 600, 600),
     "samples": (1000, 16, 16, 64),
-    "dip_width": (16, 16, 128, 16),
+    "dip_width": (16, 16, 16, 16),
+    "dip_iters": (60, 1000, 3000, 60),
     "sigma": (0.1, 0.1),
-    "budget": (1000, 1000, 3000, 1000),
     "dip_lr": (0.01, 0.05, 0.01, 0.01),
+    "dip_group": (64, 64, 1, 64),
     "patience": (50, 50, 200, 50),
 }
 RUNS = (("prior", 28), ("dip", 28), ("guide", 100), ("sample", 28))  # modes and sizes of images
@@ -2479,7 +2599,7 @@ def rms(x):
 def golden():
     """What the method gives for little images, waves and noise: {what: number or numbers}."""
     cfg = config(width=8, batch=20, epochs=4, timesteps=40, dip_width=4, dip_lr=0.05, patience=10,
-                 budget=150, rungs=3, replicas=2, code_epochs=20)
+                 dip_iters=150, rungs=3, replicas=2, code_epochs=20)
     i, y, x = torch.meshgrid(torch.arange(40), torch.arange(12), torch.arange(12), indexing="ij")
     noise = kernels.uniform((40, 12, 12), 0, 0, 0, kernels.INIT_NOISE)
     wave = 0.5 + 0.5 * torch.sin((x * (1 + i % 4) + y * (1 + i // 4)) / 5)
@@ -2516,9 +2636,9 @@ def golden():
     # what a run takes where nothing is said
     given = [dipddpm.resolve(config(mode=mode), (5000, 1, size, size)) for mode, size in RUNS]
     for f in dataclasses.fields(dipddpm.Config):
-        values = [getattr(cfg, f.name) for cfg in given]
-        if f.default is None and any(values):
-            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values if v]
+        values = [v for cfg in given if (v := getattr(cfg, f.name))]
+        if f.default is None and f.type is not str and len(values) > 1:
+            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values]
     return found
 
 
