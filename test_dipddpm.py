@@ -2261,8 +2261,8 @@ def test_own_pictures_are_denoised_as_they_came_by_a_given_or_estimated_level(no
     # of a folder, too, where it is said whose the pictures are; and one may be a test picture
     row, every = own_row(tmp_path / "3", capsys, data=noisy, pictures="own")
     assert row["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and len(every) == 12
-    for what in dict(data=noisy), dict(data=noisy / "00.png", pictures="test"):
-        corrupted, _ = run("dip", tmp_path / str(len(what)), **FIT | what | dict(sigma=0.2))["arms"]
+    for k, what in enumerate((dict(data=noisy), dict(data=noisy / "00.png", pictures="test"))):
+        corrupted, _ = run("dip", tmp_path / f"test{k}", **FIT | what | dict(sigma=0.2))["arms"]
         assert corrupted["psnr"] == pytest.approx(-20 * math.log10(0.2), abs=1)
 
 
