@@ -91,7 +91,7 @@ def image_bytes(pixels, form="PNG", mode=None, **options):
 
 
 def picture(path, mode="RGB", value=7, form=None):
-    colour = value if mode in ("L", "I;16") else (value,) * len(mode)
+    colour = value if mode in ("L", "I;16") else (value, value, value, 255)[:len(mode)]
     Image.new(mode, (6, 4), colour).save(path, form)
     return path
 
@@ -155,13 +155,13 @@ DAMAGED = [
     (STL_LABELS, b"\1\2\3", "3 labels for 2 images"),
     *((STL_LABELS, labels, "a label is not in 1 … 10") for labels in (b"\0\1", b"\1\x0b")),
     # Pictures: no image, a cut one, samples of no known range; and bitmaps that say they are too
-    # large: for this code's limit, for Pillow's warning, for Pillow's error.
+    # large: for Pillow's warning, for Pillow's error.
     *(("pictures/a.png", content, "not an image") for content in (b"two\nlines", b"", PNG[:9])),
     *(("pictures/a.png", PNG[:size], "cannot be read") for size in (20, len(PNG) // 2)),
     ("pictures/a.tif", image_bytes(np.zeros((9, 11), np.float32), "TIFF"), "mode F"),
     ("pictures/a.tif", image_bytes(np.zeros((9, 11), np.int32), "TIFF"), "mode I "),
-    *(("pictures/a.bmp", BMP[:18] + struct.pack("<2i", side, side) + BMP[26:], "bomb")
-      for side in (6000, 12_000, 20_000)),
+    *(("pictures/a.bmp", BMP[:18] + struct.pack("<2i", side, side) + BMP[26:], "make it smaller")
+      for side in (12_000, 20_000)),
 ]
 
 
@@ -289,14 +289,36 @@ def test_load_keeps_order_hashes_pixels_and_limits(mnist, split, prefix):
         error_line(ValueError, lambda limit=limit: data.load("mnist", root, split, limit), "limit")
 
 
-def test_a_folder_of_idx_files_is_a_data_set(mnist):
+@pytest.mark.parametrize("place", ["{0}", "{0}.gz", "{1}", "{1}.gz", "{0}/{0}", "{1}/{1}"])
+def test_a_folder_of_idx_files_is_a_data_set_however_archives_name_them(place, mnist, tmp_path):
     root, files = mnist
-    images = data.load(root / "mnist", None, "test")
-    np.testing.assert_array_equal(images.pixels[:, 0], files["t10k-images-idx3-ubyte"])
-    np.testing.assert_array_equal(images.labels, files["t10k-labels-idx1-ubyte"])
-    (root / "mnist" / "t10k-labels-idx1-ubyte").unlink()  # a user's own files are never mixed
-    error_line(FileNotFoundError, lambda: data.load(root / "mnist", None, "test"),
-               root / "mnist" / "t10k-labels-idx1-ubyte", "no address is known")
+    whole = data.load("mnist", root, "test")
+    for name in ("mine", "tv/MNIST/raw"):  # torchvision's
+        for file, array in files.items():
+            path = tmp_path / name / place.format(file, file.replace("-idx", ".idx"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(idx_bytes(array))
+    for images in data.load(tmp_path / "mine", None, "test"), data.load("mnist", tmp_path / "tv",
+                                                                        "test"):
+        assert images.sha256 == whole.sha256 and torch.equal(images.labels, whole.labels)
+    error_line(ValueError, lambda: data.load(tmp_path / "mine", split="all"), "own pictures are")
+
+
+def test_a_folder_of_idx_files_needs_no_labels_and_no_second_split(mnist):
+    root, _ = mnist
+    (root / "mnist" / "t10k-labels-idx1-ubyte").unlink()
+    assert data.load(root / "mnist", split="test").labels is None
+    assert data.load(root / "mnist").labels is not None
+    (root / "mnist" / "t10k-images-idx3-ubyte").unlink()
+    every = np.arange(20 * 784, dtype=np.uint16).astype(np.uint8).reshape(20, 28, 28)
+    (root / "mnist" / "train-images-idx3-ubyte").write_bytes(idx_bytes(every))
+    (root / "mnist" / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(20, dtype="u1")))
+    train, test = (data.load(root / "mnist", split=split) for split in ("train", "test"))
+    assert test.labels.tolist() == [9, 19] and len(train.labels) == 18
+    assert torch.equal(test.pixels[1, 0], torch.from_numpy(every[19]))
+    # other names are none: the line has those that are
+    (root / "mnist" / "train-images-idx3-ubyte").rename(root / "mnist" / "emnist-images.gz")
+    error_line(FileNotFoundError, lambda: data.load(root / "mnist"), *data.FILES, "1 .gz")
 
 
 @needs("mnist")
@@ -322,8 +344,8 @@ def source(mnist, monkeypatch):
     folder.mkdir()
     for file, array in arrays.items():
         (folder / f"{file}.gz").write_bytes(gzip.compress(idx_bytes(array)))
-    digests = {file: hashlib.sha256((folder / f"{file}.gz").read_bytes()).hexdigest()
-               for file in arrays}
+    digests = [hashlib.sha256((folder / f"{file}.gz").read_bytes()).hexdigest()
+               for file in data.FILES]
     for name in ("mnist", "fashion"):
         monkeypatch.setitem(data.SOURCES, name, f"{folder.as_uri()}/")
         monkeypatch.setitem(data.DIGESTS, name, digests)
@@ -399,8 +421,8 @@ def test_auto_takes_both_splits_from_one_data_set(source, capsys):
     assert capsys.readouterr().err == ""
     for split in ("train", "test"):
         assert data.load("auto", root, split, limit=2).name == "digits"
-        notice = capsys.readouterr().err
-        assert notice.count("\n") == 1 and "built-in digits" in notice
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == 1 and "built-in digits" in notice
     assert data.load("mnist", root, limit=2).name == "mnist"
 
 
@@ -418,6 +440,7 @@ def test_cifar_records_are_planar_rgb(tmp_path):
     assert images.pixels.shape == (5, 3, 32, 32) and images.labels.tolist() == [3, 1, 4, 1, 9]
     assert images.pixels[4, 2, 1, 5] == records[4, 1 + 2 * 1024 + 1 * 32 + 5]
     assert torch.equal(data.load("cifar10", tmp_path, limit=3).pixels, images.pixels[:3])
+    assert data.load(folder).sha256 == images.sha256  # the folder itself
     error_line(FileNotFoundError, lambda: data.load("cifar10", tmp_path, "test"), "test_batch.bin")
 
 
@@ -465,6 +488,55 @@ def test_folder_of_grey_images_has_one_channel(tmp_path):
     assert data.load(tmp_path).pixels.shape == (2, 1, 4, 6)
     picture(tmp_path / "c.png")
     assert data.load(tmp_path, limit=1).pixels.shape == (1, 3, 4, 6)
+
+
+def test_class_folders_are_labels_and_what_is_not_used_is_told_once(tmp_path, capsys):
+    for name in ("10", "2", ".hidden"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            picture(tmp_path / name / f"{i}.ppm", value=i + (10 if name == "10" else 2))
+    train, test = (data.load(tmp_path, split=split) for split in ("train", "test"))
+    assert train.labels.tolist() == [10] * 6 + [2] * 5 and test.labels.tolist() == [2]
+    assert train.pixels[:, 0, 0, 0].tolist() == [*range(10, 16), 2, 3, 4, 6, 7]
+    (tmp_path / "10").rename(tmp_path / "cat")
+    assert sorted(set(data.load(tmp_path).labels.tolist())) == [0, 1]  # "2", "cat"
+    assert capsys.readouterr().err == ""
+    # beside images of its own a folder's are not read
+    picture(tmp_path / "a.jfif", form="JPEG")
+    picture(tmp_path / "b.pgm", mode="L")
+    for k in range(3):
+        (tmp_path / f"IMG_{k}.HEIC").touch()
+    for split in ("train", "test"):
+        images = data.load(tmp_path, split=split)
+        assert images.pixels.shape == (2, 3, 4, 6) and images.labels is None
+    said = capsys.readouterr().err
+    assert "12 in subfolders, 3 .HEIC" in said and said.count("\n") == 1
+
+
+def test_colours_are_told_by_palettes_and_transparency_is_white(tmp_path, capsys):
+    grey, colour = (Image.fromarray(x).convert("P") for x in (RGB[..., 0], RGB))
+    grey.save(tmp_path / "grey.png")
+    colour.save(tmp_path / "colour.gif")
+    assert data.load(tmp_path / "grey.png").pixels.shape == (1, 1, 9, 11)
+    np.testing.assert_array_equal(data.load(tmp_path / "grey.png").pixels[0, 0], RGB[..., 0])
+    assert data.load(tmp_path / "colour.gif").pixels.shape == (1, 3, 9, 11)
+    assert capsys.readouterr().err == ""
+    alpha = np.full((9, 11, 1), 255, np.uint8)
+    alpha[2:5], alpha[7] = 0, 51
+    Image.fromarray(np.concatenate([RGB, alpha], 2)).save(tmp_path / "rgba.png")
+    Image.fromarray(np.concatenate([RGB[..., :1], alpha], 2)).save(tmp_path / "la.png")
+    share = alpha / 255
+    for file, pixels in ("rgba", RGB), ("la", RGB[..., :1]):
+        got = data.read_picture(tmp_path / f"{file}.png")[0].permute(1, 2, 0) * 255
+        assert np.abs(got.numpy() - (share * pixels + 255 * (1 - share))).max() < 1
+        assert "white is put behind" in capsys.readouterr().err
+
+
+def test_a_few_bits_in_sixteen_are_told(tmp_path, capsys):
+    for top, said in ((4095, "at most 4095 of 65535: are they 12 bits in 16?"), (65535, "")):
+        Image.fromarray(np.array([[0, top]], np.uint16)).save(tmp_path / f"{top}.png")
+        assert data.load(tmp_path / f"{top}.png").pixels.flatten().tolist() == [0, top >> 8]
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["PNG", *FORMS.values()])
@@ -1025,7 +1097,7 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
      "8x8.png: 8x8 pixels, but the picture has 9x8"),
     ("--mode dip --data digits --size 9 --task sr", "9x9 pixels; sizes must be multiples of 2"),
     ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
-    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 33554432 pixels"),
+    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 89478485 pixels"),
     ("--mode prior --no-such-flag", "--no-such-flag"),
     ("--mode prior --epoch 3", "--epoch"),
     ("--mode prior --device tpu9", "tpu9"),
@@ -1042,7 +1114,7 @@ def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, caps
     (tmp_path / "file").touch()
     for width in 8, 9:
         Image.new("L", (width, 8)).save(tmp_path / f"{width}x8.png")
-    for file in data.DIGESTS["mnist"]:
+    for file in data.FILES:
         (tmp_path / "damaged" / "mnist" / file).write_bytes(b"\0\0\x08\x03\0\0")  # a cut header
     monkeypatch.chdir(tmp_path)
     status, _, err = run_main(argv.format(tmp=tmp_path).split(), capsys)
