@@ -39,6 +39,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -51,6 +52,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a user's own data.py or eval.py
 import data
 import eval as measure
 import kernels
@@ -1047,8 +1049,7 @@ def run_prior(cfg, run):
     if processes()[0]:
         return  # the first process alone samples, measures and writes
     write_log(run, rows)
-    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    judge = measure.Judge(train, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
+    judge = measure.Judge(train, pixels, test, cfg.samples, [data.cache_root(), run.folder])
     arms, pictures = generate(cfg, run, net, pixels, judge)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
@@ -1133,6 +1134,9 @@ def noise_level(y):
     """sigma of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients| / 0.6745
     (Donoho & Johnstone 1994): float32 [n]. Flat images have no other diagonal detail. Clipped
     pixels, as in a black background, make it too low."""
+    if min(y.shape[2:]) < 2:
+        raise ValueError(f"noise cannot be estimated in {y.shape[3]}x{y.shape[2]} pixels: say "
+                         "--sigma")
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     d = (y[..., ::2, ::2] - y[..., 1::2, ::2] - y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 2
     return d.flatten(1).abs().median(1).values / 0.6745
@@ -1313,7 +1317,8 @@ class Follow:
 
     def __call__(self, i, rows, x):
         error = x.clamp(0, 1).double() - self.truth[rows]
-        psnr = -10 * error.square().mean((1, 2, 3)).log10()  # eval's, which would wait to check x
+        # eval's, which would wait to check x
+        psnr = 10 * error.square().mean((1, 2, 3)).reciprocal().log10()
         self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
         up = psnr > self.psnr[rows]
         self.best[rows] = torch.where(up.view(-1, 1, 1, 1), x, self.best[rows])
@@ -1537,6 +1542,10 @@ def write_log(run, rows):
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the page of usage before an error: one line, exit status 2."""
 
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        measure.print_anything()  # and so may whoever has a command line
+
     def error(self, message):
         self.exit(2, f"dipddpm: {message}\n")
 
@@ -1588,6 +1597,7 @@ def read_config(argv):
     its network depends on may not differ; --mode sample resumes the newest run unless another is
     named. ValueError says what is wrong."""
     given = vars(parser().parse_args(argv))
+    said = set(given)
     if "resume" in given or given.get("mode") == "sample":
         folder = run_folder(given["resume"]) if "resume" in given else newest_run()
         saved = asdict(saved_config(folder))
@@ -1598,13 +1608,24 @@ def read_config(argv):
         sampling = mode == "sample"
         for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
             if name in given and given[name] != saved[name]:
+                if name == "epochs" and "out" in given:
+                    continue  # see `Run.begin_anew`
+                if name == "epochs":
+                    raise ValueError(f"--resume {folder}: its learning rate is at its end after "
+                                     f"--epochs {saved[name]}; with --out NEW its weights begin a "
+                                     f"training of {given[name]} there")
                 raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
                                  f"and cannot become {given[name]}")
         saved |= {"out": None, "samples": None if sampling else saved["samples"]}
         given = saved | given | {"resume": str(folder)}
     if "mode" not in given:
         raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
-    return check(resolve(Config(**given)))
+    cfg = resolve(Config(**given))
+    longest = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
+    if "nfe" not in said and cfg.mode in ("ddpm", "prior", "sample") and max(cfg.nfe) > longest:
+        cfg = replace(cfg, nfe=tuple(n for n in cfg.nfe if n <= longest) or (longest,))
+        print(f"dipddpm: --nfe {show(cfg.nfe)}: there are only {longest} steps", file=sys.stderr)
+    return check(cfg)
 
 
 def saved_config(folder):
@@ -1640,6 +1661,9 @@ def resolve(cfg, shape=None):
     cfg = replace(cfg, samples=samples, sigma=sigma, t_start=t_start)
     if shape is None:
         return cfg
+    if max(shape[2:]) < 3 and cfg.mode != "ddpm":
+        raise ValueError(f"images of {shape[3]}x{shape[2]} pixels: a DIP, which halves them, needs "
+                         "3 in one direction")
     small, on_cpu = max(shape[2:]) <= 64, pick_device(cfg.device).type == "cpu"
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
@@ -1729,13 +1753,18 @@ class Run:
         if about and processes()[1] > min(cfg.batch, about["train"]):
             raise ValueError(f"--batch {cfg.batch} is too small for as many processes")
         self.cfg, self.about = replace(cfg, out=str(self.folder)), {"data": about, "shape": shape}
-        self.begun = True
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.begun = True
             measure.write_json(asdict(self.cfg), self.folder / "config.json", digits=17)
             if self.fresh and self.saved:
                 save(self.saved, self.folder / CHECKPOINT)
         return self.cfg
+
+    def begin_anew(self):
+        """The saved run's weights begin a training of other --epochs, in a folder of its own."""
+        self.saved |= {"step": 0, "rows": [], "losses": [], "seconds": 0.0}
+        self.began = time.time()
 
     def autocast(self):
         """bf16 inside the U-Net where asked for; the mathematics around it stays float32."""
@@ -1822,7 +1851,10 @@ def new_folder(cfg):
     stem = Path(cfg.data).stem or "data"
     folder = Path(cfg.out) if cfg.out else Path("runs") / (
         f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():  # a file, or a link to nothing
+            raise ValueError(f"--out {folder}: {path} is no folder")
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
                          f"{folder} or name another")
     return folder
@@ -1963,12 +1995,14 @@ def pick_device(name):
     """--device, or CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: cpu, cuda, or cuda:1 and so on; no others have float64 "
+                         "and all that is needed here")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
+    return torch.device(name)
 
 
 def about_cpu(key):
@@ -2074,8 +2108,11 @@ def main(argv=None):
     try:
         cfg = read_config(argv)
         run = Run(cfg, argv)
+        if run.saved and saved_config(run_folder(cfg.resume)).epochs != cfg.epochs:
+            run.begin_anew()
+        main_thread = threading.current_thread() is threading.main_thread()  # signals are its own
         before = {number: signal.signal(number, stop_soon)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+                  for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
         try:
             MODES[cfg.mode](cfg, run)
         finally:
@@ -2088,6 +2125,8 @@ def main(argv=None):
         full = "out of memory", "allocate memory", "enough memory"
         if isinstance(error, MemoryError) or any(words in said for words in full):
             said = "out of memory: lower --batch in training, --samples after it"
+            if run and run.cfg.mode in ("dip", "guide"):
+                said = "out of memory: lower --size, --crop, --dip-width or --replicas"
         elif isinstance(error, dist.DistError) or "gloo" in said:
             said = "another process ended"
     except (ValueError, OSError) as error:

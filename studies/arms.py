@@ -16,7 +16,6 @@ import shlex
 import statistics
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 
@@ -317,8 +316,7 @@ def run_prior(own, cfg, run):
         nets[name], logs[name] = train(cfg, seen, run, name, own.snapshots)
     dipddpm.write_log(run, [row for rows in logs.values() for row in rows])
     # sampling, and curves
-    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    judge = measure.Judge(images, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
+    judge = measure.Judge(images, pixels, test, cfg.samples, [data.cache_root(), run.folder])
     rows, begun = sampled(own, cfg, run, nets, pixels, judge)
     curves = {f"loss/{name}": next(iter(dipddpm.loss_curve(log).values()))
               for name, log in logs.items()}

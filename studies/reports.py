@@ -463,8 +463,8 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
             ("— fid_lenet, trained on DIP outputs, from DIP outputs at 0.6 T",
              "lowest first, then rising; ResNet-18 below 140, the two within 5", each(smoothed)),
             ("— trained on images, from DIP outputs at 0.6 T", "–", each(full))]
-    lenet = measure.feature_network(train.pixels, train.labels, train.name, [
-        data.default_root(), data.cache_root(), home], device=device())
+    lenet = measure.feature_network(train.pixels, train.labels, train.name,
+                                    [data.cache_root(), home], device=device())
     real = measure.features(lenet, test.pixels)
 
     def distance(x):
