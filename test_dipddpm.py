@@ -1081,7 +1081,7 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
     ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
-    ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
+    ("--mode ddpm --timesteps 20 --nfe 50", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
     ("--mode prior --dip-source code", "code is none of images, codes"),
     ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
@@ -1100,26 +1100,78 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 89478485 pixels"),
     ("--mode prior --no-such-flag", "--no-such-flag"),
     ("--mode prior --epoch 3", "--epoch"),
-    ("--mode prior --device tpu9", "tpu9"),
+    ("--mode prior --device tpu9", "--device tpu9: cpu, cuda"),
+    *((f"--mode dip --data digits --device {name}", f"--device {name}: cpu, cuda")
+      for name in ("mps", "meta")),
+    ("--mode dip --data {tmp}/1x1.png", "noise cannot be estimated in 1x1 pixels: say --sigma"),
+    *((f"--mode dip --data {{tmp}}/{size}.png --sigma 0.1", f"images of {size} pixels: a DIP")
+      for size in ("1x1", "2x2")),
     ("--mode prior --data /no/such/folder", "/no/such/folder"),
     ("--mode prior --data mnist --data-dir {tmp}/damaged", "train-images-idx3-ubyte"),
     ("--mode ddpm --resume {tmp}", "no run there"),
     ("--mode sample --resume {tmp}", "no run there"),
     ("--mode sample", "needs a trained network: none in runs/"),
     ("--mode ddpm --out {tmp}", "not empty"),
-    ("--mode ddpm --out {tmp}/file", "not empty"),
+    *(("--mode ddpm --data digits --out {tmp}/" + out, "is no folder")
+      for out in ("file", "file/sub", "link/sub")),
 ])
 def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "damaged" / "mnist").mkdir(parents=True)
     (tmp_path / "file").touch()
-    for width in 8, 9:
-        Image.new("L", (width, 8)).save(tmp_path / f"{width}x8.png")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for W, H in (1, 1), (2, 2), (8, 8), (9, 8):
+        Image.new("L", (W, H)).save(tmp_path / f"{W}x{H}.png")
     for file in data.FILES:
         (tmp_path / "damaged" / "mnist" / file).write_bytes(b"\0\0\x08\x03\0\0")  # a cut header
     monkeypatch.chdir(tmp_path)
     status, _, err = run_main(argv.format(tmp=tmp_path).split(), capsys)
     assert status == 2 and says in err and err.count("\n") == 1, err
     assert not (tmp_path / "runs").exists()  # misuse leaves no empty run behind
+
+
+def test_defaults_that_do_not_fit_are_left_out_and_that_is_said(capsys):
+    for argv, nfe in (("ddpm --timesteps 20", (3, 5, 10, 20)), ("prior --timesteps 20", (3, 5, 10)),
+                      ("ddpm --timesteps 2", (2,)), ("ddpm", (3, 5, 10, 20, 50))):
+        assert dipddpm.read_config(["--mode", *argv.split()]).nfe == nfe
+        said = capsys.readouterr().err
+        assert said.count("\n") == (len(nfe) < 5) and dipddpm.show(nfe) in said + "3,5,10,20,50"
+
+
+@pytest.mark.parametrize("mode, says", [("dip", "--dip-width or --replicas"), ("ddpm", "--batch")])
+def test_out_of_memory_names_the_flags_that_help(mode, says, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
+    monkeypatch.setitem(dipddpm.MODES, mode, full)
+    err = refused(capsys, status=1, mode=mode, data="digits", out=tmp_path / "r")
+    assert err.startswith("dipddpm: out of memory: lower ") and says in err
+
+
+SAYING = """
+import sys, threading
+import dipddpm, eval, data
+print(data.__file__, eval.__file__)
+worker = threading.Thread(target=dipddpm.main, args=(sys.argv[1:],))
+worker.start()
+worker.join()
+print("after")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_terminal_no_thread_and_no_module_of_the_users_ends_a_run(encoding, tmp_path):
+    for name in ("data.py", "eval.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')")
+    (tmp_path / "say.py").write_text(SAYING)
+    measures.save_png(measures.grid(random_images(1, 1, 8, 8)), tmp_path / "日本ü.png")
+    here = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding=encoding,
+                env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(HERE)})
+    said = ended_well([sys.executable, "say.py", *words(
+        mode="dip", data="日本ü.png", out="日本", dip_iters=10, dip_width=4, replicas=1)], here)
+    assert said.startswith(f"{HERE / 'data.py'} {HERE / 'eval.py'}") and said.endswith("after\n")
+    assert (tmp_path / "日本" / "report.html").exists() and r"\u65e5" in said
+    for command in ["-m", "dipddpm", "-h"], [EVAL, "-h"]:
+        ended_well([sys.executable, *command], here)
 
 
 FLAGS = int(os.environ.get("FLAGS", 60))
@@ -1444,6 +1496,26 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
         error_line(RuntimeError, lambda stop=stop: train(tmp_path, stop, lr=1e30),
                    f"not finite after {n} steps with --lr 1e+30")
         assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
+def test_more_epochs_go_on_from_a_runs_weights_in_a_new_folder(whole_run, tmp_path, capsys):
+    folder, _ = whole_run
+    before, weights = contents(folder), dipddpm.load_checkpoint(folder)["net"]
+    assert "with --out NEW its weights begin a training of 3" in refused(
+        capsys, resume=folder, epochs=3)
+    starts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dipddpm, "train_steps", lambda cfg, pixels, net, ema, optimizers, done, *_: (
+            starts.append((done, copy.deepcopy(net.state_dict()))) or iter(())))
+        patch.setattr(dipddpm, "generate", lambda *_: ([], []))
+        dipddpm.main(words(mode="ddpm", resume=folder, epochs=3, out=tmp_path / "new"))
+    ((done, net),) = starts
+    assert done == 0 and all(torch.equal(w, net[k]) for k, w in weights.items())
+    result = run("ddpm", tmp_path / "whole", resume=folder, epochs=3)
+    assert [row[1:3] for row in log_of(tmp_path / "whole")] == [["12", "3.0000"]]
+    assert result["config"]["epochs"] == 3 and before == contents(folder)
+    # it is a run like others
+    assert dipddpm.read_config(words(resume=tmp_path / "whole")).epochs == 3
 
 
 def sgd(net, lr):
@@ -2213,7 +2285,7 @@ def whole_run(tmp_path_factory):
     """--mode prior to its end, once, on few and small things: its folder and results."""
     folder = tmp_path_factory.mktemp("a run") / "prüfung"
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("DIPDDPM_DATA", raising=False)
+        patch.setenv("DIPDDPM_DATA", str(folder.parent))
         patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
         yield folder, run("prior", folder, **TINY)
 
@@ -2235,6 +2307,9 @@ def test_a_prior_run_leaves_results_of_every_arm(whole_run):
         error.square().sum().item() / 8, rel=1e-4)
     assert {"log.csv", "checkpoint.pt", "priors.png", "samples-nfe4.png"} <= {
         path.name for path in folder.iterdir()}
+    # what can be made again lies in the cache, and the folder of data is left alone
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, "cache"}
+    assert any((folder.parent / "cache" / "dipddpm").glob("features-digits-*"))
 
 
 def test_a_runs_network_serves_another_run_and_its_own_stays_as_it_is(whole_run, tmp_path):
@@ -2769,10 +2844,13 @@ def test_pixel_errors_are_their_definitions():
     assert measures.mse(a, b).numpy() == pytest.approx(square)
     assert measures.mae(a, b).numpy() == pytest.approx([np.mean(abs(x)) for x in d])
     assert measures.psnr(a, b).numpy() == pytest.approx([10 * math.log10(1 / s) for s in square])
+    assert str(measures.psnr(0 * a, 0 * a + 1)[0].item()) == "0.0"  # and not -0
 
 
-@pytest.mark.parametrize("name, of_equal", [("mse", 0), ("mae", 0), ("psnr", math.inf),
-                                            ("ssim", 1), ("delta_e", 0)])
+IMAGE_MEASURES = {"mse": 0, "mae": 0, "psnr": math.inf, "ssim": 1, "delta_e": 0}  # of equal images
+
+
+@pytest.mark.parametrize("name, of_equal", IMAGE_MEASURES.items())
 def test_image_measures_are_symmetric_know_their_range_and_equal_images(name, of_equal):
     measure = getattr(measures, name)
     a, b = random_images(2, 3, 16, 16), random_images(2, 3, 16, 16, seed=1)
@@ -2783,11 +2861,16 @@ def test_image_measures_are_symmetric_know_their_range_and_equal_images(name, of
     assert (row[name], row[f"{name}_std"]) == pytest.approx((each.mean(), each.std()))
 
 
-def test_a_large_photo_is_the_mean_of_its_parts():
-    photos = torch.zeros(2, 1, 1, 750_000)
-    photos[0, ..., :250_000], photos[1] = 1, 1
+def test_a_large_photo_is_the_mean_of_its_parts(monkeypatch):
+    photos = torch.zeros(2, 1, 750, 1000)
+    photos[0, :, :250], photos[1] = 1, 1
     black_and_white = measures.delta_e(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)).item()
     assert measures.delta_e(*photos[:, None]).item() == pytest.approx(black_and_white * 2 / 3)
+    a, b = random_images(2, 2, 3, 40, 30)
+    whole = [getattr(measures, name)(a, b) for name in IMAGE_MEASURES]
+    monkeypatch.setattr(measures, "BLOCK", 500)  # five rows, and what a window needs beside them
+    for name, expected in zip(IMAGE_MEASURES, whole):
+        torch.testing.assert_close(getattr(measures, name)(a, b), expected)
 
 
 @pytest.mark.parametrize("b, word", [
