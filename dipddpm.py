@@ -83,7 +83,7 @@ class Config:
     epochs: int = flag(30, "training", "passes over the training images", low=1)
     limit: int = flag(None, "training", "use only the first N training images", low=1)
     batch: int = flag(64, "training", "images in a training step", low=1)
-    lr: float = flag(2e-3, "training", "peak learning rate (of Muon 2.5 times as much)", low=0)
+    lr: float = flag(2e-3, "training", "peak learning rate (of Muon 2.5 times as much)", low=1e-9)
     timesteps: int = flag(1000, "training", "T, the steps of noise", low=2, high=100_000)
     predict: str = flag("v", "training", "what the network predicts", choices=("eps", "v", "x0"))
     width: int = flag(32, "training", "channels of the U-Net's upper level", low=8)
@@ -101,17 +101,16 @@ class Config:
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (prior: 60; dip, guide: "
                           "1000, above 64 pixels 3000)", low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
-                         "them, and results are compared with them. own: yours, as they came; "
-                         "nothing is added, nothing compared. (In --mode dip own for one image; "
-                         "else test)", choices=("test", "own"))
-    task: str = flag("denoise", "dip, guide", "what to undo: noise alone; inpaint, missing pixels "
-                     "(half of a test picture's, or a centre box); sr, a half or a quarter of the "
-                     "size", choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
+                         "them, and results compared with them. own: yours, as they came; nothing "
+                         "is added or compared (default: own for one image in --mode dip, else "
+                         "test)", choices=("test", "own"))
+    task: str = flag("denoise", "dip, guide", "what to undo: noise alone; missing pixels (half of "
+                     "a test picture's, or a centre box); a half or a quarter of the size",
+                     choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
     mask: str = flag(None, "dip, guide", "own pictures to inpaint: an image of their size, white "
-                     "where they are given; all that is darker is filled")
-    sigma: float = flag(None, "dip, guide", "noise, where white is 1: added to test pictures "
-                        "(denoise: 0.1, else 0), or the level in own ones (denoise: estimated, "
-                        "else 0)", low=0)
+                     "where they are given; what is darker is filled")
+    sigma: float = flag(None, "dip, guide", "noise, where white is 1: added to test pictures (0.1 "
+                        "to denoise, else 0), or the level in own ones (estimated, else 0)", low=0)
     minutes: float = flag(None, "dip, guide", "end each fit after so long, with what it has (10 "
                           "above 64 pixels on a CPU, unless --dip-iters is given)", low=0.01)
     replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
@@ -1116,11 +1115,10 @@ def generate(cfg, run, net, pixels, judge):
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
-    y + alpha sigma e and y - sigma e / alpha, e ~ N(0, 1). The noises of y, sigma n, and of the
-    replica add up to parts that are independent of each other: E[(n + alpha e)(n - e / alpha)] =
-    1 - 1. That holds within a replica: all of them together would give y away. The e of an image's
-    replicas sum to zero (centred, times sqrt(M / (M - 1)) to stay N(0, 1)), so that the y_plus
-    average to y. `given` is 0 where y says nothing."""
+    y + alpha sigma e and y - sigma e / alpha, e ~ N(0, 1). Their noises are independent, since
+    E[(n + alpha e)(n - e / alpha)] = 1 - 1. That holds within a replica: all of them together
+    would give y away. The e of an image's replicas sum to zero (centred, times sqrt(M / (M - 1))
+    to stay N(0, 1)), so that the y_plus average to y. `given` is 0 where y says nothing."""
     M = replicas
     e = kernels.normal((len(y) * M, *y.shape[1:]), seed, numbers, SPLIT_DRAW, kernels.CORRUPTION,
                        y.device).view(len(y), M, *y.shape[1:])
@@ -1164,18 +1162,15 @@ class Halves(NamedTuple):
 
             R = mean_m |A x_m - y_minus_m|^2 / values - variance.
 
-        The error of their average, which is what is wanted, is lower by mean_m |A x_m - A x|^2. An
-        estimate that subtracts that has no bias either, and is no better to stop by: the replicas'
-        spread grows as they learn their noises, and without that slope chance finds its minimum
-        later."""
+        The error of their average, which is what is wanted, is lower by their spread. That grows
+        as they learn their noises: to subtract it would make a minimum flat, and found late."""
         error = (A_x - self.y_minus).square() * self.judged
         return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.variance
 
     def weights(self, risk, least, M):
         """How likely the judges make an output of this risk, in units of one of the least, [n]:
-        their noise is normal, so each says log p(y_minus | x) = - values R / (2 variance) + ...
-        They share y's noise: more than one, fewer than M that are independent, and so, as a rule of
-        thumb, sqrt(M). Where there is no noise to go by only the least counts."""
+        each says log p(y_minus | x) = - values R / (2 variance) + ... They share y's noise and
+        count, as a rule of thumb, as sqrt(M). Without noise only the least counts."""
         values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0].clamp(min=1)
         scale = 2 * max(self.variance, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
@@ -1335,9 +1330,9 @@ class Follow:
 
 
 class Observed(NamedTuple):
-    """What --mode dip and guide start from: the truth [n, C, H, W] in [0, 1] if there is one; the
-    images' Measurement, whose sigma is what the fit believes; the images' numbers int64 [n]; what a
-    row says of this, and results.json of the data."""
+    """What --mode dip and guide start from: the truth [n, C, H, W] in [0, 1], if there is one; the
+    images' Measurement, with the sigma that the fit believes; their numbers int64 [n]; what a row
+    says of this, and results.json of the data."""
 
     truth: torch.Tensor | None
     known: Measurement
@@ -1347,21 +1342,21 @@ class Observed(NamedTuple):
 
 
 def as_they_came(cfg, y):
-    """One's own pictures y [n, C, h, w] in [0, 1] -> their Measurement: nothing is added. Where
-    --sigma does not say how noisy they are, it is to denoise the median of `noise_level`, since
-    they are taken to come from one source, and else 0. ValueError for a mask of another size."""
+    """One's own pictures y [n, C, h, w] in [0, 1] -> their Measurement: nothing is added. A noise
+    level that is not given is estimated to denoise, for pictures of one source, and else 0.
+    ValueError for a mask of another size, or that leaves nothing to do or to go by."""
     factor, sigma = FACTORS.get(cfg.task, 1), cfg.sigma
-    mask = torch.ones(len(y), 1, *(side * factor for side in y.shape[2:]), device=y.device)
+    mask = torch.ones(len(y), 1, *(factor * side for side in y.shape[2:]), device=y.device)
     if cfg.mask:
-        (*_, H, W), (*_, h, w) = (data.load(path, split="all", limit=1).pixels.shape
-                                  for path in (cfg.data, cfg.mask))
-        if (h, w) != (H, W):
-            raise ValueError(f"--mask {cfg.mask}: {w}x{h} pixels, but the picture has {W}x{H}")
+        ours, whole = ("x".join(map(str, data.load(path, split="all", limit=1).pixels.shape[:1:-1]))
+                       for path in (cfg.mask, cfg.data))
+        if ours != whole:
+            raise ValueError(f"--mask {cfg.mask}: {ours} pixels, but the picture has {whole}")
         white = load_images(cfg, "all", cfg.mask, 1).pixels.float().mean(1, keepdim=True) / 255
         mask *= (white > 0.95).to(y.device)  # what is grey is in part what is to go
         if mask.mean() in (0, 1):
-            raise ValueError(f"--mask {cfg.mask}: all of it is {'white' if mask.any() else 'dark'};"
-                             " white is given, what is darker is filled")
+            raise ValueError(f"--mask {cfg.mask} is all {'white' if mask.any() else 'dark'}: "
+                             "white is given, what is darker is filled")
     if sigma is None:
         sigma = round(noise_level(y).median().item(), 6) if cfg.task == "denoise" else 0.0
     return Measurement(cfg.task, y * mask if cfg.mask else y, mask, sigma)
@@ -1376,15 +1371,14 @@ def observe(cfg, run):
     numbers = torch.arange(len(x), device=run.device)
     known = as_they_came(cfg, x) if own else corrupt(cfg, cfg.task, x, cfg.sigma, numbers)
     estimated = cfg.sigma is None and cfg.task == "denoise"
-    about = {"seed": cfg.seed, "task": cfg.task,
-             "sigma_estimate" if estimated else "sigma": known.sigma}
+    about = {"seed": cfg.seed, "task": cfg.task, "sigma" + "_estimate" * estimated: known.sigma}
     n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
     cfg = run.begin(resolve(replace(cfg, sigma=known.sigma), (n, C, H, W)))
     given = f", {known.mask.mean():.0%} given" if cfg.mask else ""
-    minutes = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
+    ends = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
     say(f"data: {images.name}, {n} {cfg.pictures} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}"
         f"{given}, sigma {known.sigma:.3g}{' (estimated)' * estimated}; at most {cfg.dip_iters} "
-        f"iterations{minutes}; {run.device}")
+        f"iterations{ends}; {run.device}")
     return cfg, Observed(None if own else x, known, numbers, about,
                          {"name": images.name, "train": 0, "test": n, "sha256": images.sha256})
 
@@ -1392,16 +1386,13 @@ def observe(cfg, run):
 def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
     """`fit` of any number of images, as many together as dip_group has networks for: outputs
     [n, C, H, W] in [0, 1] and iterations [n]. `follow` is called with the iteration, the rows that
-    are fitted and the outputs. After a wish to stop what is not yet fitted stays as it is."""
-    fits = []
+    are fitted and the outputs. After a wish to stop what is not yet fitted stays as it was."""
+    x, took = seen.known.back(seen.known.y).clone(), torch.zeros_like(seen.numbers)
     for rows in seen.numbers.split(max(1, cfg.dip_group // replicas)):
-        known = seen.known.part(rows)
-        if run.stop:
-            fits.append((known.back(known.y), torch.zeros_like(rows)))
-            continue
         look = (lambda i, x, rows=rows: follow(i, rows, x)) if follow else unseen
-        fits.append(fit(cfg, known, rows, rungs, run.until_stopped, look))
-    x, took = map(torch.cat, zip(*fits))
+        if not run.stop:
+            x[rows], took[rows] = fit(cfg, seen.known.part(rows), rows, rungs, run.until_stopped,
+                                      look)
     return x.clamp(0, 1), took
 
 
@@ -1436,7 +1427,7 @@ def run_fits(cfg, run):
         with run.timed("dip", keeps=True) as took:
             x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
                                           networks, follow)
-        if truth is None and cfg.mask and not seen.known.sigma:  # what is given exactly is kept
+        if cfg.mask and not seen.known.sigma:  # what is given exactly is kept
             x = torch.where(seen.known.mask > 0, seen.known.y, x)
         cost = steps_taken(iterations, networks) | {"seconds": took.seconds}
         if follow:  # what stopping elsewhere would have gained
@@ -1449,20 +1440,20 @@ def run_fits(cfg, run):
         add(name, x, **cost)
         if name == "plain":
             add("oracle", follow.best.clamp(0, 1), **steps_taken(follow.when, 1))
-    for k, image in enumerate(x if truth is None else x[:16]) if cfg.mode == "dip" else ():
+    for k, image in enumerate(x[:len(x) if truth is None else 16]) if cfg.mode == "dip" else ():
         file = run.folder / f"restored-{k:02}.png"
         measure.save_png(measure.grid(image[None]), file)
         say(f"restored: {file}")
     picture = measure.draw(run.folder / f"{cfg.mode}.png",
                            f"{cfg.task}, sigma = {seen.known.sigma:.3g}", shown)
-    note = run.early and (f"{run.early} after {iterations.max()} of at most {cfg.dip_iters} "
-                          "iterations: this is what the fit had by then")
+    note = (f"{run.early} after {iterations.max()} of at most {cfg.dip_iters} iterations; this is "
+            "what the fit had by then")
     run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture],
-                "notes": [note] if note else []},
-               ("psnr", "ssim") if truth is not None else ("iterations", "seconds"))
+                "notes": [note] if run.early else []},
+               ("psnr", "ssim") if follow else ("iterations", "seconds"))
     if run.stop:
         raise KeyboardInterrupt(f"{note}; it cannot be continued")
-    if note:
+    if run.early:
         say(note)
 
 
@@ -1605,18 +1596,13 @@ def read_config(argv):
         if mode in ("dip", "guide"):
             raise ValueError(f"--resume {folder}: --mode {mode} cannot be continued, only ddpm and "
                              "prior; give its command again, with another --out")
-        sampling = mode == "sample"
-        for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
-            if name in given and given[name] != saved[name]:
-                if name == "epochs" and "out" in given:
-                    continue  # see `Run.begin_anew`
-                if name == "epochs":
-                    raise ValueError(f"--resume {folder}: its learning rate is at its end after "
-                                     f"--epochs {saved[name]}; with --out NEW its weights begin a "
-                                     f"training of {given[name]} there")
+        for name in NETWORK_FIELDS if mode == "sample" else TRAINING_FIELDS:
+            longer = name == "epochs" and mode != "sample"
+            if given.get(name, saved[name]) != saved[name] and not (longer and "out" in given):
                 raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
-                                 f"and cannot become {given[name]}")
-        saved |= {"out": None, "samples": None if sampling else saved["samples"]}
+                                 f"and cannot become {given[name]}"
+                                 + ", but with --out NEW its weights begin such a run" * longer)
+        saved |= {"out": None, "samples": None if mode == "sample" else saved["samples"]}
         given = saved | given | {"resume": str(folder)}
     if "mode" not in given:
         raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
@@ -1681,31 +1667,23 @@ def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
         name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
+        low, high = m.get("low", -math.inf), min(m.get("high", math.inf), 2**63 - 1)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
-            number = isinstance(v, (int, float))
-            if isinstance(v, float) and not math.isfinite(v):
-                raise ValueError(f"{name} must be a finite number, not {v}")
-            if number and v < m.get("low", v):
-                raise ValueError(f"{name} must be at least {m['low']}, not {v}")
-            if number and v > min(m.get("high", v), 2**63 - 1):
-                raise ValueError(f"{name} must be at most {m.get('high', 2**63 - 1)}, not {v}")
+            if isinstance(v, (int, float)) and not low <= v <= high:
+                raise ValueError(f"{name} must be a number from {low} to {high}, not {v}")
             if v not in m.get("choices", (v,)):
                 raise ValueError(f"{name} {v} is none of {', '.join(m['choices'])}")
-    if cfg.lr == 0:
-        raise ValueError("--lr must be above 0")
     if cfg.width % 8:
         raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
     if (cfg.sigma or 0) > 1:
         raise ValueError(f"--sigma {cfg.sigma:g} is more than white, which is 1: of 255 grey values"
                          f" it would be --sigma {cfg.sigma / 255:.3f}; is that meant?")
-    if cfg.mode == "guide" and cfg.pictures == "own":
+    own = cfg.mode == "dip" and cfg.pictures == "own"
+    if cfg.pictures == "own" and not own:
         raise ValueError("--pictures own is for --mode dip: guide compares with the truth")
-    masked = cfg.task.startswith("inpaint") and cfg.pictures == "own"
-    if cfg.mask and not masked:
-        raise ValueError("--mask is for one's own pictures in --mode dip --task inpaint")
-    if masked and not cfg.mask:
-        raise ValueError(f"--task {cfg.task} of your own picture needs --mask; --pictures test "
-                         "makes holes of its own, for a comparison")
+    if bool(cfg.mask) != (own and cfg.task.startswith("inpaint")):
+        raise ValueError("--mask and --task inpaint belong together for one's own pictures; "
+                         "--pictures test makes holes, and --mode guide compares")
     if max(cfg.t_start) > cfg.timesteps:
         raise ValueError(f"--t-start {max(cfg.t_start)} is beyond T = --timesteps {cfg.timesteps}")
     start = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
@@ -1801,16 +1779,16 @@ class Run:
         """As `track`, but it ends where somebody asked to stop or --minutes are spent: what is
         fitted so far is a result. Of the first long fit it says how long that takes."""
         began, limit = time.time(), self.cfg.minutes or math.inf
-        ends = f"or after {limit:g} minutes" if self.cfg.minutes else ""
+        ends = f"or after {limit:g} minutes" * (limit < math.inf)
         for step in progress(steps, label, len(steps), per_step, note=lambda: ends):
             yield step
             minutes = (time.time() - began) / 60
-            if not self.foretold and (step == CHECK or minutes > 1 / 6):
-                self.foretold, each = True, minutes / step
-                if min(each * len(steps), limit) > 1:
-                    say(f"a fit takes at most {min(each * len(steps), limit):.0f} minutes, "
-                        f"{60 * each:.2g} s an iteration; --minutes, --dip-iters, --replicas, "
-                        "--dip-width, --size and --crop change that")
+            whole = min(minutes / step * len(steps), limit)
+            if not self.foretold and whole > 1 and (step == CHECK or minutes > 1 / 6):
+                self.foretold = True
+                say(f"a fit takes at most {whole:.0f} minutes, {60 * minutes / step:.2g} s an "
+                    "iteration; --minutes, --dip-iters, --replicas, --dip-width, --size and --crop "
+                    "change that")
             if self.stop or minutes >= limit and step < len(steps):
                 self.early = "interrupted" if self.stop else f"{limit:g} minutes are spent"
                 return

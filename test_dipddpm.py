@@ -1084,15 +1084,15 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode ddpm --timesteps 20 --nfe 50", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
     ("--mode prior --dip-source code", "code is none of images, codes"),
-    ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
+    ("--mode guide --replicas 0", "--replicas must be a number from 1 to"),
     ("--mode guide --sigma banana", "banana"),
     ("--mode dip --sigma 25", "of 255 grey values it would be --sigma 0.098"),
     ("--mode guide --data digits --pictures own", "--pictures own is for --mode dip"),
     ("--mode dip --data digits --pictures own", "digits: own pictures are image files"),
-    ("--mode dip --data digits --mask {tmp}/9x8.png", "--mask is for one's own pictures"),
-    ("--mode dip --data {tmp}/9x8.png --mask {tmp}/9x8.png", "--mask is for one's own pictures"),
-    ("--mode dip --data {tmp}/9x8.png --task inpaint-box", "needs --mask"),
-    ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/9x8.png", "all of it is dark"),
+    *(("--mode dip --data " + flags, "--mask and --task inpaint belong together") for flags in (
+        "{tmp}/9x8.png --mask {tmp}/9x8.png", "{tmp}/9x8.png --task inpaint-box",
+        "digits --task inpaint --mask {tmp}/9x8.png --pictures test")),
+    ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/9x8.png", "9x8.png is all dark"),
     ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/8x8.png --crop 7",
      "8x8.png: 8x8 pixels, but the picture has 9x8"),
     ("--mode dip --data digits --size 9 --task sr", "9x9 pixels; sizes must be multiples of 2"),
@@ -1501,7 +1501,7 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
 def test_more_epochs_go_on_from_a_runs_weights_in_a_new_folder(whole_run, tmp_path, capsys):
     folder, _ = whole_run
     before, weights = contents(folder), dipddpm.load_checkpoint(folder)["net"]
-    assert "with --out NEW its weights begin a training of 3" in refused(
+    assert "with --out NEW its weights begin such a run" in refused(
         capsys, resume=folder, epochs=3)
     starts = []
     with pytest.MonkeyPatch.context() as patch:
