@@ -91,7 +91,7 @@ def _tell(line):
 # ---- IDX -----------------------------------------------------------------------------------------
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-IDX_LIMIT = 2**31  # bytes; a header can declare any size, so it is not believed beyond this
+IDX_LIMIT = 2**30  # bytes; a header can declare any size, so it is not believed beyond this
 
 
 def read_idx(path) -> np.ndarray:
@@ -110,7 +110,7 @@ def read_idx(path) -> np.ndarray:
 
 
 def _parse_idx(stream):
-    magic = _read(stream, 4)
+    magic = stream.read(4)
     if len(magic) < 4:
         raise ValueError(f"truncated IDX header ({len(magic)} of 4 bytes)")
     if magic[:2] != b"\0\0":
@@ -120,7 +120,7 @@ def _parse_idx(stream):
     dtype, rank = np.dtype(IDX_TYPES[magic[2]]), magic[3]
     if rank > 32:
         raise ValueError(f"IDX rank {rank} is more than 32")
-    header = _read(stream, 4 * rank)
+    header = stream.read(4 * rank)
     if len(header) < 4 * rank:
         raise ValueError(f"truncated IDX header ({4 + len(header)} of {4 + 4 * rank} bytes)")
     shape = tuple(np.frombuffer(header, ">u4").tolist())
@@ -128,19 +128,11 @@ def _parse_idx(stream):
     if math.prod(max(side, 1) for side in shape) * dtype.itemsize > IDX_LIMIT:
         raise ValueError(f"IDX shape {shape} is more than {IDX_LIMIT} bytes")
     size = math.prod(shape) * dtype.itemsize
-    body = _read(stream, size + 1)  # one byte more shows both a cut file and a trailing byte
+    body = stream.read(size + 1)  # one byte more shows both a cut file and a trailing byte
     if len(body) != size:
         found = f"only {len(body)}" if len(body) < size else "more"
         raise ValueError(f"IDX shape {shape} needs {size} bytes, the file holds {found}")
     return np.frombuffer(body, dtype).astype(dtype.newbyteorder("=")).reshape(shape)
-
-
-def _read(stream, size):
-    """Up to `size` bytes, by pieces: memory follows what a file holds, not what its header says."""
-    body = bytearray()
-    while len(body) < size and (piece := stream.read(min(size - len(body), 2**20))):
-        body += piece
-    return body
 
 
 def _line(error):

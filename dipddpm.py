@@ -26,9 +26,9 @@ Ranges      x_0 is in [-1, 1] inside the diffusion, images are in [0, 1] inside 
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import errno
+import functools
 import io
 import itertools
 import json
@@ -69,8 +69,8 @@ class Config:
 
     mode: str = flag(MISSING, "run", "what to do",
                      choices=("dip", "ddpm", "prior", "guide", "sample"))
-    data: str = flag("auto", "run", "auto, mnist, fashion, cifar10, stl10, digits, or a path: one "
-                     "image, a folder of images, or a folder of IDX files")
+    data: str = flag("auto", "run", "auto, mnist, fashion, cifar10, stl10, digits, or a path: an "
+                     "image, or a folder of images or of IDX files")
     data_dir: str = flag(None, "run", "where data sets live (or DIPDDPM_DATA)")
     size: int = flag(None, "run", "resize each image: its shorter side to N pixels", low=7)
     crop: int = flag(None, "run", "then take its middle N x N pixels", low=7)
@@ -101,18 +101,16 @@ class Config:
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (prior: 60; dip, guide: "
                           "1000, above 64 pixels 3000)", low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
-                         "them, and results compared with them. own: yours, as they came; nothing "
-                         "is added or compared (default: own for one image in --mode dip, else "
-                         "test)", choices=("test", "own"))
+                         "them, and results compared with them. own: yours, nothing is added or "
+                         "compared (default for one image in --mode dip)", choices=("test", "own"))
     task: str = flag("denoise", "dip, guide", "what to undo: noise alone; missing pixels (half of "
                      "a test picture's, or a centre box); a half or a quarter of the size",
                      choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
-    mask: str = flag(None, "dip, guide", "own pictures to inpaint: an image of their size, white "
-                     "where they are given; what is darker is filled")
+    mask: str = flag(None, "dip, guide", "of an own picture to inpaint: white is given, else gone")
     sigma: float = flag(None, "dip, guide", "noise, where white is 1: added to test pictures (0.1 "
                         "to denoise, else 0), or the level in own ones (estimated, else 0)", low=0)
-    minutes: float = flag(None, "dip, guide", "end each fit after so long, with what it has (10 "
-                          "above 64 pixels on a CPU, unless --dip-iters is given)", low=0.01)
+    minutes: float = flag(None, "dip, guide", "end each fit after so long (10 above 64 pixels on a "
+                          "CPU, unless --dip-iters is given)", low=0.01)
     replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
     # settings without a flag
     schedule: str = "cosine"  # of noise: cosine or linear
@@ -1391,8 +1389,8 @@ def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
     for rows in seen.numbers.split(max(1, cfg.dip_group // replicas)):
         look = (lambda i, x, rows=rows: follow(i, rows, x)) if follow else unseen
         if not run.stop:
-            x[rows], took[rows] = fit(cfg, seen.known.part(rows), rows, rungs, run.until_stopped,
-                                      look)
+            track = functools.partial(run.track, keeps=True)
+            x[rows], took[rows] = fit(cfg, seen.known.part(rows), rows, rungs, track, look)
     return x.clamp(0, 1), took
 
 
@@ -1519,12 +1517,10 @@ def loss_curve(rows):
 
 def write_log(run, rows):
     """log.csv, written whole: rows are few, and a half-written line is impossible."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["network", "step", "epoch", "seconds", "loss", "lr"])
-    writer.writerows([name, step, f"{epoch:.4f}", f"{seconds:.2f}", loss, lr]
-                     for name, step, epoch, seconds, loss, lr in rows)
-    measure.write_text(text.getvalue(), run.folder / "log.csv")
+    lines = [f"{name},{step},{epoch:.4f},{seconds:.2f},{loss},{lr}\n"
+             for name, step, epoch, seconds, loss, lr in rows]
+    measure.write_text("network,step,epoch,seconds,loss,lr\n" + "".join(lines),
+                       run.folder / "log.csv")
 
 
 # ------------------------------------------------------------------ command line
@@ -1541,8 +1537,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"dipddpm: {message}\n")
 
 
-def flag_name(f):
-    return "--" + f.name.replace("_", "-")
+def flag_name(name):
+    return "--" + name.replace("_", "-")
 
 
 def listed(kind):
@@ -1559,16 +1555,14 @@ def parser():
     p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                       description="Deep Image Prior, DDPM and two ways of combining them.")
     groups = {}
-    for f in fields(Config):
-        if f.metadata:
-            m, title = f.metadata, f.metadata["group"]
-            groups[title] = groups.get(title) or p.add_argument_group(title)
-            read = listed(m["of"]) if "of" in m else f.type
-            choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
-            shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
-            groups[title].add_argument(
-                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
-                metavar=None if choices else f.name.upper())
+    for f in filter(lambda f: f.metadata, fields(Config)):
+        m, title = f.metadata, f.metadata["group"]
+        groups[title] = groups.get(title) or p.add_argument_group(title)
+        choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
+        shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
+        groups[title].add_argument(
+            flag_name(f.name), type=listed(m["of"]) if "of" in m else f.type, choices=choices,
+            help=m["help"] + shown, metavar=None if choices else f.name.upper())
     return p
 
 
@@ -1596,12 +1590,12 @@ def read_config(argv):
         if mode in ("dip", "guide"):
             raise ValueError(f"--resume {folder}: --mode {mode} cannot be continued, only ddpm and "
                              "prior; give its command again, with another --out")
+        longer = ", but with --out NEW its weights begin such a run" * (mode != "sample")
         for name in NETWORK_FIELDS if mode == "sample" else TRAINING_FIELDS:
-            longer = name == "epochs" and mode != "sample"
-            if given.get(name, saved[name]) != saved[name] and not (longer and "out" in given):
-                raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
-                                 f"and cannot become {given[name]}"
-                                 + ", but with --out NEW its weights begin such a run" * longer)
+            anew = longer and name == "epochs"
+            if given.get(name, saved[name]) != saved[name] and not (anew and "out" in given):
+                raise ValueError(f"--resume {folder}: {flag_name(name)} was {saved[name]} and "
+                                 f"cannot become {given[name]}{longer if anew else ''}")
         saved |= {"out": None, "samples": None if mode == "sample" else saved["samples"]}
         given = saved | given | {"resume": str(folder)}
     if "mode" not in given:
@@ -1633,40 +1627,38 @@ def saved_config(folder):
 def resolve(cfg, shape=None):
     """Config -> one without None for what is used: first what the mode decides, then, given the
     shape (N, C, H, W) of the images, what they do."""
+    def given(cfg, **defaults):
+        return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
+
     fitting = cfg.mode in ("dip", "guide")
-    if fitting and cfg.pictures is None:
-        own = cfg.mode == "dip" and (cfg.mask or Path(cfg.data).expanduser().is_file())
-        cfg = replace(cfg, pictures="own" if own else "test")
-    if cfg.pictures == "own":  # all of them
-        cfg = replace(cfg, samples=cfg.samples or sys.maxsize)
-    samples = cfg.samples or {"sample": 64, "dip": 16, "guide": 16}.get(cfg.mode, 1000)
-    sigma = cfg.sigma
-    if sigma is None and cfg.pictures == "test":
-        sigma = 0.1 if cfg.task == "denoise" else 0.0
-    t_start = cfg.t_start or (max(1, round(0.6 * cfg.timesteps)),)
-    cfg = replace(cfg, samples=samples, sigma=sigma, t_start=t_start)
+    own = cfg.mode == "dip" and (cfg.mask or Path(cfg.data).expanduser().is_file())
+    cfg = given(cfg, pictures=("own" if own else "test") if fitting else None)
+    added = 0.1 if cfg.task == "denoise" else 0.0
+    some = {"sample": 64, "dip": 16, "guide": 16}.get(cfg.mode, 1000)
+    cfg = given(cfg, sigma=added if cfg.pictures == "test" else None,
+                samples=sys.maxsize if cfg.pictures == "own" else some,
+                t_start=(max(1, round(0.6 * cfg.timesteps)),))
     if shape is None:
         return cfg
-    if max(shape[2:]) < 3 and cfg.mode != "ddpm":
-        raise ValueError(f"images of {shape[3]}x{shape[2]} pixels: a DIP, which halves them, needs "
-                         "3 in one direction")
-    small, on_cpu = max(shape[2:]) <= 64, pick_device(cfg.device).type == "cpu"
+    N, _, H, W = shape
+    if max(H, W) < 3 and cfg.mode != "ddpm":
+        raise ValueError(f"images of {W}x{H} pixels: a DIP, which halves them, needs 3 in one "
+                         "direction")
+    small, on_cpu = max(H, W) <= 64, pick_device(cfg.device).type == "cpu"
+    # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
+    short = fitting and on_cpu and not small and cfg.dip_iters is None
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
-    iters = 60 if not fitting else 1000 if small else 3000
-    # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
-    minutes = 10.0 if fitting and on_cpu and not small and not cfg.dip_iters else None
-    return replace(cfg, samples=min(samples, shape[0]),
-                   dip_width=cfg.dip_width or (16 if small or on_cpu else 128),
-                   dip_lr=cfg.dip_lr or rate, dip_iters=cfg.dip_iters or iters,
-                   minutes=cfg.minutes or minutes, patience=cfg.patience or (50 if small else 200),
-                   dip_group=cfg.dip_group or (64 if small or not fitting else 1))
+    return given(replace(cfg, samples=min(cfg.samples, N)), minutes=10.0 if short else None,
+                 dip_iters=60 if not fitting else 1000 if small else 3000, dip_lr=rate,
+                 dip_width=16 if small or on_cpu else 128, patience=50 if small else 200,
+                 dip_group=64 if small or not fitting else 1)
 
 
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
+        name, m, value = flag_name(f.name), f.metadata, getattr(cfg, f.name)
         low, high = m.get("low", -math.inf), min(m.get("high", math.inf), 2**63 - 1)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
             if isinstance(v, (int, float)) and not low <= v <= high:
@@ -1678,12 +1670,12 @@ def check(cfg):
     if (cfg.sigma or 0) > 1:
         raise ValueError(f"--sigma {cfg.sigma:g} is more than white, which is 1: of 255 grey values"
                          f" it would be --sigma {cfg.sigma / 255:.3f}; is that meant?")
-    own = cfg.mode == "dip" and cfg.pictures == "own"
-    if cfg.pictures == "own" and not own:
+    if cfg.mode == "guide" and cfg.pictures == "own":
         raise ValueError("--pictures own is for --mode dip: guide compares with the truth")
-    if bool(cfg.mask) != (own and cfg.task.startswith("inpaint")):
+    filled = cfg.pictures == "own" and cfg.task.startswith("inpaint")
+    if bool(cfg.mask) != filled:
         raise ValueError("--mask and --task inpaint belong together for one's own pictures; "
-                         "--pictures test makes holes, and --mode guide compares")
+                         "--pictures test makes holes, and compares")
     if max(cfg.t_start) > cfg.timesteps:
         raise ValueError(f"--t-start {max(cfg.t_start)} is beyond T = --timesteps {cfg.timesteps}")
     start = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
@@ -1767,21 +1759,18 @@ class Run:
         if self.stop and not keeps:
             raise KeyboardInterrupt
 
-    def track(self, steps, label, per_step):
-        """`steps`, a range, one after the other, with a line of progress. KeyboardInterrupt if
-        somebody asked to stop."""
-        for step in progress(steps, label, len(steps), per_step):
-            yield step
-            if self.stop:
-                raise KeyboardInterrupt
-
-    def until_stopped(self, steps, label, per_step):
-        """As `track`, but it ends where somebody asked to stop or --minutes are spent: what is
-        fitted so far is a result. Of the first long fit it says how long that takes."""
-        began, limit = time.time(), self.cfg.minutes or math.inf
+    def track(self, steps, label, per_step, keeps=False):
+        """`steps`, a range, one after the other, with a line of progress. If somebody asked to stop
+        KeyboardInterrupt; or, where what is done so far is kept, their end, as also when --minutes
+        are spent. Of the first long fit it says how long that takes."""
+        began, limit = time.time(), keeps and self.cfg.minutes or math.inf
         ends = f"or after {limit:g} minutes" * (limit < math.inf)
         for step in progress(steps, label, len(steps), per_step, note=lambda: ends):
             yield step
+            if not keeps:
+                if self.stop:
+                    raise KeyboardInterrupt
+                continue
             minutes = (time.time() - began) / 60
             whole = min(minutes / step * len(steps), limit)
             if not self.foretold and whole > 1 and (step == CHECK or minutes > 1 / 6):
@@ -1833,8 +1822,7 @@ def new_folder(cfg):
         if os.path.lexists(path) and not path.is_dir():  # a file, or a link to nothing
             raise ValueError(f"--out {folder}: {path} is no folder")
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
-                         f"{folder} or name another")
+        raise ValueError(f"--out {folder} exists and is not empty; name another, or --resume it")
     return folder
 
 
@@ -1904,8 +1892,7 @@ def join_processes(cfg):
     if cfg.mode not in ("ddpm", "prior"):
         raise ValueError(f"--mode {cfg.mode} runs in one process, without torchrun")
     if cfg.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {cfg.device}: torchrun gives each process a device of its own; "
-                         "say cuda or cpu")
+        raise ValueError(f"--device {cfg.device}: torchrun gives each process a device of its own")
     local, device = int(os.environ.get("LOCAL_RANK", 0)), None
     if cfg.device != "cpu" and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -2062,7 +2049,7 @@ def commit():
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], check=True,
                               capture_output=True, text=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -2102,9 +2089,9 @@ def main(argv=None):
         status, said = 1, str(error)
         full = "out of memory", "allocate memory", "enough memory"
         if isinstance(error, MemoryError) or any(words in said for words in full):
-            said = "out of memory: lower --batch in training, --samples after it"
-            if run and run.cfg.mode in ("dip", "guide"):
-                said = "out of memory: lower --size, --crop, --dip-width or --replicas"
+            fits = run and run.cfg.mode in ("dip", "guide")
+            said = "out of memory: lower " + ("--size, --crop, --dip-width or --replicas" if fits
+                                              else "--batch in training, --samples after it")
         elif isinstance(error, dist.DistError) or "gloo" in said:
             said = "another process ended"
     except (ValueError, OSError) as error:
