@@ -1107,9 +1107,8 @@ def generate(cfg, run, net, pixels, judge):
 # ================================================================== 9 method 2: guide
 #
 # A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
-# what it is fitted to must not be the judge: y = A x + sigma n is split once (see `split`); the
-# rungs of a ladder add more noise to the half that is fitted; the other half judges each output.
-# Nothing below is given the truth but `Follow`, which measures with it.
+# what it is fitted to must not be the judge: y = A x + sigma n is split once; the rungs of a ladder
+# add noise to the half that is fitted; the other half judges. Only `Follow` is given the truth.
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
@@ -1237,9 +1236,8 @@ class LikelyMean:
 def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. One
-    rung is an early stop alone. A replica that has collapsed to a flat output goes back to the best
-    as well. What an image does after its ladder's end counts no more.
+    `patience` iterations; then weights, Adam's memory and output go back to the rung's best, as
+    does a replica that has collapsed to a flat output. One rung is an early stop alone.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `look` is called at each look with the iteration and the outputs; of images
@@ -1300,8 +1298,8 @@ def fit_plain(cfg, known, numbers, rungs, track=untracked, look=unseen):
 
 
 class Follow:
-    """PSNR of each image at each look: its mean's curve, and each image's best look, which only the
-    truth [n, C, H, W] can tell."""
+    """PSNR of each image at each look (eval's would wait, to check x): its mean's curve, and each
+    image's best look, which only the truth [n, C, H, W] can tell."""
 
     def __init__(self, truth):
         self.truth, self.looks, self.best = truth, {}, torch.zeros_like(truth)
@@ -1310,7 +1308,6 @@ class Follow:
 
     def __call__(self, i, rows, x):
         error = x.clamp(0, 1).double() - self.truth[rows]
-        # eval's, which would wait to check x
         psnr = 10 * error.square().mean((1, 2, 3)).reciprocal().log10()
         self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
         up = psnr > self.psnr[rows]
@@ -1400,11 +1397,10 @@ FITS = {"dip": {"dip": (fit_guided, False)},  # of each mode {arm: (how it is fi
 
 
 def run_fits(cfg, run):
-    """--mode dip: test images, or one's own, each fitted and stopped where the risk says so.
-    --mode guide: that, `split`, and the `ladder` (where there is noise to make rungs of) beside a
-    DIP that nothing stops, `plain`, and its best moment, `oracle`. Where the truth is known PSNR is
-    followed: it rises, peaks, and falls back as a network learns the noise (Ulyanov et al. 2018,
-    section 3)."""
+    """--mode dip: each image fitted and stopped where the risk says so. --mode guide: that, `split`,
+    and the `ladder` (where there is noise for rungs) beside a DIP that nothing stops, `plain`, and
+    its best moment, `oracle`. Where the truth is known PSNR is followed: it rises, peaks, and falls
+    back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
     cfg, seen = observe(cfg, run)
     truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
     rows, curves, shown = [], {}, {} if truth is None else {"truth": truth[:16]}
@@ -1725,10 +1721,10 @@ class Run:
         self.cfg, self.about = replace(cfg, out=str(self.folder)), {"data": about, "shape": shape}
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.begun = True
             measure.write_json(asdict(self.cfg), self.folder / "config.json", digits=17)
             if self.fresh and self.saved:
                 save(self.saved, self.folder / CHECKPOINT)
+        self.begun = True
         return self.cfg
 
     def begin_anew(self):
@@ -1861,8 +1857,8 @@ def load_checkpoint(folder):
     except Exception as error:  # torch.load raises whatever a broken file leads it into
         raise ValueError(f"{path}: not a readable checkpoint "
                          f"({type(error).__name__})") from error
-    known = isinstance(saved, dict) and saved.get("format") == CHECKPOINT_FORMAT
-    if not known or not saved.keys() >= CHECKPOINT_KEYS:
+    if (not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT
+            or not saved.keys() >= CHECKPOINT_KEYS):
         raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
     return saved
 
@@ -1999,10 +1995,9 @@ class Graphed:
     """`work`, a function of nothing that returns nothing, to be called `calls` times. On CUDA the
     first three calls run as they are and allocate what lasts; the fourth is recorded as one CUDA
     graph, which is replayed from then on: one launch for hundreds of kernels, and nothing that the
-    host waits for. So what changes between calls must lie in tensors that `work` itself reads and
-    writes in place. Elsewhere a call is a call, and so it is where there are too few to repay the
-    recording, where the references, which may wait, stand in for the kernels, and among several
-    processes, whose messages are not recorded."""
+    host waits for. What changes between calls must lie in tensors that `work` reads and writes in
+    place. A call is a call elsewhere, where there are too few to repay the recording, where the
+    references, which may wait, stand in for the kernels, and among several processes."""
 
     def __init__(self, work, device, calls):
         self.work, self.calls, self.graph = work, 0, None

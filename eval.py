@@ -39,8 +39,7 @@ BLOCK = 200_000  # values that stay in a CPU's cache: ten times as fast, and lit
 def _mean(f, a, b, data_range, lost=0):
     """Means over an image's pixels of f(a, b), which has a value for each of them but `lost` rows:
     [N, C, H, W] twice -> float64 [N]. f is called in float64, scaled to [0, 1], with blocks of
-    images or, of large ones, of rows. ValueError unless both are finite floats of one shape in
-    [0, data_range]."""
+    images or of rows. ValueError unless both are finite floats of one shape in [0, data_range]."""
     if a.shape != b.shape or a.dim() != 4 or a.numel() == 0:
         raise ValueError("two image batches of one shape [N, C, H, W] expected, "
                          f"not {list(a.shape)} and {list(b.shape)}")
@@ -167,8 +166,7 @@ def measures(image, truth):
     row = {}
     for f in psnr, ssim, mse, mae, delta_e:
         v = f(image, truth)
-        row[f.__name__] = v.mean().item()
-        row[f"{f.__name__}_std"] = v.std(correction=0).item()
+        row |= {f.__name__: v.mean().item(), f"{f.__name__}_std": v.std(correction=0).item()}
     return row
 
 
@@ -212,7 +210,6 @@ def kid(f, g, subsets=100, size=1000):
     f, g = _two_sets(f, g, 4)
     m = min(size, len(f) // 2, len(g) // 2)
     generator = torch.Generator().manual_seed(0)
-
     rows = torch.stack([torch.randperm(len(x), generator=generator)[:m]
                         for _ in range(subsets) for x in (f, g)]).to(f.device)
 
@@ -401,11 +398,9 @@ def subset(N, n, number=0):
 
 def floor(net, pixels, real, samples, subsets=5):
     """fid_lenet of `samples` training images against `real`, the features [M, 84] of the test
-    split -> (mean, standard deviation) over fixed random subsets.
-
-    The same count as the generated ones, since the distance falls with the count: what a perfect
-    generator would score. ValueError if the training split is smaller than that.
-    """
+    split -> (mean, standard deviation) over fixed random subsets: what a perfect generator would
+    score. The distance falls with the count, so that is the generated ones'. ValueError if the
+    training split is smaller than that."""
     if not 2 <= samples <= len(pixels):
         raise ValueError(f"a floor of {samples} images from a split of {len(pixels)}")
     values = []
