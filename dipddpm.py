@@ -1397,7 +1397,7 @@ FITS = {"dip": {"dip": (fit_guided, False)},  # of each mode {arm: (how it is fi
 
 
 def run_fits(cfg, run):
-    """--mode dip: each image fitted and stopped where the risk says so. --mode guide: that, `split`,
+    """--mode dip: each image fitted and stopped by its risk. --mode guide: that, called `split`,
     and the `ladder` (where there is noise for rungs) beside a DIP that nothing stops, `plain`, and
     its best moment, `oracle`. Where the truth is known PSNR is followed: it rises, peaks, and falls
     back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
