@@ -113,8 +113,6 @@ class Config:
                           "CPU, unless --dip-iters is given)", low=0.01)
     replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
     # settings without a flag
-    schedule: str = "cosine"  # of noise: cosine or linear
-    code_epochs: int = 3  # the decoder's passes over the training images
     order: int = 2  # of the sampler where eta is 0
     arch: str = "skip"  # a DIP's network
     decoder_width: int = 32  # channels of the codes' decoder
@@ -124,6 +122,8 @@ class Config:
     rungs: int = 5  # of the ladder
     alpha: float = 0.35  # noise that is added to the half that is fitted, in sigma
     patience: int = None  # iterations without a lower risk that end a rung: 50, above 64 pixels 200
+    schedule: str = "cosine"  # of noise: cosine or linear
+    code_epochs: int = 3  # the decoder's passes over the training images
 
 
 # ================================================================== 1 forward

@@ -543,14 +543,9 @@ def test_a_few_bits_in_sixteen_are_told(tmp_path, capsys):
 def test_one_image_of_any_format_is_both_splits(tmp_path, form):
     path = picture(tmp_path / "lies.png", form=form)  # its format is told from its content
     train, test = (data.load(path, split=split) for split in ("train", "test"))
-    assert train.pixels.shape == (1, 3, 4, 6) and train.sha256 == test.sha256
+    channels = 1 if form == "GIF" else 3  # whose palette is grey
+    assert train.pixels.shape == (1, channels, 4, 6) and train.sha256 == test.sha256
     assert train.pixels.float().sub(7).abs().max() <= 2
-
-
-@needs("photos")
-def test_real_jpeg_under_a_png_name():
-    images = data.load(REAL / "photos" / "labi.png")
-    assert images.pixels.shape[:2] == (1, 3) and images.pixels.float().std() > 10
 
 
 @pytest.mark.parametrize(("pixels", "form", "mode"), [
@@ -1477,17 +1472,6 @@ def test_training_learns_and_sampling_returns_the_data(tmp_path):
     assert len(nearest.indices.unique()) == 4
 
 
-def test_a_stopped_and_continued_training_ends_in_the_same_bits_and_log(tmp_path):
-    whole, rows, _ = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", stop_at_step_38)  # between two rows
-    assert dipddpm.load_checkpoint(tmp_path / "stopped")["step"] == 38
-    continued, log, _ = train(tmp_path / "stopped")
-    for p, q in zip(whole.parameters(), continued.parameters()):
-        assert torch.equal(p, q)
-    assert [row[:3] + row[4:] for row in rows] == [row[:3] + row[4:] for row in log]  # but seconds
-
-
 def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at_step_38)
@@ -1503,19 +1487,15 @@ def test_more_epochs_go_on_from_a_runs_weights_in_a_new_folder(whole_run, tmp_pa
     before, weights = contents(folder), dipddpm.load_checkpoint(folder)["net"]
     assert "with --out NEW its weights begin such a run" in refused(
         capsys, resume=folder, epochs=3)
-    starts = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dipddpm, "train_steps", lambda cfg, pixels, net, ema, optimizers, done, *_: (
-            starts.append((done, copy.deepcopy(net.state_dict()))) or iter(())))
-        patch.setattr(dipddpm, "generate", lambda *_: ([], []))
-        dipddpm.main(words(mode="ddpm", resume=folder, epochs=3, out=tmp_path / "new"))
-    ((done, net),) = starts
-    assert done == 0 and all(torch.equal(w, net[k]) for k, w in weights.items())
+    goes_on = dipddpm.read_config(words(mode="ddpm", resume=folder, epochs=3, out=tmp_path / "n"))
+    begun = dipddpm.Run(goes_on, [])
+    begun.begin_anew()
+    assert begun.saved["step"] == 0 and not begun.saved["rows"]
+    assert all(torch.equal(w, begun.saved["net"][k]) for k, w in weights.items())
     result = run("ddpm", tmp_path / "whole", resume=folder, epochs=3)
     assert [row[1:3] for row in log_of(tmp_path / "whole")] == [["12", "3.0000"]]
     assert result["config"]["epochs"] == 3 and before == contents(folder)
-    # it is a run like others
-    assert dipddpm.read_config(words(resume=tmp_path / "whole")).epochs == 3
+    assert dipddpm.read_config(words(resume=tmp_path / "whole")).epochs == 3  # a run like others
 
 
 def sgd(net, lr):
@@ -2366,13 +2346,6 @@ def test_guide_compares_its_arms(task, sigma, arms, tmp_path):
             assert row["own_gap"] == pytest.approx(max(0, best - row["psnr"]), abs=2e-3)
 
 
-def test_dip_stops_by_itself_and_tells_how_well(tmp_path):
-    corrupted, dip = run("dip", tmp_path, **FIT | dict(samples=3, dip_iters=110))["arms"]
-    assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
-    assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
-    assert dip["iterations"] <= 110 and len(list(tmp_path.glob("restored-*.png"))) == 3
-
-
 @pytest.fixture
 def noisy(tmp_path):
     """A folder with twelve colour pictures, 48 x 40, alike but for their noise of 0.1."""
@@ -2409,29 +2382,25 @@ def test_own_pictures_are_denoised_as_they_came_by_a_given_or_estimated_level(no
     row, every = own_row(tmp_path / "3", capsys, data=noisy, pictures="own")
     assert row["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and len(every) == 12
     for k, what in enumerate((dict(data=noisy), dict(data=noisy / "00.png", pictures="test"))):
-        corrupted, _ = run("dip", tmp_path / f"test{k}", **FIT | what | dict(sigma=0.2))["arms"]
+        corrupted, dip = run("dip", tmp_path / f"test{k}", **FIT | what | dict(sigma=0.2))["arms"]
         assert corrupted["psnr"] == pytest.approx(-20 * math.log10(0.2), abs=1)
+        assert -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5 and dip["iterations"] <= 60
 
 
 def test_own_holes_are_filled_and_what_is_given_is_kept(noisy, tmp_path, capsys):
     mask = np.asarray(Image.open(tmp_path / "mask.png")) == 255
     before = np.asarray(Image.open(noisy / "00.png"))
-    for k, (size, kept) in enumerate(((None, mask), (20, None))):
-        row, (x,) = own_row(tmp_path / str(k), capsys, data=noisy / "00.png", task="inpaint",
-                            mask=tmp_path / "mask.png", **({"size": size} if size else {}))
-        assert row["sigma"] == 0 and x.shape == ((20, 24, 3) if size else (40, 48, 3))
-        if not size:
-            assert (x[kept] == before[kept]).all() and (x[~kept] != before[~kept]).mean() > 0.9
-    # they are no part of the fit
+    flags = dict(data=noisy / "00.png", task="inpaint", mask=tmp_path / "mask.png")
+    row, (x,) = own_row(tmp_path / "1", capsys, **flags)
+    assert row["sigma"] == 0 and (x[mask] == before[mask]).all()
+    assert (x[~mask] != before[~mask]).mean() > 0.9
+    # with noise nothing is kept; and a mask is made smaller as its picture is
+    _, (noised,) = own_row(tmp_path / "2", capsys, sigma=0.1, **flags)
+    assert (noised[mask] != before[mask]).mean() > 0.5
+    assert own_row(tmp_path / "3", capsys, size=20, **flags)[1][0].shape == (20, 24, 3)
+    # what lies in holes is no part of the fit
     Image.fromarray(np.where(mask[..., None], before, 255 - before)).save(noisy / "00.png")
-    _, (other,) = own_row(tmp_path / "other", capsys, data=noisy / "00.png", task="inpaint",
-                          mask=tmp_path / "mask.png")
-    first = Image.open(tmp_path / "0" / "restored-00.png")
-    np.testing.assert_array_equal(other, np.asarray(first))
-    # where there is noise as well, nothing is kept
-    _, (x,) = own_row(tmp_path / "n", capsys, data=noisy / "00.png", task="inpaint", sigma=0.1,
-                      mask=tmp_path / "mask.png")
-    assert (x[mask] != before[mask]).mean() > 0.5
+    np.testing.assert_array_equal(own_row(tmp_path / "4", capsys, **flags)[1][0], x)
 
 
 @pytest.mark.parametrize("task, factor", dipddpm.FACTORS.items())

@@ -54,7 +54,7 @@ def bare_run(folder="."):
     """What the methods need of a Run, without a command line."""
     run = object.__new__(dipddpm.Run)
     run.folder, run.device, run.precision = Path(folder), torch.device("cpu"), "fp32"
-    run.stop, run.saved, run.about = 0, None, {}
+    run.stop, run.saved, run.about, run.foretold, run.cfg = 0, None, {}, False, config()
     run.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
     return run
 
@@ -430,7 +430,7 @@ def test_a_restoration_has_a_folder_of_its_own_and_every_arm(trained, tmp_path, 
     (restore.main, "RUN --task box", "box is none of denoise, inpaint"),
     (restore.main, "RUN --task sr --size 27", "its network is for images of 1x28x28"),
     (restore.main, "RUN --width 16", "cannot become 16"),
-    (restore.main, "RUN --sigma -1", "--sigma must be at least 0"),
+    (restore.main, "RUN --sigma -1", "--sigma must be a number from 0"),
     (restore.main, "nowhere", "no run there"),
     (restore.main, "", "the following arguments are required: run"),
     (arms.main, "dip", "invalid choice: 'dip'"),
