@@ -1368,7 +1368,13 @@ def observe(cfg, run):
     estimated = cfg.sigma is None and cfg.task == "denoise"
     about = {"seed": cfg.seed, "task": cfg.task, "sigma" + "_estimate" * estimated: known.sigma}
     n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
-    cfg = run.begin(resolve(replace(cfg, sigma=known.sigma), (n, C, H, W)))
+    cfg = resolve(replace(cfg, sigma=known.sigma), (n, C, H, W))
+    networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
+    need = 110 * networks * cfg.dip_width * H * W  # bytes, as measured
+    if run.device.type == "cpu" and need > memory():  # where no error would tell
+        raise ValueError(f"a fit of {W}x{H} pixels needs about {need / 2**30:.0f} GiB, more than "
+                         f"there are here: {LOWER}")
+    cfg = run.begin(cfg)
     given = f", {known.mask.mean():.0%} given" if cfg.mask else ""
     ends = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
     say(f"data: {images.name}, {n} {cfg.pictures} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}"
@@ -2029,6 +2035,17 @@ def at_once(x):
     return max(1, (2000 if x.is_cuda else 250) * 28 * 28 // x[0, 0].numel())
 
 
+LOWER = "lower --size, --crop, --dip-width or --replicas"
+
+
+def memory():
+    """Bytes of this machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 def keep_freed_memory():
     """Ask glibc to keep freed blocks for the next step instead of returning them to the kernel,
     which would zero each page again."""
@@ -2085,8 +2102,8 @@ def main(argv=None):
         full = "out of memory", "allocate memory", "enough memory"
         if isinstance(error, MemoryError) or any(words in said for words in full):
             fits = run and run.cfg.mode in ("dip", "guide")
-            said = "out of memory: lower " + ("--size, --crop, --dip-width or --replicas" if fits
-                                              else "--batch in training, --samples after it")
+            said = "out of memory: " + (LOWER if fits else "lower --batch in training, --samples "
+                                        "after it")
         elif isinstance(error, dist.DistError) or "gloo" in said:
             said = "another process ended"
     except (ValueError, OSError) as error:

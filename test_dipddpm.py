@@ -1132,7 +1132,19 @@ def test_defaults_that_do_not_fit_are_left_out_and_that_is_said(capsys):
         assert said.count("\n") == (len(nfe) < 5) and dipddpm.show(nfe) in said + "3,5,10,20,50"
 
 
-@pytest.mark.parametrize("mode, says", [("dip", "--dip-width or --replicas"), ("ddpm", "--batch")])
+def test_a_photo_that_memory_cannot_hold_is_refused_before_it_is_begun(tmp_path, monkeypatch,
+                                                                         capsys):
+    picture(tmp_path / "photo.png")
+    monkeypatch.setattr(dipddpm, "memory", lambda: 110 * 16 * 4 * 24 - 1)
+    assert f"lower {SHRINKING}" in refused(capsys, mode="dip", data=tmp_path / "photo.png",
+                                           out=tmp_path / "r")
+    run("dip", tmp_path / "r", data=tmp_path / "photo.png", replicas=3, dip_iters=10)
+
+
+SHRINKING = "--size, --crop, --dip-width or --replicas"
+
+
+@pytest.mark.parametrize("mode, says", [("dip", SHRINKING), ("ddpm", "--batch")])
 def test_out_of_memory_names_the_flags_that_help(mode, says, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
