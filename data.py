@@ -7,6 +7,7 @@ that names it; only `auto` ever replaces one data set by another, and says so.
 Contents: load · IDX · MNIST and Fashion-MNIST · CIFAR-10 and STL-10 · folders and photos · digits
 """
 
+import collections
 import contextlib
 import functools
 import gzip
@@ -35,31 +36,33 @@ class Images(NamedTuple):
 
 
 def load(name, root=None, split="train", limit=None, size=None, crop=None) -> Images:
-    """The first `limit` images of a split ("train" or "test"), in the published order. `name` is
-    auto, mnist, fashion, cifar10, stl10, digits, or a path to one image, to a folder of images or
-    to a folder of four IDX files under MNIST's names; data sets live under `root`, by default
-    `default_root()`. `size` resizes each image until its shorter side has so many pixels; `crop`
-    then takes the middle crop x crop. ValueError for a bad argument or a damaged file,
-    FileNotFoundError that says what to put where."""
+    """The first `limit` images of a split ("train" or "test"; of image files also "all"), in the
+    published order. `name` is auto, mnist, fashion, cifar10, stl10, digits, or a path to one image,
+    to a folder of images, of class folders of images, or of IDX files under MNIST's names; data
+    sets live under `root`, by default `default_root()`. `size` resizes each image until its shorter
+    side has so many pixels; `crop` then takes the middle crop x crop. ValueError for a bad argument
+    or a damaged file, FileNotFoundError that says what to put where."""
     name, root = str(name), Path(root).expanduser() if root else default_root()
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is neither 'train' nor 'test'")
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split {split!r} is neither 'train' nor 'test' nor 'all'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} is less than 1")
     if name == "auto":
         name = _mnist_or_digits(root)
     # A set's name is looked up before a path of the same name.
-    path = Path(name).expanduser()
+    path, read = Path(name).expanduser(), None
     if name in SETS:
-        pixels, labels = SETS[name](root, split, limit)
-    elif any(path.glob("train-images-idx3-ubyte*")):
-        pixels, labels = load_mnist(path, split, limit, "")
-    elif path.exists():
-        pixels, labels = load_files(path, split, limit, size, crop), None
-    else:
+        read = functools.partial(SETS[name], root)
+    elif path.name in BINARY and path.is_dir():
+        read = functools.partial(BINARY[path.name], path.parent)
+    elif any(_idx_file(path, file) for file in IMAGES.values()):
+        read = functools.partial(load_idx, path)
+    elif not path.exists():
         raise ValueError(f"{name!r} is neither a file, a folder nor one of auto, {', '.join(SETS)}")
-    # Resize and crop; image files were, each by itself.
-    if labels is not None and (size or crop):
+    if read and split == "all":
+        raise ValueError(f"{name}: own pictures are image files, not a data set")
+    pixels, labels = (read or functools.partial(load_files, path, size, crop))(split, limit)
+    if read and (size or crop):  # as image files were, each by itself
         pixels = np.stack([_resize_and_crop(x, size, crop, name) for x in pixels[:limit]])
     pixels = np.array(pixels[:limit], order="C")  # a copy: nothing else is kept alive
     digest = hashlib.sha256(pixels).hexdigest()
@@ -79,10 +82,16 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dipddpm"
 
 
+@functools.cache
+def _tell(line):
+    """A notice, once: two splits are two calls."""
+    print(f"data: {line}", file=sys.stderr)
+
+
 # ---- IDX -----------------------------------------------------------------------------------------
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-IDX_LIMIT = 2**31  # bytes; a header can declare any size, so it is not believed beyond this
+IDX_LIMIT = 2**30  # bytes; a header can declare any size, so it is not believed beyond this
 
 
 def read_idx(path) -> np.ndarray:
@@ -93,44 +102,37 @@ def read_idx(path) -> np.ndarray:
         # By content, not by name: browsers unpack a .gz and keep its name.
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         try:
-            return _parse_idx(gzip.GzipFile(fileobj=file) if packed else file, path)
+            return _parse_idx(gzip.GzipFile(fileobj=file) if packed else file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: damaged gzip file ({_line(error)})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
-def _parse_idx(stream, path):
-    magic = _read(stream, 4)
+def _parse_idx(stream):
+    magic = stream.read(4)
     if len(magic) < 4:
-        raise ValueError(f"{path}: truncated IDX header ({len(magic)} of 4 bytes)")
+        raise ValueError(f"truncated IDX header ({len(magic)} of 4 bytes)")
     if magic[:2] != b"\0\0":
-        raise ValueError(f"{path}: not an IDX file (magic number {magic.hex()})")
+        raise ValueError(f"not an IDX file (magic number {magic.hex()})")
     if magic[2] not in IDX_TYPES:
-        raise ValueError(f"{path}: unknown IDX type 0x{magic[2]:02x}")
+        raise ValueError(f"unknown IDX type 0x{magic[2]:02x}")
     dtype, rank = np.dtype(IDX_TYPES[magic[2]]), magic[3]
     if rank > 32:
-        raise ValueError(f"{path}: IDX rank {rank} is more than 32")
-    header = _read(stream, 4 * rank)
+        raise ValueError(f"IDX rank {rank} is more than 32")
+    header = stream.read(4 * rank)
     if len(header) < 4 * rank:
-        found = f"{4 + len(header)} of {4 + 4 * rank} bytes"
-        raise ValueError(f"{path}: truncated IDX header ({found})")
+        raise ValueError(f"truncated IDX header ({4 + len(header)} of {4 + 4 * rank} bytes)")
     shape = tuple(np.frombuffer(header, ">u4").tolist())
     # Empty dimensions count as one: NumPy refuses an empty array whose other sides overflow.
     if math.prod(max(side, 1) for side in shape) * dtype.itemsize > IDX_LIMIT:
-        raise ValueError(f"{path}: IDX shape {shape} is more than {IDX_LIMIT} bytes")
+        raise ValueError(f"IDX shape {shape} is more than {IDX_LIMIT} bytes")
     size = math.prod(shape) * dtype.itemsize
-    body = _read(stream, size + 1)  # one byte more shows both a cut file and a trailing byte
+    body = stream.read(size + 1)  # one byte more shows both a cut file and a trailing byte
     if len(body) != size:
         found = f"only {len(body)}" if len(body) < size else "more"
-        raise ValueError(f"{path}: IDX shape {shape} needs {size} bytes, the file holds {found}")
+        raise ValueError(f"IDX shape {shape} needs {size} bytes, the file holds {found}")
     return np.frombuffer(body, dtype).astype(dtype.newbyteorder("=")).reshape(shape)
-
-
-def _read(stream, size):
-    """Up to `size` bytes, by pieces: memory follows what a file holds, not what its header says."""
-    body = bytearray()
-    while len(body) < size and (piece := stream.read(min(size - len(body), 2**20))):
-        body += piece
-    return body
 
 
 def _line(error):
@@ -144,32 +146,49 @@ SOURCES = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 }
-MNIST_SHA256 = {  # of the .gz files
-    "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
-FASHION_SHA256 = {
-    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-}
-DIGESTS = {"mnist": MNIST_SHA256, "fashion": FASHION_SHA256}
+TORCHVISION = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps the files
+IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
+FILES = [IMAGES["train"], LABELS["train"], IMAGES["test"], LABELS["test"]]
+DIGESTS = {  # SHA-256 of the .gz of FILES
+    "mnist": ["440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+              "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+              "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+              "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"],
+    "fashion": ["3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"]}
 DOWNLOAD_TIMEOUT, DOWNLOAD_LIMIT = 10, 2**26  # seconds of silence, bytes
 
 
+TORCHVISION = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps the files
+
+
 def load_mnist(root, split, limit, name="mnist"):
-    """Pixels uint8 [N, 1, H, W] and labels [N] of MNIST, or of Fashion-MNIST: one format; of the
-    files in `root` itself where there is no name."""
-    prefix = {"train": "train", "test": "t10k"}[split]
-    images_path = _find_or_fetch(root, name, f"{prefix}-images-idx3-ubyte")
-    labels_path = _find_or_fetch(root, name, f"{prefix}-labels-idx1-ubyte")
-    images, labels = read_idx(images_path), read_idx(labels_path)
+    """Pixels uint8 [N, 1, H, W] and labels [N] of MNIST, or of Fashion-MNIST: one format."""
+    return _read_images(_find_or_fetch(root, name, IMAGES[split]),
+                        _find_or_fetch(root, name, LABELS[split]))
+
+
+def load_idx(folder, split, limit):
+    """The same of a folder of one's own; labels are None where there is no file of them. Where one
+    split's images alone are there, they are split as a folder's are."""
+    there = [name for name in IMAGES if _idx_file(folder, IMAGES[name])]
+    whose = split if split in there else there[0]
+    pixels, labels = _read_images(*(_idx_file(folder, files[whose]) for files in (IMAGES, LABELS)))
+    rows = slice(None) if len(there) == 2 else _rows(len(pixels), split)
+    return pixels[rows], None if labels is None else labels[rows]
+
+
+def _read_images(images_path, labels_path):
+    images = read_idx(images_path)
     if images.dtype != np.uint8 or images.ndim != 3 or 0 in images.shape:
         found = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"{images_path}: images must be uint8 [N, H, W], not {found}")
+    if labels_path is None:
+        return images[:, None], None
+    labels = read_idx(labels_path)
     if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
         found = f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"{labels_path}: labels must be uint8 [{len(images)}], not {found}")
@@ -179,31 +198,37 @@ def load_mnist(root, split, limit, name="mnist"):
 def _mnist_or_digits(root):
     """What `auto` means. It asks for all four files, so that both splits come from one data set."""
     try:
-        for file in MNIST_SHA256:
+        for file in FILES:
             _find_or_fetch(root, "mnist", file)
         return "mnist"
     except OSError:  # --data mnist says why
-        print(f"data: no MNIST in {root / 'mnist'} or online: built-in digits", file=sys.stderr)
+        _tell(f"no MNIST in {root / 'mnist'} or online: built-in digits")
         return "digits"
 
 
+def _idx_file(folder, file):
+    """The path of an IDX file in a folder, or None: plain or .gz, with a dot before `idx` as some
+    archives have it, and in a folder that bears its name as others do."""
+    names = [name + packed for name in (file, file.replace("-idx", ".idx"))
+             for packed in ("", ".gz")]
+    paths = [path for name in names for path in (folder / name, folder / name / name)]
+    return next(filter(Path.is_file, paths), None)
+
+
 def _find_or_fetch(root, name, file):
-    """Path of a data set's file in `root`/`name`, plain or .gz; downloaded where it is missing.
-    FileNotFoundError that says why it could not be, and what to put where."""
+    """Path of a data set's file in `root`/`name`, or where torchvision has it; downloaded where it
+    is missing. FileNotFoundError that says why it could not be, and what to put where."""
     folder = root / name
-    for path in (folder / file, folder / f"{file}.gz"):
-        if path.is_file():
-            return path
-    reason = "no address is known"
-    if name in SOURCES:
-        url = f"{SOURCES[name]}{file}.gz"
-        try:
-            _download(url, DIGESTS[name][file], path)
-            return path
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = f"{url}: {_line(error)}"
-    raise FileNotFoundError(f"{folder / file} is missing and could not be downloaded ({reason}); "
-                            f"put {', '.join(MNIST_SHA256)} (plain or .gz) into {folder}")
+    if path := _idx_file(folder, file) or _idx_file(root / TORCHVISION[name], file):
+        return path
+    url = f"{SOURCES[name]}{file}.gz"
+    try:
+        _download(url, DIGESTS[name][FILES.index(file)], folder / f"{file}.gz")
+        return folder / f"{file}.gz"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise FileNotFoundError(
+            f"{folder / file} is missing and could not be downloaded ({url}: {_line(error)}); "
+            f"put {', '.join(FILES)} (plain or .gz) into {folder}") from error
 
 
 def _download(url, sha256, path):
@@ -228,49 +253,41 @@ def _download(url, sha256, path):
 def load_cifar10(root, split, limit):
     """Pixels uint8 [N, 3, 32, 32] and labels [N] from records of 1 label and 3072 planar RGB bytes;
     of data_batch_1.bin … data_batch_5.bin those that are there."""
-    folder = root / "cifar-10-batches-bin"
-    training = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    paths = [folder / file for file in (training if split == "train" else ["test_batch.bin"])]
-    if not any(path.is_file() for path in paths):
-        raise FileNotFoundError(f"{paths[0]} is missing; put {', '.join(training)} and "
-                                "test_batch.bin of CIFAR-10's binary version "
-                                f"(https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}")
-    pixels, labels = [], []
-    for path in filter(Path.is_file, paths):
-        records = _records(path, 3073)
-        pixels.append(records[:, 1:].reshape(-1, 3, 32, 32))
-        labels.append(_labels(path, records[:, 0], first=0))
-    return np.concatenate(pixels), np.concatenate(labels)
+    files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    paths = [root / "cifar-10-batches-bin" / file for file in files]
+    paths = [path for path in paths if path.is_file()] or paths[:1]
+    records = [_records(path, 3073, "CIFAR-10", "www.cs.toronto.edu/~kriz/cifar.html")
+               for path in paths]
+    return (np.concatenate([each[:, 1:].reshape(-1, 3, 32, 32) for each in records]),
+            np.concatenate([_labels(*each, first=0) for each in zip(paths, records)]))
 
 
 def load_stl10(root, split, limit):
     """Pixels uint8 [N, 3, 96, 96] and labels 0 … 9 [N]; the files go down columns and count labels
     from 1."""
-    folder = root / "stl10_binary"
-    images_path, labels_path = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
-    for path in (images_path, labels_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; put train_X.bin, train_y.bin, test_X.bin "
-                                    "and test_y.bin of STL-10's binary version "
-                                    f"(https://cs.stanford.edu/~acoates/stl10/) into {folder}")
-    images = _records(images_path, 3 * 96 * 96).reshape(-1, 3, 96, 96)
-    labels = _labels(labels_path, _records(labels_path, 1)[:, 0], first=1)
+    about = "STL-10", "cs.stanford.edu/~acoates/stl10"
+    images_path, labels_path = (root / "stl10_binary" / f"{split}_{kind}.bin" for kind in "Xy")
+    images = _records(images_path, 3 * 96 * 96, *about).reshape(-1, 3, 96, 96)
+    labels = _labels(labels_path, _records(labels_path, 1, *about), first=1)
     if len(labels) != len(images):
         raise ValueError(f"{labels_path}: {len(labels)} labels for {len(images)} images")
     return images.swapaxes(2, 3), labels
 
 
-def _records(path, size):
+def _records(path, size, name, address):
     """Bytes [N, size] of a file of equal records, mapped: only what is used is read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; put the files of {name}'s binary version "
+                                f"(https://{address}) into {path.parent}")
     total = path.stat().st_size
     if total == 0 or total % size:
         raise ValueError(f"{path}: {total} bytes is not a positive multiple of {size}")
     return np.memmap(path, np.uint8, "r", shape=(total // size, size))
 
 
-def _labels(path, stored, first):
-    """Labels counted from 0 of labels stored from `first`."""
-    labels = stored.astype(np.int64) - first
+def _labels(path, records, first):
+    """Labels counted from 0 of records that begin with labels stored from `first`."""
+    labels = records[:, 0].astype(np.int64) - first
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"{path}: a label is not in {first} … {first + 9}")
     return labels
@@ -278,37 +295,62 @@ def _labels(path, stored, first):
 
 # ---- folders and photos --------------------------------------------------------------------------
 
-PIXEL_LIMIT = 2**25  # of one picture, since a header can declare any size
 GREY = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow's modes
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pbm",
+            ".pgm", ".ppm", ".pnm"}
 
 
-def load_files(path, split="train", limit=None, size=None, crop=None):
-    """Pixels uint8 [N, C, H, W] of the images directly in a folder, by name, or of one image,
-    resized and cropped as in `load`; C is 1 where all are grey, else 3, without alpha. Of ten or
-    more every tenth is test; fewer are both splits. FileNotFoundError for an empty folder,
-    ValueError for an unreadable image or a second size."""
-    paths = [path]
-    if path.is_dir():
-        visible = (p for p in path.iterdir() if p.name[0] != "." and p.is_file())
-        paths = sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise FileNotFoundError(f"{path}: no images here ({' '.join(sorted(SUFFIXES))})")
+def load_files(path, size, crop, split, limit):
+    """Pixels uint8 [N, C, H, W] of one image or of a folder's, resized and cropped as in `load`,
+    and labels [N] or None; C is 1 where all are grey, else 3. FileNotFoundError for a folder
+    without any, ValueError for an unreadable image or a second size."""
+    paths, labels = _pictures_in(path) if path.is_dir() else ([path], None)
     # Colour and size are the whole folder's, whatever part of it is asked for: splits must agree.
     channels = max([_channels(p) for p in paths])
     height, width = _fitted(paths[0], size, crop).shape[1:]
     # The split's images; a size other than the first one's is refused.
-    chosen = [p for i, p in enumerate(paths)
-              if len(paths) < 10 or (i % 10 == 9) == (split == "test")]
-    pixels = []
-    for p in chosen[:limit]:
+    rows, pixels = _rows(len(paths), split)[:limit], []
+    for p in (paths[i] for i in rows):
         image = _fitted(p, size, crop)
         if image.shape[1:] != (height, width):
             found = f"{image.shape[2]}×{image.shape[1]}"
             raise ValueError(f"{p}: {found} pixels, but {paths[0].name} has {width}×{height}: "
                              "--size and --crop make them equal")
         pixels.append(np.broadcast_to(image, (channels, height, width)))
-    return np.stack(pixels)
+    return np.stack(pixels), None if labels is None else np.array(labels)[rows]
+
+
+def _rows(N, split):
+    """Which of N images are a split's, where nobody has split them: of ten or more every tenth is
+    test, fewer are both."""
+    whole = N < 10 or split == "all"
+    return [i for i in range(N) if whole or (i % 10 == 9) == (split == "test")]
+
+
+def _pictures_in(folder):
+    """Paths of the images directly in a folder, by name, and None; where there are none, of those
+    in its folders, which are classes, and labels: the folders' names where all are numbers, else
+    their places. What is left out is told."""
+    def is_image(path):
+        return path.suffix.lower() in SUFFIXES
+
+    seen, below = (sorted(p for p in folder.glob(depth) if p.is_file() and "." not in (
+        p.name[0], p.parent.name[:1])) for depth in ("*", "*/*"))
+    images, more, labels = [*filter(is_image, seen)], [*filter(is_image, below)], None
+    if not images:
+        seen, images, more = seen + below, more, []
+        names = sorted({p.parent.name for p in images})
+        number = int if all(map(str.isdecimal, names)) else names.index
+        labels = [number(p.parent.name) for p in images]
+    left = collections.Counter({"in subfolders": len(more)})
+    left.update(p.suffix or p.name for p in seen if not is_image(p))
+    left = ", ".join(f"{n} {what}" for what, n in left.items() if n)
+    if not images:
+        raise FileNotFoundError(f"{folder}: no images ({' '.join(sorted(SUFFIXES))}) and no IDX "
+                                f"files ({', '.join(FILES)}) are here, but {left or 'nothing'}")
+    if left:
+        _tell(f"{folder}: of what is here these are not used: {left}")
+    return images, labels
 
 
 def _fitted(path, size, crop):
@@ -321,7 +363,8 @@ def _fitted(path, size, crop):
 
 def read_picture(path):
     """One image file, upright, as float64 [1, C, H, W] in [0, 1]; C is 1 where it is grey, else 3,
-    without alpha; 8 or 16 bits deep. ValueError that names the file if it cannot be read."""
+    on white where it is transparent; 8 or 16 bits deep. ValueError that names the file if it cannot
+    be read."""
     pixels = _decode(path)
     return torch.from_numpy(pixels / np.iinfo(pixels.dtype).max)[None]
 
@@ -333,33 +376,46 @@ def _opened(path):
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(file)
-            if math.prod(image.size) > PIXEL_LIMIT:
-                raise ValueError(f"{'×'.join(map(str, image.size))} is more than {PIXEL_LIMIT} "
-                                 "pixels, or a decompression bomb")
-            yield image
+            yield Image.open(file)
         except Image.UnidentifiedImageError as error:
             raise ValueError(f"{path} cannot be read: not an image") from error
         except Exception as error:
-            raise ValueError(f"{path} cannot be read: {_line(error)}") from error
+            bombs = Image.DecompressionBombWarning, Image.DecompressionBombError
+            help = " If it is none, make it smaller elsewhere." * isinstance(error, bombs)
+            raise ValueError(f"{path} cannot be read: {_line(error)}{help}") from error
+
+
+def _is_grey(image):
+    """By its mode, or by the colours in its palette; of its header alone."""
+    palette = np.array(image.getpalette() or [0, 1, 2]).reshape(-1, 3)
+    return image.mode in GREY or bool((palette == palette[:, :1]).all())
 
 
 def _channels(path):
-    """1 of a grey image, else 3; of its header alone."""
     with _opened(path) as image:
-        return 1 if image.mode in GREY else 3
+        return 1 if _is_grey(image) else 3
 
 
 def _decode(path):
-    """One image, upright: uint8, or uint16 of 16 bits, [1 or 3, H, W]; of a GIF the first frame."""
+    """One image, upright: uint8, or uint16 of 16 bits, [1 or 3, H, W]; of a GIF the first frame.
+    White is put behind what is transparent: the colours there are what an editor left."""
     with _opened(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image, mode = ImageOps.exif_transpose(image), "L" if _is_grey(image) else "RGB"
         if image.mode in ("I", "F"):
             raise ValueError(f"samples of mode {image.mode} have no known range")
         if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
             pixels = np.asarray(image, np.uint16)
+            if pixels.max() < 2**14:
+                _tell(f"{path}: dark, at most {pixels.max()} of 65535: are they "
+                      f"{int(pixels.max()).bit_length()} bits in 16?")
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            if image.getchannel("A").getextrema()[0] < 255:
+                _tell(f"{path}: white is put behind what is transparent")
+            white = Image.new("RGBA", image.size, "white")
+            pixels = np.asarray(Image.alpha_composite(white, image).convert(mode))
         else:
-            pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
+            pixels = np.asarray(image.convert(mode))
     return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
@@ -369,8 +425,8 @@ def _resize_and_crop(image, size, crop, where):
     H, W = image.shape[1:]
     if size:
         H, W = (round(side * size / min(H, W)) for side in (H, W))
-        if H * W > PIXEL_LIMIT:
-            raise ValueError(f"{where}: {W}×{H} is more than {PIXEL_LIMIT} pixels")
+        if H * W > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{where}: {W}×{H} is more than {Image.MAX_IMAGE_PIXELS} pixels")
         image = np.stack([Image.fromarray(np.ascontiguousarray(plane)).resize(
             (W, H), Image.Resampling.BICUBIC) for plane in image])
     if crop:
@@ -471,6 +527,7 @@ def _splines(index):
     return np.array(nodes) / 100, curves
 
 
+BINARY = {"cifar-10-batches-bin": load_cifar10, "stl10_binary": load_stl10}  # folders' names
 SETS = {
     "mnist": load_mnist,
     "fashion": functools.partial(load_mnist, name="fashion"),

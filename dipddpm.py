@@ -27,9 +27,9 @@ Ranges      x_0 is in [-1, 1] inside the diffusion, images are in [0, 1] inside 
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import errno
+import functools
 import io
 import itertools
 import json
@@ -40,6 +40,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -52,6 +53,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before a user's own data.py or eval.py
 import data
 import eval as measure
 import kernels
@@ -68,8 +70,8 @@ class Config:
 
     mode: str = flag(MISSING, "run", "what to do",
                      choices=("dip", "ddpm", "prior", "guide", "sample"))
-    data: str = flag("auto", "run", "auto, mnist, fashion, cifar10, stl10, digits, or a path: one "
-                     "image, a folder of images, or a folder of four IDX files")
+    data: str = flag("auto", "run", "auto, mnist, fashion, cifar10, stl10, digits, or a path: an "
+                     "image, or a folder of images or of IDX files")
     data_dir: str = flag(None, "run", "where data sets live (or DIPDDPM_DATA)")
     size: int = flag(None, "run", "resize each image: its shorter side to N pixels", low=7)
     crop: int = flag(None, "run", "then take its middle N x N pixels", low=7)
@@ -82,7 +84,7 @@ class Config:
     epochs: int = flag(30, "training", "passes over the training images", low=1)
     limit: int = flag(None, "training", "use only the first N training images", low=1)
     batch: int = flag(64, "training", "images in a training step", low=1)
-    lr: float = flag(2e-3, "training", "peak learning rate (of Muon 2.5 times as much)", low=0)
+    lr: float = flag(2e-3, "training", "peak learning rate (of Muon 2.5 times as much)", low=1e-9)
     timesteps: int = flag(1000, "training", "T, the steps of noise", low=2, high=100_000)
     schedule: str = flag("cosine", "training", "noise schedule", choices=("linear", "cosine"))
     predict: str = flag("v", "training", "what the network predicts", choices=("eps", "v", "x0"))
@@ -97,16 +99,21 @@ class Config:
                              "for each; codes, one decoder for all, new images from new codes; "
                              "bridge, a network that is trained to go on from these. A list",
                              of=str, choices=("images", "codes", "bridge"))
-    dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels: 128)",
-                          low=1)
-    dip_iters: int = flag(60, "DIP", "iterations of an image's DIP in --mode prior", low=1)
-    code_epochs: int = flag(3, "DIP", "the decoder's passes over the training images", low=1)
-    task: str = flag("denoise", "dip, guide", "what is lost: nothing, half of the pixels, a centre "
-                     "box, or all but the means of blocks of 2 or 4",
+    dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
+                          "128)", low=1)
+    dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (prior: 60; dip, guide: "
+                          "1000, above 64 pixels 3000)", low=1)
+    pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
+                         "them, and results compared with them. own: yours, nothing is added or "
+                         "compared (default for one image in --mode dip)", choices=("test", "own"))
+    task: str = flag("denoise", "dip, guide", "what to undo: noise alone; missing pixels (half of "
+                     "a test picture's, or a centre box); a half or a quarter of the size",
                      choices=("denoise", "inpaint", "inpaint-box", "sr", "sr-4"))
-    sigma: str = flag(None, "dip, guide", "noise that is added to images in [0, 1] (denoise: 0.1, "
-                      "else 0); own: none, the pictures are noisy already", low=0, high=100)
-    budget: int = flag(None, "dip, guide", "most iterations (1000; above 64 pixels: 3000)", low=1)
+    mask: str = flag(None, "dip, guide", "of an own picture to inpaint: white is given, else gone")
+    sigma: float = flag(None, "dip, guide", "noise, where white is 1: added to test pictures (0.1 "
+                        "to denoise, else 0), or the level in own ones (estimated, else 0)", low=0)
+    minutes: float = flag(None, "dip, guide", "end each fit after so long (10 above 64 pixels on a "
+                          "CPU, unless --dip-iters is given)", low=0.01)
     replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
     # settings without a flag
     order: int = 2  # of the sampler where eta is 0
@@ -114,11 +121,12 @@ class Config:
     decoder_width: int = 32  # channels of the codes' decoder
     bridge_start: int = None  # steps of noise at a bridge's end (0.6 T)
     dip_lr: float = None  # Adam's rate in an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
-    dip_group: int = 64  # DIPs that are fitted together
+    dip_group: int = None  # DIPs that are fitted together: 64; dip, guide above 64 pixels: 1
     window: float = 0.95  # decay of the average of a DIP's outputs
     rungs: int = 5  # of the ladder
     alpha: float = 0.35  # noise that is added to the half that is fitted, in sigma
     patience: int = None  # iterations without a lower risk that end a rung: 50, above 64 pixels 200
+    code_epochs: int = 3  # the decoder's passes over the training images
 
 
 # ================================================================== 1 forward
@@ -656,13 +664,14 @@ def pooling(k):
 MASKING = (lambda x, mask: x * mask,) * 2
 TASKS = {"denoise": (lambda x, mask: x,) * 2, "inpaint": MASKING, "inpaint-box": MASKING,
          "sr": pooling(2), "sr-4": pooling(4)}
+FACTORS = {"sr": 2, "sr-4": 4}  # by how much y is smaller than x
 
 
 def corrupt(cfg, task, truth, sigma, numbers):
     """truth [n, C, H, W] in [0, 1] -> the Measurement y = A truth + sigma eps, not clipped.
     ValueError if images of this size cannot be halved, or quartered, as the task does."""
     n, _, H, W = truth.shape
-    factor = {"sr": 2, "sr-4": 4}.get(task, 1)
+    factor = FACTORS.get(task, 1)
     if H % factor or W % factor:
         raise ValueError(f"--task {task}: images of {W}x{H} pixels; sizes must be multiples of "
                          f"{factor}")
@@ -1125,8 +1134,7 @@ def run_prior(cfg, run):
     if processes()[0]:
         return  # the first process alone samples, measures and writes
     write_log(run, rows)
-    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    judge = measure.Judge(train, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
+    judge = measure.Judge(train, pixels, test, cfg.samples, [data.cache_root(), run.folder])
     arms, pictures = generate(cfg, run, nets, codings, pixels, judge)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
@@ -1204,17 +1212,15 @@ def generate(cfg, run, nets, codings, pixels, judge):
 # ================================================================== 9 method 2: guide
 #
 # A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
-# what it is fitted to must not be the judge: y = A x + sigma n is split once (see `split`); the
-# rungs of a ladder add more noise to the half that is fitted; the other half judges each output.
-# Nothing below is given the truth but `Follow`, which measures with it.
+# what it is fitted to must not be the judge: y = A x + sigma n is split once; the rungs of a ladder
+# add noise to the half that is fitted; the other half judges. Only `Follow` is given the truth.
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
-    y + alpha sigma e and y - sigma e / alpha, e ~ N(0, 1). The noises of y, sigma n, and of the
-    replica add up to parts that are independent of each other: E[(n + alpha e)(n - e / alpha)] =
-    1 - 1. That holds within a replica: all of them together would give y away. The e of an image's
-    replicas sum to zero (centred, times sqrt(M / (M - 1)) to stay N(0, 1)), so that the y_plus
-    average to y. `given` is 0 where y says nothing."""
+    y + alpha sigma e and y - sigma e / alpha, e ~ N(0, 1). Their noises are independent, since
+    E[(n + alpha e)(n - e / alpha)] = 1 - 1. That holds within a replica: all of them together
+    would give y away. The e of an image's replicas sum to zero (centred, times sqrt(M / (M - 1))
+    to stay N(0, 1)), so that the y_plus average to y. `given` is 0 where y says nothing."""
     M = replicas
     e = kernels.normal((len(y) * M, *y.shape[1:]), seed, numbers, SPLIT_DRAW, kernels.CORRUPTION,
                        y.device).view(len(y), M, *y.shape[1:])
@@ -1228,6 +1234,9 @@ def noise_level(y):
     """sigma of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients| / 0.6745
     (Donoho & Johnstone 1994): float32 [n]. Flat images have no other diagonal detail. Clipped
     pixels, as in a black background, make it too low."""
+    if min(y.shape[2:]) < 2:
+        raise ValueError(f"noise cannot be estimated in {y.shape[3]}x{y.shape[2]} pixels: say "
+                         "--sigma")
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     d = (y[..., ::2, ::2] - y[..., 1::2, ::2] - y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 2
     return d.flatten(1).abs().median(1).values / 0.6745
@@ -1255,18 +1264,15 @@ class Halves(NamedTuple):
 
             R = mean_m |A x_m - y_minus_m|^2 / values - variance.
 
-        The error of their average, which is what is wanted, is lower by mean_m |A x_m - A x|^2. An
-        estimate that subtracts that has no bias either, and is no better to stop by: the replicas'
-        spread grows as they learn their noises, and without that slope chance finds its minimum
-        later."""
+        The error of their average, which is what is wanted, is lower by their spread. That grows
+        as they learn their noises: to subtract it would make a minimum flat, and found late."""
         error = (A_x - self.y_minus).square() * self.judged
         return error.sum(dim=(1, 2, 3)).view(-1, M).mean(1) - self.variance
 
     def weights(self, risk, least, M):
         """How likely the judges make an output of this risk, in units of one of the least, [n]:
-        their noise is normal, so each says log p(y_minus | x) = - values R / (2 variance) + ...
-        They share y's noise: more than one, fewer than M that are independent, and so, as a rule of
-        thumb, sqrt(M). Where there is no noise to go by only the least counts."""
+        each says log p(y_minus | x) = - values R / (2 variance) + ... They share y's noise and
+        count, as a rule of thumb, as sqrt(M). Without noise only the least counts."""
         values = (self.judged > 0).sum(dim=(1, 2, 3)).view(-1, M)[:, 0].clamp(min=1)
         scale = 2 * max(self.variance, 1e-30) / (values * math.sqrt(M))
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
@@ -1335,9 +1341,8 @@ class LikelyMean:
 def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
     """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
     until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    `patience` iterations; then weights, Adam's memory and output go back to the rung's best. One
-    rung is an early stop alone. A replica that has collapsed to a flat output goes back to the best
-    as well. What an image does after its ladder's end counts no more.
+    `patience` iterations; then weights, Adam's memory and output go back to the rung's best, as
+    does a replica that has collapsed to a flat output. One rung is an early stop alone.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `look` is called at each look with the iteration and the outputs; of images
@@ -1351,11 +1356,11 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
     A = known.part(torch.arange(n, device=target.device).repeat_interleave(M)).A
     best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
     rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
-    took, fitting = torch.full_like(rung, cfg.budget), torch.ones_like(rung, dtype=torch.bool)
-    advance = Graphed(lambda: group.iterate(target, half.fitted, A), target.device, cfg.budget)
-    for i in track(range(1, cfg.budget + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
+    took, fitting = torch.zeros_like(rung), torch.ones_like(rung, dtype=torch.bool)
+    advance = Graphed(lambda: group.iterate(target, half.fitted, A), target.device, cfg.dip_iters)
+    for i in track(range(1, cfg.dip_iters + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
         advance()
-        if i % CHECK and i < cfg.budget:
+        if i % CHECK and i < cfg.dip_iters:
             continue
         # a look at what the replicas' mean is worth
         group.rewind(group.collapsed(group.losses, target, half.fitted))
@@ -1380,21 +1385,26 @@ def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
         last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
         group.begin_rung(climbs.repeat_interleave(M))
         target.copy_(half.target(rung, M))
-    return result.x, took
+    # `track` may end before all have ended, and even before the first look
+    early = (result.weight == 0).view(n, 1, 1, 1)
+    x = torch.where(early, group.average.view(n, M, C, H, W).mean(1), result.x)
+    return x, torch.where(fitting, i, took)
 
 
 def fit_plain(cfg, known, numbers, rungs, track=untracked, look=unseen):
     """A DIP for each image that nothing stops, called as `fit_guided`; it has one rung."""
+    took = torch.zeros_like(numbers)
+
     def seldom(i, _, average):
-        if i % CHECK == 0 or i == cfg.budget:
+        took.fill_(i)
+        if i % CHECK == 0 or i == cfg.dip_iters:
             look(i, average)
-    x = fit_dips(cfg, known, numbers, cfg.budget, track, seldom)
-    return x, torch.full((len(x),), cfg.budget, device=x.device)
+    return fit_dips(cfg, known, numbers, cfg.dip_iters, track, seldom), took
 
 
 class Follow:
-    """PSNR of each image at each look: its mean's curve, and each image's best look, which only the
-    truth [n, C, H, W] can tell."""
+    """PSNR of each image at each look (eval's would wait, to check x): its mean's curve, and each
+    image's best look, which only the truth [n, C, H, W] can tell."""
 
     def __init__(self, truth):
         self.truth, self.looks, self.best = truth, {}, torch.zeros_like(truth)
@@ -1403,7 +1413,7 @@ class Follow:
 
     def __call__(self, i, rows, x):
         error = x.clamp(0, 1).double() - self.truth[rows]
-        psnr = -10 * error.square().mean((1, 2, 3)).log10()  # eval's, which would wait to check x
+        psnr = 10 * error.square().mean((1, 2, 3)).reciprocal().log10()
         self.looks.setdefault(i, torch.full_like(self.psnr, math.nan))[rows] = psnr
         up = psnr > self.psnr[rows]
         self.best[rows] = torch.where(up.view(-1, 1, 1, 1), x, self.best[rows])
@@ -1420,9 +1430,9 @@ class Follow:
 
 
 class Observed(NamedTuple):
-    """What --mode dip and guide start from: the truth [n, C, H, W] in [0, 1] if there is one; the
-    images' Measurement, whose sigma is what the fit believes; the images' numbers int64 [n]; what a
-    row says of this, and results.json of the data."""
+    """What --mode dip and guide start from: the truth [n, C, H, W] in [0, 1], if there is one; the
+    images' Measurement, with the sigma that the fit believes; their numbers int64 [n]; what a row
+    says of this, and results.json of the data."""
 
     truth: torch.Tensor | None
     known: Measurement
@@ -1431,38 +1441,64 @@ class Observed(NamedTuple):
     data: dict
 
 
+def as_they_came(cfg, y):
+    """One's own pictures y [n, C, h, w] in [0, 1] -> their Measurement: nothing is added. A noise
+    level that is not given is estimated to denoise, for pictures of one source, and else 0.
+    ValueError for a mask of another size, or that leaves nothing to do or to go by."""
+    factor, sigma = FACTORS.get(cfg.task, 1), cfg.sigma
+    mask = torch.ones(len(y), 1, *(factor * side for side in y.shape[2:]), device=y.device)
+    if cfg.mask:
+        ours, whole = ("x".join(map(str, data.load(path, split="all", limit=1).pixels.shape[:1:-1]))
+                       for path in (cfg.mask, cfg.data))
+        if ours != whole:
+            raise ValueError(f"--mask {cfg.mask}: {ours} pixels, but the picture has {whole}")
+        white = load_images(cfg, "all", cfg.mask, 1).pixels.float().mean(1, keepdim=True) / 255
+        mask *= (white > 0.95).to(y.device)  # what is grey is in part what is to go
+        if mask.mean() in (0, 1):
+            raise ValueError(f"--mask {cfg.mask} is all {'white' if mask.any() else 'dark'}: "
+                             "white is given, what is darker is filled")
+    if sigma is None:
+        sigma = round(noise_level(y).median().item(), 6) if cfg.task == "denoise" else 0.0
+    return Measurement(cfg.task, y * mask if cfg.mask else y, mask, sigma)
+
+
 def observe(cfg, run):
-    """Load the test images and add what --sigma and --task say -> Config, Observed. A noise level
-    that is not given is the median over the images, which are taken to come from one source."""
-    test = load_images(cfg, "test", limit=cfg.samples)
-    truth = test.pixels.to(run.device).float() / 255
-    numbers = torch.arange(len(truth), device=run.device)
-    about = {"seed": cfg.seed, "task": cfg.task}
-    if cfg.sigma == "own":
-        sigma = noise_level(truth).median().item()
-        known, truth = exact(truth)._replace(sigma=sigma), None
-        about["sigma_estimate"] = sigma
-    else:
-        known = corrupt(cfg, cfg.task, truth, cfg.sigma, numbers)
-        about["sigma"] = cfg.sigma
-    n, (C, H, W) = len(numbers), test.pixels.shape[1:]
-    cfg = run.begin(resolve(cfg, test.pixels.shape))
-    say(f"data: {test.name}, {n} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}, sigma "
-        f"{known.sigma:.3g}{' (estimated)' * (truth is None)}; at most {cfg.budget} iterations; "
-        f"{run.device}")
-    return cfg, Observed(truth, known, numbers, about, {"name": test.name, "train": 0, "test": n,
-                                                        "sha256": test.sha256})
+    """Load one's own pictures, or test images and do to them what --task and --sigma say ->
+    Config, Observed."""
+    own = cfg.pictures == "own"
+    images = load_images(cfg, "all" if own else "test", limit=cfg.samples)
+    x = images.pixels.to(run.device).float() / 255
+    numbers = torch.arange(len(x), device=run.device)
+    known = as_they_came(cfg, x) if own else corrupt(cfg, cfg.task, x, cfg.sigma, numbers)
+    estimated = cfg.sigma is None and cfg.task == "denoise"
+    about = {"seed": cfg.seed, "task": cfg.task, "sigma" + "_estimate" * estimated: known.sigma}
+    n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
+    cfg = resolve(replace(cfg, sigma=known.sigma), (n, C, H, W))
+    networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
+    need = 110 * networks * cfg.dip_width * H * W  # bytes, as measured
+    if run.device.type == "cpu" and need > memory():  # where no error would tell
+        raise ValueError(f"a fit of {W}x{H} pixels needs about {need / 2**30:.0f} GiB, more than "
+                         f"there are here: {LOWER}")
+    cfg = run.begin(cfg)
+    given = f", {known.mask.mean():.0%} given" if cfg.mask else ""
+    ends = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
+    say(f"data: {images.name}, {n} {cfg.pictures} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}"
+        f"{given}, sigma {known.sigma:.3g}{' (estimated)' * estimated}; at most {cfg.dip_iters} "
+        f"iterations{ends}; {run.device}")
+    return cfg, Observed(None if own else x, known, numbers, about,
+                         {"name": images.name, "train": 0, "test": n, "sha256": images.sha256})
 
 
 def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
     """`fit` of any number of images, as many together as dip_group has networks for: outputs
     [n, C, H, W] in [0, 1] and iterations [n]. `follow` is called with the iteration, the rows that
-    are fitted and the outputs."""
-    fits = []
+    are fitted and the outputs. After a wish to stop what is not yet fitted stays as it was."""
+    x, took = seen.known.back(seen.known.y).clone(), torch.zeros_like(seen.numbers)
     for rows in seen.numbers.split(max(1, cfg.dip_group // replicas)):
         look = (lambda i, x, rows=rows: follow(i, rows, x)) if follow else unseen
-        fits.append(fit(cfg, seen.known.part(rows), rows, rungs, run.track, look))
-    x, took = map(torch.cat, zip(*fits))
+        if not run.stop:
+            track = functools.partial(run.track, keeps=True)
+            x[rows], took[rows] = fit(cfg, seen.known.part(rows), rows, rungs, track, look)
     return x.clamp(0, 1), took
 
 
@@ -1472,11 +1508,10 @@ FITS = {"dip": {"dip": (fit_guided, False)},  # of each mode {arm: (how it is fi
 
 
 def run_fits(cfg, run):
-    """--mode dip: test images, or one's own, each fitted and stopped where the risk says so.
-    --mode guide: that, `split`, and the `ladder` (where there is noise to make rungs of) beside a
-    DIP that nothing stops, `plain`, and its best moment, `oracle`. Where the truth is known PSNR is
-    followed: it rises, peaks, and falls back as a network learns the noise (Ulyanov et al. 2018,
-    section 3)."""
+    """--mode dip: each image fitted and stopped by its risk. --mode guide: that, called `split`,
+    and the `ladder` (where there is noise for rungs) beside a DIP that nothing stops, `plain`, and
+    its best moment, `oracle`. Where the truth is known PSNR is followed: it rises, peaks, and falls
+    back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
     cfg, seen = observe(cfg, run)
     truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
     rows, curves, shown = [], {}, {} if truth is None else {"truth": truth[:16]}
@@ -1490,13 +1525,15 @@ def run_fits(cfg, run):
     add("corrupted", corrupted)
     bound = None  # PSNR of each image at the best moment of a plain DIP
     for name, (fit, ladder) in FITS[cfg.mode].items():
-        if ladder and not seen.known.sigma:
+        if run.stop or ladder and not seen.known.sigma:
             continue
         follow = None if truth is None else Follow(truth)
         networks = 1 if fit is fit_plain else cfg.replicas
-        with run.timed("dip") as took:
+        with run.timed("dip", keeps=True) as took:
             x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
                                           networks, follow)
+        if cfg.mask and not seen.known.sigma:  # what is given exactly is kept
+            x = torch.where(seen.known.mask > 0, seen.known.y, x)
         cost = steps_taken(iterations, networks) | {"seconds": took.seconds}
         if follow:  # what stopping elsewhere would have gained
             psnr = measure.psnr(x, truth)
@@ -1508,12 +1545,21 @@ def run_fits(cfg, run):
         add(name, x, **cost)
         if name == "plain":
             add("oracle", follow.best.clamp(0, 1), **steps_taken(follow.when, 1))
-    for k, image in enumerate(x[:16]) if cfg.mode == "dip" else ():
-        measure.save_png(measure.grid(image[None]), run.folder / f"restored-{k:02}.png")
+    for k, image in enumerate(x[:len(x) if truth is None else 16]) if cfg.mode == "dip" else ():
+        file = run.folder / f"restored-{k:02}.png"
+        measure.save_png(measure.grid(image[None]), file)
+        say(f"restored: {file}")
     picture = measure.draw(run.folder / f"{cfg.mode}.png",
                            f"{cfg.task}, sigma = {seen.known.sigma:.3g}", shown)
-    run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture]},
-               ("psnr", "ssim"))
+    note = (f"{run.early} after {iterations.max()} of at most {cfg.dip_iters} iterations; this is "
+            "what the fit had by then")
+    run.finish({"data": seen.data, "arms": rows, "curves": curves, "pictures": [picture],
+                "notes": [note] if run.early else []},
+               ("psnr", "ssim") if follow else ("iterations", "seconds"))
+    if run.stop:
+        raise KeyboardInterrupt(f"{note}; it cannot be continued")
+    if run.early:
+        say(note)
 
 
 def steps_taken(iterations, networks):
@@ -1580,12 +1626,10 @@ def loss_curves(rows):
 
 def write_log(run, rows):
     """log.csv, written whole: rows are few, and a half-written line is impossible."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["network", "step", "epoch", "seconds", "loss", "lr"])
-    writer.writerows([name, step, f"{epoch:.4f}", f"{seconds:.2f}", loss, lr]
-                     for name, step, epoch, seconds, loss, lr in rows)
-    measure.write_text(text.getvalue(), run.folder / "log.csv")
+    lines = [f"{name},{step},{epoch:.4f},{seconds:.2f},{loss},{lr}\n"
+             for name, step, epoch, seconds, loss, lr in rows]
+    measure.write_text("network,step,epoch,seconds,loss,lr\n" + "".join(lines),
+                       run.folder / "log.csv")
 
 
 # ------------------------------------------------------------------ command line
@@ -1594,12 +1638,16 @@ def write_log(run, rows):
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the page of usage before an error: one line, exit status 2."""
 
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        measure.print_anything()  # and so may whoever has a command line
+
     def error(self, message):
         self.exit(2, f"dipddpm: {message}\n")
 
 
-def flag_name(f):
-    return "--" + f.name.replace("_", "-")
+def flag_name(name):
+    return "--" + name.replace("_", "-")
 
 
 def listed(kind):
@@ -1610,26 +1658,20 @@ def listed(kind):
     return read
 
 
-def number_or_own(text):
-    return text if text == "own" else float(text)
-
-
 def parser():
     """The command line, generated from Config. argument_default=SUPPRESS leaves out absent flags,
     so that the caller can tell a flag that was given from one that was not."""
     p = OneLineParser(prog="dipddpm.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                       description="Deep Image Prior, DDPM and two ways of combining them.")
     groups = {}
-    for f in fields(Config):
-        if f.metadata:
-            m, title = f.metadata, f.metadata["group"]
-            groups[title] = groups.get(title) or p.add_argument_group(title)
-            read = number_or_own if f.name == "sigma" else listed(m["of"]) if "of" in m else f.type
-            choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
-            shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
-            groups[title].add_argument(
-                flag_name(f), type=read, choices=choices, help=m["help"] + shown,
-                metavar=None if choices else f.name.upper())
+    for f in filter(lambda f: f.metadata, fields(Config)):
+        m, title = f.metadata, f.metadata["group"]
+        groups[title] = groups.get(title) or p.add_argument_group(title)
+        choices = None if "of" in m else m.get("choices")  # of a list `check` knows them
+        shown = "" if f.default in (None, MISSING) else f" (default {show(f.default)})"
+        groups[title].add_argument(
+            flag_name(f.name), type=listed(m["of"]) if "of" in m else f.type, choices=choices,
+            help=m["help"] + shown, metavar=None if choices else f.name.upper())
     return p
 
 
@@ -1649,21 +1691,30 @@ def read_config(argv):
     its network depends on may not differ; --mode sample resumes the newest run unless another is
     named. ValueError says what is wrong."""
     given = vars(parser().parse_args(argv))
-    if "resume" in given and given.get("mode") in ("dip", "guide"):
-        raise ValueError("--resume continues --mode ddpm and prior, or gives sample its network")
+    said = set(given)
     if "resume" in given or given.get("mode") == "sample":
         folder = run_folder(given["resume"]) if "resume" in given else newest_run()
         saved = asdict(saved_config(folder))
-        sampling = given.get("mode", saved["mode"]) == "sample"
-        for name in NETWORK_FIELDS if sampling else TRAINING_FIELDS:
-            if name in given and given[name] != saved[name]:
-                raise ValueError(f"--resume {folder}: --{name.replace('_', '-')} was {saved[name]} "
-                                 f"and cannot become {given[name]}")
-        saved |= {"out": None, "samples": None if sampling else saved["samples"]}
+        mode = given.get("mode", saved["mode"])
+        if mode in ("dip", "guide"):
+            raise ValueError(f"--resume {folder}: --mode {mode} cannot be continued, only ddpm and "
+                             "prior; give its command again, with another --out")
+        longer = ", but with --out NEW its weights begin such a run" * (mode != "sample")
+        for name in NETWORK_FIELDS if mode == "sample" else TRAINING_FIELDS:
+            anew = longer and name == "epochs"
+            if given.get(name, saved[name]) != saved[name] and not (anew and "out" in given):
+                raise ValueError(f"--resume {folder}: {flag_name(name)} was {saved[name]} and "
+                                 f"cannot become {given[name]}{longer if anew else ''}")
+        saved |= {"out": None, "samples": None if mode == "sample" else saved["samples"]}
         given = saved | given | {"resume": str(folder)}
     if "mode" not in given:
         raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
-    return check(resolve(Config(**given)))
+    cfg = resolve(Config(**given))
+    longest = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
+    if "nfe" not in said and cfg.mode in ("ddpm", "prior", "sample") and max(cfg.nfe) > longest:
+        cfg = replace(cfg, nfe=tuple(n for n in cfg.nfe if n <= longest) or (longest,))
+        print(f"dipddpm: --nfe {show(cfg.nfe)}: there are only {longest} steps", file=sys.stderr)
+    return check(cfg)
 
 
 def saved_config(folder):
@@ -1675,7 +1726,6 @@ def saved_config(folder):
         cfg = Config(**saved)
         for f in fields(cfg):
             value, kinds = getattr(cfg, f.name), {float: (float, int)}.get(f.type, f.type)
-            kinds = (float, int, str) if f.name == "sigma" else kinds
             if value != f.default and not isinstance(value, kinds):
                 raise ValueError(f"{f.name} cannot be {value!r}")
         return check(resolve(cfg))
@@ -1686,46 +1736,56 @@ def saved_config(folder):
 def resolve(cfg, shape=None):
     """Config -> one without None for what is used: first what the mode decides, then, given the
     shape (N, C, H, W) of the images, what they do."""
+    def given(cfg, **defaults):
+        return replace(cfg, **{k: v for k, v in defaults.items() if getattr(cfg, k) is None})
+
     fitting = cfg.mode in ("dip", "guide")
-    samples = cfg.samples or {"sample": 64, "dip": 16, "guide": 16}.get(cfg.mode, 1000)
-    sigma = cfg.sigma
-    if sigma is None and fitting:
-        sigma = 0.1 if cfg.task == "denoise" else 0.0
     moderate = max(1, round(0.6 * cfg.timesteps))
-    cfg = replace(cfg, samples=samples, sigma=sigma, t_start=cfg.t_start or (moderate,),
-                  bridge_start=cfg.bridge_start or moderate)
+    own = cfg.mode == "dip" and (cfg.mask or Path(cfg.data).expanduser().is_file())
+    cfg = given(cfg, pictures=("own" if own else "test") if fitting else None)
+    added = 0.1 if cfg.task == "denoise" else 0.0
+    some = {"sample": 64, "dip": 16, "guide": 16}.get(cfg.mode, 1000)
+    cfg = given(cfg, sigma=added if cfg.pictures == "test" else None,
+                samples=sys.maxsize if cfg.pictures == "own" else some,
+                t_start=(moderate,), bridge_start=moderate)
     if shape is None:
         return cfg
-    small = max(shape[2:]) <= 64
+    N, _, H, W = shape
+    if max(H, W) < 3 and cfg.mode != "ddpm":
+        raise ValueError(f"images of {W}x{H} pixels: a DIP, which halves them, needs 3 in one "
+                         "direction")
+    small, on_cpu = max(H, W) <= 64, pick_device(cfg.device).type == "cpu"
+    # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
+    short = fitting and on_cpu and not small and cfg.dip_iters is None
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
-    return replace(cfg, samples=min(samples, shape[0]),
-                   dip_width=cfg.dip_width or (16 if small else 128),
-                   dip_lr=cfg.dip_lr or rate, budget=cfg.budget or (1000 if small else 3000),
-                   patience=cfg.patience or (50 if small else 200))
+    return given(replace(cfg, samples=min(cfg.samples, N)), minutes=10.0 if short else None,
+                 dip_iters=60 if not fitting else 1000 if small else 3000, dip_lr=rate,
+                 dip_width=16 if small or on_cpu else 128, patience=50 if small else 200,
+                 dip_group=64 if small or not fitting else 1)
 
 
 def check(cfg):
     """Config -> the same Config if every number makes sense; ValueError names the flag if not."""
     for f in fields(cfg):
-        name, m, value = flag_name(f), f.metadata, getattr(cfg, f.name)
+        name, m, value = flag_name(f.name), f.metadata, getattr(cfg, f.name)
+        low, high = m.get("low", -math.inf), min(m.get("high", math.inf), 2**63 - 1)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
-            number = isinstance(v, (int, float))
-            if isinstance(v, float) and not math.isfinite(v):
-                raise ValueError(f"{name} must be a finite number, not {v}")
-            if number and v < m.get("low", v):
-                raise ValueError(f"{name} must be at least {m['low']}, not {v}")
-            if number and v > min(m.get("high", v), 2**63 - 1):
-                raise ValueError(f"{name} must be at most {m.get('high', 2**63 - 1)}, not {v}")
+            if isinstance(v, (int, float)) and not low <= v <= high:
+                raise ValueError(f"{name} must be a number from {low} to {high}, not {v}")
             if v not in m.get("choices", (v,)):
                 raise ValueError(f"{name} {v} is none of {', '.join(m['choices'])}")
-    if cfg.lr == 0:
-        raise ValueError("--lr must be above 0")
     if cfg.width % 8:
         raise ValueError(f"--width must be a multiple of 8, not {cfg.width}")
-    if cfg.sigma == "own" and (cfg.mode != "dip" or cfg.task != "denoise"):
-        raise ValueError("--sigma own is for --mode dip --task denoise: there is no truth to "
-                         "compare with, and no noise level can be told from what is lost")
+    if (cfg.sigma or 0) > 1:
+        raise ValueError(f"--sigma {cfg.sigma:g} is more than white, which is 1: of 255 grey values"
+                         f" it would be --sigma {cfg.sigma / 255:.3f}; is that meant?")
+    if cfg.mode == "guide" and cfg.pictures == "own":
+        raise ValueError("--pictures own is for --mode dip: guide compares with the truth")
+    filled = cfg.pictures == "own" and cfg.task.startswith("inpaint")
+    if bool(cfg.mask) != filled:
+        raise ValueError("--mask and --task inpaint belong together for one's own pictures; "
+                         "--pictures test makes holes, and compares")
     if max(cfg.t_start) > cfg.timesteps:
         raise ValueError(f"--t-start {max(cfg.t_start)} is beyond T = --timesteps {cfg.timesteps}")
     start = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
@@ -1754,6 +1814,7 @@ class Run:
         torch.backends.cudnn.allow_tf32 = False  # else float32's convolutions keep 10 bits
         self.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
         self.stop = 0  # the number of the signal that asked for it
+        self.foretold, self.early = False, None  # what has been said, and why a fit ended early
         self.begun, self.about = False, {}
         continues = cfg.resume and cfg.mode in ("ddpm", "prior")
         self.folder = of_the_first(Path(cfg.resume) if continues and not cfg.out
@@ -1773,13 +1834,19 @@ class Run:
         if about and processes()[1] > min(cfg.batch, about["train"]):
             raise ValueError(f"--batch {cfg.batch} is too small for as many processes")
         self.cfg, self.about = replace(cfg, out=str(self.folder)), {"data": about, "shape": shape}
-        self.begun = True
         if processes()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             measure.write_json(asdict(self.cfg), self.folder / "config.json", digits=17)
             for name, saved in self.saved.items() if self.fresh else ():
                 save(saved, self.folder / checkpoint_name(name))
+        self.begun = True
         return self.cfg
+
+    def begin_anew(self):
+        """The saved run's weights begin a training of other --epochs, in a folder of its own."""
+        for saved in self.saved.values():
+            saved.update(step=0, rows=[], losses=[], seconds=0.0)
+        self.began = time.time()
 
     def autocast(self):
         """bf16 inside the U-Net where asked for; the mathematics around it stays float32."""
@@ -1791,8 +1858,9 @@ class Run:
         return net.eval().to(torch.bfloat16 if self.precision == "bf16" else torch.float32)
 
     @contextlib.contextmanager
-    def timed(self, part=None):
-        """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to."""
+    def timed(self, part=None, keeps=False):
+        """`with run.timed("dip") as took: ...`: then took.seconds, which the run's are added to.
+        KeyboardInterrupt if somebody asked to stop, unless what was done is kept."""
         took, began = SimpleNamespace(), time.time()
         yield took
         if self.device.type == "cuda":
@@ -1800,16 +1868,31 @@ class Run:
         took.seconds = time.time() - began
         if part:
             self.seconds[part] += took.seconds
-        if self.stop:
+        if self.stop and not keeps:
             raise KeyboardInterrupt
 
-    def track(self, steps, label, per_step):
-        """`steps`, a range, one after the other, with a line of progress. KeyboardInterrupt if
-        somebody asked to stop."""
-        for step in progress(steps, label, len(steps), per_step):
+    def track(self, steps, label, per_step, keeps=False):
+        """`steps`, a range, one after the other, with a line of progress. If somebody asked to stop
+        KeyboardInterrupt; or, where what is done so far is kept, their end, as also when --minutes
+        are spent. Of the first long fit it says how long that takes."""
+        began, limit = time.time(), keeps and self.cfg.minutes or math.inf
+        ends = f"or after {limit:g} minutes" * (limit < math.inf)
+        for step in progress(steps, label, len(steps), per_step, note=lambda: ends):
             yield step
-            if self.stop:
-                raise KeyboardInterrupt
+            if not keeps:
+                if self.stop:
+                    raise KeyboardInterrupt
+                continue
+            minutes = (time.time() - began) / 60
+            whole = min(minutes / step * len(steps), limit)
+            if not self.foretold and whole > 1 and (step == CHECK or minutes > 1 / 6):
+                self.foretold = True
+                say(f"a fit takes at most {whole:.0f} minutes, {60 * minutes / step:.2g} s an "
+                    "iteration; --minutes, --dip-iters, --replicas, --dip-width, --size and --crop "
+                    "change that")
+            if self.stop or minutes >= limit and step < len(steps):
+                self.early = "interrupted" if self.stop else f"{limit:g} minutes are spent"
+                return
 
     def continue_training(self, name, parts):
         """Give networks and optimisers what a checkpoint holds of them, or leave them at their
@@ -1847,9 +1930,11 @@ def new_folder(cfg):
     stem = Path(cfg.data).stem or "data"
     folder = Path(cfg.out) if cfg.out else Path("runs") / (
         f"{cfg.mode}-{stem}-{time.strftime('%Y%m%d-%H%M%S')}-seed{cfg.seed}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out {folder} exists and is not empty; continue it with --resume "
-                         f"{folder} or name another")
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():  # a file, or a link to nothing
+            raise ValueError(f"--out {folder}: {path} is no folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder} exists and is not empty; name another, or --resume it")
     return folder
 
 
@@ -1892,8 +1977,8 @@ def load_checkpoint(folder, network="ddpm"):
     except Exception as error:  # torch.load raises whatever a broken file leads it into
         raise ValueError(f"{path}: not a readable checkpoint "
                          f"({type(error).__name__})") from error
-    known = isinstance(saved, dict) and saved.get("format") == CHECKPOINT_FORMAT
-    if not known or not saved.keys() >= CHECKPOINT_KEYS:
+    if (not isinstance(saved, dict) or saved.get("format") != CHECKPOINT_FORMAT
+            or not saved.keys() >= CHECKPOINT_KEYS):
         raise ValueError(f"{path}: not a checkpoint of format {CHECKPOINT_FORMAT}")
     return saved
 
@@ -1923,8 +2008,7 @@ def join_processes(cfg):
     if cfg.mode not in ("ddpm", "prior"):
         raise ValueError(f"--mode {cfg.mode} runs in one process, without torchrun")
     if cfg.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {cfg.device}: torchrun gives each process a device of its own; "
-                         "say cuda or cpu")
+        raise ValueError(f"--device {cfg.device}: torchrun gives each process a device of its own")
     local, device = int(os.environ.get("LOCAL_RANK", 0)), None
     if cfg.device != "cpu" and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -1992,12 +2076,14 @@ def pick_device(name):
     """--device, or CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: cpu, cuda, or cuda:1 and so on; no others have float64 "
+                         "and all that is needed here")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
+    return torch.device(name)
 
 
 def about_cpu(key):
@@ -2029,10 +2115,9 @@ class Graphed:
     """`work`, a function of nothing that returns nothing, to be called `calls` times. On CUDA the
     first three calls run as they are and allocate what lasts; the fourth is recorded as one CUDA
     graph, which is replayed from then on: one launch for hundreds of kernels, and nothing that the
-    host waits for. So what changes between calls must lie in tensors that `work` itself reads and
-    writes in place. Elsewhere a call is a call, and so it is where there are too few to repay the
-    recording, where the references, which may wait, stand in for the kernels, and among several
-    processes, whose messages are not recorded."""
+    host waits for. What changes between calls must lie in tensors that `work` reads and writes in
+    place. A call is a call elsewhere, where there are too few to repay the recording, where the
+    references, which may wait, stand in for the kernels, and among several processes."""
 
     def __init__(self, work, device, calls):
         self.work, self.calls, self.graph = work, 0, None
@@ -2064,6 +2149,17 @@ def at_once(x):
     return max(1, (2000 if x.is_cuda else 250) * 28 * 28 // x[0, 0].numel())
 
 
+LOWER = "lower --size, --crop, --dip-width or --replicas"
+
+
+def memory():
+    """Bytes of this machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 def keep_freed_memory():
     """Ask glibc to keep freed blocks for the next step instead of returning them to the kernel,
     which would zero each page again."""
@@ -2079,7 +2175,7 @@ def commit():
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], check=True,
                               capture_output=True, text=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -2103,8 +2199,11 @@ def main(argv=None):
     try:
         cfg = read_config(argv)
         run = Run(cfg, argv)
+        if run.saved and saved_config(run_folder(cfg.resume)).epochs != cfg.epochs:
+            run.begin_anew()
+        main_thread = threading.current_thread() is threading.main_thread()  # signals are its own
         before = {number: signal.signal(number, stop_soon)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+                  for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
         try:
             MODES[cfg.mode](cfg, run)
         finally:
@@ -2116,14 +2215,17 @@ def main(argv=None):
         status, said = 1, str(error)
         full = "out of memory", "allocate memory", "enough memory"
         if isinstance(error, MemoryError) or any(words in said for words in full):
-            said = "out of memory: lower --batch in training, --samples after it"
+            fits = run and run.cfg.mode in ("dip", "guide")
+            said = "out of memory: " + (LOWER if fits else "lower --batch in training, --samples "
+                                        "after it")
         elif isinstance(error, dist.DistError) or "gloo" in said:
             said = "another process ended"
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         status, said = 1 if full or run and run.begun else 2, str(error)
-    except KeyboardInterrupt:
-        status, said = 128 + (run.stop if run and run.stop else signal.SIGINT), "interrupted"
+    except KeyboardInterrupt as stopped:
+        status = 128 + (run.stop if run and run.stop else signal.SIGINT)
+        said = str(stopped) or "interrupted"
     if status:
         goes_on = run and run.begun and run.cfg.mode in ("ddpm", "prior")
         if goes_on and said in ("interrupted", "another process ended"):

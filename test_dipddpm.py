@@ -91,7 +91,7 @@ def image_bytes(pixels, form="PNG", mode=None, **options):
 
 
 def picture(path, mode="RGB", value=7, form=None):
-    colour = value if mode in ("L", "I;16") else (value,) * len(mode)
+    colour = value if mode in ("L", "I;16") else (value, value, value, 255)[:len(mode)]
     Image.new(mode, (6, 4), colour).save(path, form)
     return path
 
@@ -139,7 +139,7 @@ DAMAGED = [
         "01000801": "not an IDX file", "00010801": "not an IDX file",
         "00000a01": "unknown IDX type 0x0a", "000008ff" + "00000001" * 255: "rank 255",
         "00000801ffffffff": "more than", "00000803" + "ffffffff" * 3: "more than",
-        "00000803" + "00000000" + "ffffffff" * 2: "more than", "0000080170000000": "only 0",
+        "00000803" + "00000000" + "ffffffff" * 2: "more than", "0000080130000000": "only 0",
         "00000e014000": "truncated IDX header (6 of 8 bytes)"}.items()),
     (IMAGES, GOOD[IMAGES] + b"\0", "2352 bytes, the file holds more"),
     (LABELS, gzip.compress(idx_bytes(np.arange(3, dtype=np.uint8)) + b"\0"), "holds more"),
@@ -155,13 +155,13 @@ DAMAGED = [
     (STL_LABELS, b"\1\2\3", "3 labels for 2 images"),
     *((STL_LABELS, labels, "a label is not in 1 … 10") for labels in (b"\0\1", b"\1\x0b")),
     # Pictures: no image, a cut one, samples of no known range; and bitmaps that say they are too
-    # large: for this code's limit, for Pillow's warning, for Pillow's error.
+    # large: for Pillow's warning, for Pillow's error.
     *(("pictures/a.png", content, "not an image") for content in (b"two\nlines", b"", PNG[:9])),
     *(("pictures/a.png", PNG[:size], "cannot be read") for size in (20, len(PNG) // 2)),
     ("pictures/a.tif", image_bytes(np.zeros((9, 11), np.float32), "TIFF"), "mode F"),
     ("pictures/a.tif", image_bytes(np.zeros((9, 11), np.int32), "TIFF"), "mode I "),
-    *(("pictures/a.bmp", BMP[:18] + struct.pack("<2i", side, side) + BMP[26:], "bomb")
-      for side in (6000, 12_000, 20_000)),
+    *(("pictures/a.bmp", BMP[:18] + struct.pack("<2i", side, side) + BMP[26:], "make it smaller")
+      for side in (12_000, 20_000)),
 ]
 
 
@@ -289,14 +289,36 @@ def test_load_keeps_order_hashes_pixels_and_limits(mnist, split, prefix):
         error_line(ValueError, lambda limit=limit: data.load("mnist", root, split, limit), "limit")
 
 
-def test_a_folder_of_idx_files_is_a_data_set(mnist):
+@pytest.mark.parametrize("place", ["{0}", "{0}.gz", "{1}", "{1}.gz", "{0}/{0}", "{1}/{1}"])
+def test_a_folder_of_idx_files_is_a_data_set_however_archives_name_them(place, mnist, tmp_path):
     root, files = mnist
-    images = data.load(root / "mnist", None, "test")
-    np.testing.assert_array_equal(images.pixels[:, 0], files["t10k-images-idx3-ubyte"])
-    np.testing.assert_array_equal(images.labels, files["t10k-labels-idx1-ubyte"])
-    (root / "mnist" / "t10k-labels-idx1-ubyte").unlink()  # a user's own files are never mixed
-    error_line(FileNotFoundError, lambda: data.load(root / "mnist", None, "test"),
-               root / "mnist" / "t10k-labels-idx1-ubyte", "no address is known")
+    whole = data.load("mnist", root, "test")
+    for name in ("mine", "tv/MNIST/raw"):  # torchvision's
+        for file, array in files.items():
+            path = tmp_path / name / place.format(file, file.replace("-idx", ".idx"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(idx_bytes(array))
+    for images in data.load(tmp_path / "mine", None, "test"), data.load("mnist", tmp_path / "tv",
+                                                                        "test"):
+        assert images.sha256 == whole.sha256 and torch.equal(images.labels, whole.labels)
+    error_line(ValueError, lambda: data.load(tmp_path / "mine", split="all"), "own pictures are")
+
+
+def test_a_folder_of_idx_files_needs_no_labels_and_no_second_split(mnist):
+    root, _ = mnist
+    (root / "mnist" / "t10k-labels-idx1-ubyte").unlink()
+    assert data.load(root / "mnist", split="test").labels is None
+    assert data.load(root / "mnist").labels is not None
+    (root / "mnist" / "t10k-images-idx3-ubyte").unlink()
+    every = np.arange(20 * 784, dtype=np.uint16).astype(np.uint8).reshape(20, 28, 28)
+    (root / "mnist" / "train-images-idx3-ubyte").write_bytes(idx_bytes(every))
+    (root / "mnist" / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(20, dtype="u1")))
+    train, test = (data.load(root / "mnist", split=split) for split in ("train", "test"))
+    assert test.labels.tolist() == [9, 19] and len(train.labels) == 18
+    assert torch.equal(test.pixels[1, 0], torch.from_numpy(every[19]))
+    # other names are none: the line has those that are
+    (root / "mnist" / "train-images-idx3-ubyte").rename(root / "mnist" / "emnist-images.gz")
+    error_line(FileNotFoundError, lambda: data.load(root / "mnist"), *data.FILES, "1 .gz")
 
 
 @needs("mnist")
@@ -322,8 +344,8 @@ def source(mnist, monkeypatch):
     folder.mkdir()
     for file, array in arrays.items():
         (folder / f"{file}.gz").write_bytes(gzip.compress(idx_bytes(array)))
-    digests = {file: hashlib.sha256((folder / f"{file}.gz").read_bytes()).hexdigest()
-               for file in arrays}
+    digests = [hashlib.sha256((folder / f"{file}.gz").read_bytes()).hexdigest()
+               for file in data.FILES]
     for name in ("mnist", "fashion"):
         monkeypatch.setitem(data.SOURCES, name, f"{folder.as_uri()}/")
         monkeypatch.setitem(data.DIGESTS, name, digests)
@@ -399,8 +421,8 @@ def test_auto_takes_both_splits_from_one_data_set(source, capsys):
     assert capsys.readouterr().err == ""
     for split in ("train", "test"):
         assert data.load("auto", root, split, limit=2).name == "digits"
-        notice = capsys.readouterr().err
-        assert notice.count("\n") == 1 and "built-in digits" in notice
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == 1 and "built-in digits" in notice
     assert data.load("mnist", root, limit=2).name == "mnist"
 
 
@@ -418,6 +440,7 @@ def test_cifar_records_are_planar_rgb(tmp_path):
     assert images.pixels.shape == (5, 3, 32, 32) and images.labels.tolist() == [3, 1, 4, 1, 9]
     assert images.pixels[4, 2, 1, 5] == records[4, 1 + 2 * 1024 + 1 * 32 + 5]
     assert torch.equal(data.load("cifar10", tmp_path, limit=3).pixels, images.pixels[:3])
+    assert data.load(folder).sha256 == images.sha256  # the folder itself
     error_line(FileNotFoundError, lambda: data.load("cifar10", tmp_path, "test"), "test_batch.bin")
 
 
@@ -467,18 +490,62 @@ def test_folder_of_grey_images_has_one_channel(tmp_path):
     assert data.load(tmp_path, limit=1).pixels.shape == (1, 3, 4, 6)
 
 
+def test_class_folders_are_labels_and_what_is_not_used_is_told_once(tmp_path, capsys):
+    for name in ("10", "2", ".hidden"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            picture(tmp_path / name / f"{i}.ppm", value=i + (10 if name == "10" else 2))
+    train, test = (data.load(tmp_path, split=split) for split in ("train", "test"))
+    assert train.labels.tolist() == [10] * 6 + [2] * 5 and test.labels.tolist() == [2]
+    assert train.pixels[:, 0, 0, 0].tolist() == [*range(10, 16), 2, 3, 4, 6, 7]
+    (tmp_path / "10").rename(tmp_path / "cat")
+    assert sorted(set(data.load(tmp_path).labels.tolist())) == [0, 1]  # "2", "cat"
+    assert capsys.readouterr().err == ""
+    # beside images of its own a folder's are not read
+    picture(tmp_path / "a.jfif", form="JPEG")
+    picture(tmp_path / "b.pgm", mode="L")
+    for k in range(3):
+        (tmp_path / f"IMG_{k}.HEIC").touch()
+    for split in ("train", "test"):
+        images = data.load(tmp_path, split=split)
+        assert images.pixels.shape == (2, 3, 4, 6) and images.labels is None
+    said = capsys.readouterr().err
+    assert "12 in subfolders, 3 .HEIC" in said and said.count("\n") == 1
+
+
+def test_colours_are_told_by_palettes_and_transparency_is_white(tmp_path, capsys):
+    grey, colour = (Image.fromarray(x).convert("P") for x in (RGB[..., 0], RGB))
+    grey.save(tmp_path / "grey.png")
+    colour.save(tmp_path / "colour.gif")
+    assert data.load(tmp_path / "grey.png").pixels.shape == (1, 1, 9, 11)
+    np.testing.assert_array_equal(data.load(tmp_path / "grey.png").pixels[0, 0], RGB[..., 0])
+    assert data.load(tmp_path / "colour.gif").pixels.shape == (1, 3, 9, 11)
+    assert capsys.readouterr().err == ""
+    alpha = np.full((9, 11, 1), 255, np.uint8)
+    alpha[2:5], alpha[7] = 0, 51
+    Image.fromarray(np.concatenate([RGB, alpha], 2)).save(tmp_path / "rgba.png")
+    Image.fromarray(np.concatenate([RGB[..., :1], alpha], 2)).save(tmp_path / "la.png")
+    share = alpha / 255
+    for file, pixels in ("rgba", RGB), ("la", RGB[..., :1]):
+        got = data.read_picture(tmp_path / f"{file}.png")[0].permute(1, 2, 0) * 255
+        assert np.abs(got.numpy() - (share * pixels + 255 * (1 - share))).max() < 1
+        assert "white is put behind" in capsys.readouterr().err
+
+
+def test_a_few_bits_in_sixteen_are_told(tmp_path, capsys):
+    for top, said in ((4095, "at most 4095 of 65535: are they 12 bits in 16?"), (65535, "")):
+        Image.fromarray(np.array([[0, top]], np.uint16)).save(tmp_path / f"{top}.png")
+        assert data.load(tmp_path / f"{top}.png").pixels.flatten().tolist() == [0, top >> 8]
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["PNG", *FORMS.values()])
 def test_one_image_of_any_format_is_both_splits(tmp_path, form):
     path = picture(tmp_path / "lies.png", form=form)  # its format is told from its content
     train, test = (data.load(path, split=split) for split in ("train", "test"))
-    assert train.pixels.shape == (1, 3, 4, 6) and train.sha256 == test.sha256
+    channels = 1 if form == "GIF" else 3  # whose palette is grey
+    assert train.pixels.shape == (1, channels, 4, 6) and train.sha256 == test.sha256
     assert train.pixels.float().sub(7).abs().max() <= 2
-
-
-@needs("photos")
-def test_real_jpeg_under_a_png_name():
-    images = data.load(REAL / "photos" / "labi.png")
-    assert images.pixels.shape[:2] == (1, 3) and images.pixels.float().std() > 10
 
 
 @pytest.mark.parametrize(("pixels", "form", "mode"), [
@@ -991,6 +1058,9 @@ def test_processes_without_a_device_each_are_refused(device, local, said, monkey
     assert status == 2 and err.startswith("dipddpm: " + said) and err.count("\n") == 1
 
 
+# settings that may be null: they were not used; two are used by dip and guide alone
+UNUSED = {"data_dir", "size", "crop", "limit", "resume", "mask", "minutes"}
+FITS_OWN = {"sigma", "pictures"}
 FIELDS = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(dipddpm.Config)}
 
 
@@ -1007,10 +1077,10 @@ def test_settings_are_flags_and_the_help_shows_their_values_as_they_are_read():
 def test_a_resolved_config_holds_every_value_that_is_used(mode):
     cfg = dipddpm.resolve(dipddpm.resolve(config(mode=mode)), (5, 1, 28, 28))
     unset = {name for name, value in vars(cfg).items() if value is None}
-    unused = set() if mode in ("dip", "guide") else {"sigma"}
-    assert unset == {"data_dir", "size", "crop", "limit", "out", "resume"} | unused
+    assert unset == UNUSED | {"out"} | (set() if mode in ("dip", "guide") else FITS_OWN)
     assert cfg.samples == 5
-    given = dict(budget=7, dip_width=3, dip_lr=0.5, patience=9, samples=2, sigma=0.3, t_start=(4,))
+    given = dict(dip_iters=7, dip_width=3, dip_lr=0.5, patience=9, samples=2, sigma=0.3)
+    given |= dict(t_start=(4,))
     kept = dipddpm.resolve(config(mode=mode, **given), (5, 1, 28, 28))
     assert vars(kept).items() >= given.items()
 
@@ -1025,31 +1095,47 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
     ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
-    ("--mode ddpm --timesteps 20", "--nfe 50 is above --t-start 20"),
+    ("--mode ddpm --timesteps 20 --nfe 50", "--nfe 50 is above --t-start 20"),
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
     ("--mode prior --dip-source code", "code is none of images, codes, bridge"),
-    ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
+    ("--mode guide --replicas 0", "--replicas must be a number from 1 to"),
     ("--mode guide --sigma banana", "banana"),
-    ("--mode guide --data digits --sigma own", "--sigma own is for --mode dip"),
-    ("--mode dip --data digits --sigma own --task sr", "--sigma own is for --mode dip"),
+    ("--mode dip --sigma 25", "of 255 grey values it would be --sigma 0.098"),
+    ("--mode guide --data digits --pictures own", "--pictures own is for --mode dip"),
+    ("--mode dip --data digits --pictures own", "digits: own pictures are image files"),
+    *(("--mode dip --data " + flags, "--mask and --task inpaint belong together") for flags in (
+        "{tmp}/9x8.png --mask {tmp}/9x8.png", "{tmp}/9x8.png --task inpaint-box",
+        "digits --task inpaint --mask {tmp}/9x8.png --pictures test")),
+    ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/9x8.png", "9x8.png is all dark"),
+    ("--mode dip --data {tmp}/9x8.png --task inpaint --mask {tmp}/8x8.png --crop 7",
+     "8x8.png: 8x8 pixels, but the picture has 9x8"),
     ("--mode dip --data digits --size 9 --task sr", "9x9 pixels; sizes must be multiples of 2"),
     ("--mode dip --data digits --crop 40", "digits: no middle of 40×40 in 28×28 pixels"),
-    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 33554432 pixels"),
+    ("--mode dip --data digits --size 9999", "digits: 9999×9999 is more than 89478485 pixels"),
     ("--mode prior --no-such-flag", "--no-such-flag"),
     ("--mode prior --epoch 3", "--epoch"),
-    ("--mode prior --device tpu9", "tpu9"),
+    ("--mode prior --device tpu9", "--device tpu9: cpu, cuda"),
+    *((f"--mode dip --data digits --device {name}", f"--device {name}: cpu, cuda")
+      for name in ("mps", "meta")),
+    ("--mode dip --data {tmp}/1x1.png", "noise cannot be estimated in 1x1 pixels: say --sigma"),
+    *((f"--mode dip --data {{tmp}}/{size}.png --sigma 0.1", f"images of {size} pixels: a DIP")
+      for size in ("1x1", "2x2")),
     ("--mode prior --data /no/such/folder", "/no/such/folder"),
     ("--mode prior --data mnist --data-dir {tmp}/damaged", "train-images-idx3-ubyte"),
     ("--mode ddpm --resume {tmp}", "no run there"),
     ("--mode sample --resume {tmp}", "no run there"),
     ("--mode sample", "needs a trained network: none in runs/"),
     ("--mode ddpm --out {tmp}", "not empty"),
-    ("--mode ddpm --out {tmp}/file", "not empty"),
+    *(("--mode ddpm --data digits --out {tmp}/" + out, "is no folder")
+      for out in ("file", "file/sub", "link/sub")),
 ])
 def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "damaged" / "mnist").mkdir(parents=True)
     (tmp_path / "file").touch()
-    for file in data.DIGESTS["mnist"]:
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for W, H in (1, 1), (2, 2), (8, 8), (9, 8):
+        Image.new("L", (W, H)).save(tmp_path / f"{W}x{H}.png")
+    for file in data.FILES:
         (tmp_path / "damaged" / "mnist" / file).write_bytes(b"\0\0\x08\x03\0\0")  # a cut header
     monkeypatch.chdir(tmp_path)
     status, _, err = run_main(argv.format(tmp=tmp_path).split(), capsys)
@@ -1057,11 +1143,68 @@ def test_misuse_is_one_line_and_status_2(argv, says, tmp_path, monkeypatch, caps
     assert not (tmp_path / "runs").exists()  # misuse leaves no empty run behind
 
 
+def test_defaults_that_do_not_fit_are_left_out_and_that_is_said(capsys):
+    for argv, nfe in (("ddpm --timesteps 20", (3, 5, 10, 20)), ("prior --timesteps 20", (3, 5, 10)),
+                      ("ddpm --timesteps 2", (2,)), ("ddpm", (3, 5, 10, 20, 50))):
+        assert dipddpm.read_config(["--mode", *argv.split()]).nfe == nfe
+        said = capsys.readouterr().err
+        assert said.count("\n") == (len(nfe) < 5) and dipddpm.show(nfe) in said + "3,5,10,20,50"
+
+
+def test_a_photo_that_memory_cannot_hold_is_refused_before_it_is_begun(tmp_path, monkeypatch,
+                                                                         capsys):
+    picture(tmp_path / "photo.png")
+    monkeypatch.setattr(dipddpm, "memory", lambda: 110 * 16 * 4 * 24 - 1)
+    assert f"lower {SHRINKING}" in refused(capsys, mode="dip", data=tmp_path / "photo.png",
+                                           out=tmp_path / "r")
+    run("dip", tmp_path / "r", data=tmp_path / "photo.png", replicas=3, dip_iters=10)
+
+
+SHRINKING = "--size, --crop, --dip-width or --replicas"
+
+
+@pytest.mark.parametrize("mode, says", [("dip", SHRINKING), ("ddpm", "--batch")])
+def test_out_of_memory_names_the_flags_that_help(mode, says, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
+    monkeypatch.setitem(dipddpm.MODES, mode, full)
+    err = refused(capsys, status=1, mode=mode, data="digits", out=tmp_path / "r")
+    assert err.startswith("dipddpm: out of memory: lower ") and says in err
+
+
+SAYING = """
+import sys, threading
+import dipddpm, eval, data
+print(data.__file__, eval.__file__)
+worker = threading.Thread(target=dipddpm.main, args=(sys.argv[1:],))
+worker.start()
+worker.join()
+print("after")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_terminal_no_thread_and_no_module_of_the_users_ends_a_run(encoding, tmp_path):
+    for name in ("data.py", "eval.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')")
+    (tmp_path / "say.py").write_text(SAYING)
+    measures.save_png(measures.grid(random_images(1, 1, 8, 8)), tmp_path / "日本ü.png")
+    here = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding=encoding,
+                env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(HERE)})
+    said = ended_well([sys.executable, "say.py", *words(
+        mode="dip", data="日本ü.png", out="日本", dip_iters=10, dip_width=4, replicas=1)], here)
+    assert said.startswith(f"{HERE / 'data.py'} {HERE / 'eval.py'}") and said.endswith("after\n")
+    assert (tmp_path / "日本" / "report.html").exists() and r"\u65e5" in said
+    for command in ["-m", "dipddpm", "-h"], [EVAL, "-h"]:
+        ended_well([sys.executable, *command], here)
+
+
 FLAGS = int(os.environ.get("FLAGS", 60))
 EXTREME = {int: ["0", "-1", "1", "1000000000000", str(10**25), "nan", "1.5", ""],
            float: ["0", "-1", "1e-30", "1e30", "nan", "inf", "-inf", ""]}
 SHORT = ("--mode prior --epochs 1 --width 8 --batch 15 --timesteps 40 --samples 4 --nfe 2 "
-         "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --budget 20 "
+         "--dip-iters 2 --dip-width 4", "--mode guide --samples 1 --sigma 0.1 --dip-iters 20 "
          "--dip-width 4 --replicas 2")
 
 
@@ -1438,17 +1581,6 @@ def test_training_learns_and_sampling_returns_the_data(tmp_path):
     assert len(nearest.indices.unique()) == 4
 
 
-def test_a_stopped_and_continued_training_ends_in_the_same_bits_and_log(tmp_path):
-    whole, rows, _ = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", stop_at_step_38)  # between two rows
-    assert dipddpm.load_checkpoint(tmp_path / "stopped")["step"] == 38
-    continued, log, _ = train(tmp_path / "stopped")
-    for p, q in zip(whole.parameters(), continued.parameters()):
-        assert torch.equal(p, q)
-    assert [row[:3] + row[4:] for row in rows] == [row[:3] + row[4:] for row in log]  # but seconds
-
-
 def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at_step_38)
@@ -1457,6 +1589,22 @@ def test_weights_that_are_not_finite_end_a_training_and_leave_its_last_checkpoin
         error_line(RuntimeError, lambda stop=stop: train(tmp_path, stop, lr=1e30),
                    f"not finite after {n} steps with --lr 1e+30")
         assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
+def test_more_epochs_go_on_from_a_runs_weights_in_a_new_folder(whole_run, tmp_path, capsys):
+    folder, _ = whole_run
+    before, weights = contents(folder), dipddpm.load_checkpoint(folder)["net"]
+    assert "with --out NEW its weights begin such a run" in refused(
+        capsys, resume=folder, epochs=3)
+    goes_on = dipddpm.read_config(words(mode="ddpm", resume=folder, epochs=3, out=tmp_path / "n"))
+    begun = dipddpm.Run(goes_on, [])
+    begun.begin_anew()
+    assert begun.saved["ddpm"]["step"] == 0 and not begun.saved["ddpm"]["rows"]
+    assert all(torch.equal(w, begun.saved["ddpm"]["net"][k]) for k, w in weights.items())
+    result = run("ddpm", tmp_path / "whole", resume=folder, epochs=3)
+    assert [row[1:3] for row in log_of(tmp_path / "whole")] == [["12", "3.0000"]]
+    assert result["config"]["epochs"] == 3 and before == contents(folder)
+    assert dipddpm.read_config(words(resume=tmp_path / "whole")).epochs == 3  # a run like others
 
 
 def sgd(net, lr):
@@ -2038,9 +2186,9 @@ def ladder_by_hand(cfg, known, number, rungs):
     half = (dipddpm.halves if known.sigma else dipddpm.held_out)(cfg, known, replicas, rungs)
     group = dipddpm.DIPGroup(cfg, replicas, 1, *known.mask.shape[2:], known.y.dtype)
     rung, since, best, last, risks, outputs = 0, 0, math.inf, math.inf, [], []
-    for i in range(1, cfg.budget + 1):
+    for i in range(1, cfg.dip_iters + 1):
         group.iterate(half.targets[rung], half.fitted, known.A)
-        if i % 10 and i < cfg.budget:
+        if i % 10 and i < cfg.dip_iters:
             continue
         group.rewind(group.collapsed(group.losses, half.targets[rung], half.fitted))
         risks.append(half.risk(known.A(group.average), M))
@@ -2061,15 +2209,15 @@ def ladder_by_hand(cfg, known, number, rungs):
 @pytest.mark.parametrize("task, sigma", [("denoise", 0.6), ("inpaint", 0.6), ("sr", 0.0)])
 def test_images_climb_and_end_their_ladders_whatever_shares_their_group(task, sigma):
     truth, known = measured(task, 4, sigma, dtype=torch.float64)
-    cfg = fit_config(seed=1, patience=10, replicas=2, budget=105)
+    cfg = fit_config(seed=1, patience=10, replicas=2, dip_iters=105)
     x, *ends = zip(*(ladder_by_hand(cfg, known.part([k]), k, 3) for k in range(4)))
     if sigma:  # at the budget, on the last rung, and on one that is no better than the first
         assert {(105, 2), (105, 1)} & set(zip(*ends))
         assert {rung for i, rung in zip(*ends) if i < 105} == {1, 2}
     seen = dipddpm.Observed(truth, known, torch.arange(4), {}, {})
+    run = SimpleNamespace(track=lambda steps, *_, keeps: steps, stop=0)
     for K in (1, 4, 64):  # images one by one, in twos, all together
-        ours, took = dipddpm.fit_in_groups(dataclasses.replace(cfg, dip_group=K), seen,
-                                           SimpleNamespace(track=dipddpm.untracked),
+        ours, took = dipddpm.fit_in_groups(dataclasses.replace(cfg, dip_group=K), seen, run,
                                            dipddpm.fit_guided, 3, 2)
         assert took.tolist() == list(ends[0])
         torch.testing.assert_close(ours, torch.stack(x).clamp(0, 1), rtol=1e-5, atol=1e-7)
@@ -2084,7 +2232,7 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
 
     monkeypatch.setattr(measures, "measures", lambda x, truth: outputs.append(x) or {})
     for folder in tmp_path / "a", tmp_path / "b":
-        cfg = fit_config(mode="guide", samples=2, sigma=0.3, budget=60, patience=10, rungs=2,
+        cfg = fit_config(mode="guide", samples=2, sigma=0.3, dip_iters=60, patience=10, rungs=2,
                          replicas=2, out=str(folder))
         dipddpm.run_fits(cfg, dipddpm.Run(cfg, []))
         rows += json.loads((folder / "results.json").read_text())["arms"]
@@ -2098,7 +2246,7 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
 
 def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     truth, known = measured("denoise", 2, 0.3, size=28)
-    cfg = fit_config(28, dip_width=8, replicas=2, budget=500)
+    cfg = fit_config(28, dip_width=8, replicas=2, dip_iters=500)
     follow, ended = dipddpm.Follow(truth), dipddpm.Follow(truth)
     rows = torch.arange(2)
     x, iterations = dipddpm.fit_guided(cfg, known, rows, 1, look=lambda i, x: follow(i, rows, x))
@@ -2114,7 +2262,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
 @pytest.mark.parametrize("rungs", [1, 3])
 def test_a_look_waits_for_the_device_three_times_and_an_iteration_never(rungs):
     (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
-    cfg, follow, counts = fit_config(budget=60, replicas=2, patience=20), dipddpm.Follow(truth), []
+    cfg, follow = fit_config(dip_iters=60, replicas=2, patience=20), dipddpm.Follow(truth)
+    counts = []
 
     def track(steps, *_):
         for step in steps:
@@ -2141,7 +2290,7 @@ def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs():
 
 def test_a_collapsed_replica_goes_back_to_where_it_was_best():
     (truth, known), calls = measured("denoise", 2, 0.1, size=28), itertools.count(1)
-    cfg = fit_config(28, dip_width=8, replicas=2, budget=120)
+    cfg = fit_config(28, dip_width=8, replicas=2, dip_iters=120)
 
     def forget(net, _):  # one replica of the second image forgets everything
         if isinstance(net, dipddpm.Skip) and next(calls) == 200:  # at the second fit's 80th step
@@ -2158,16 +2307,10 @@ def test_a_collapsed_replica_goes_back_to_where_it_was_best():
 def test_observing_takes_the_middle_and_adds_the_noise_asked_for(tmp_path):
     pixels = data.load("digits", split="test", limit=3).pixels
     middle = pixels[:, :, 4:24, 4:24].float() / 255
-    for sigma in (0.2, "own"):
-        cfg = config(mode="dip", crop=20, samples=3, sigma=sigma, out=str(tmp_path / str(sigma)))
-        _, (truth, known, _, about, _) = dipddpm.observe(dipddpm.resolve(cfg),
-                                                         dipddpm.Run(cfg, []))
-        if sigma == "own":  # the pictures are noisy already
-            assert truth is None and torch.equal(known.y, middle)
-            assert known.sigma == about["sigma_estimate"]
-        else:
-            assert torch.equal(truth, middle) and known.sigma == 0.2
-            assert (known.y - middle).std() == pytest.approx(0.2, rel=0.1)
+    cfg = config(mode="dip", crop=20, samples=3, sigma=0.2, out=str(tmp_path / "r"))
+    _, (truth, known, *_) = dipddpm.observe(dipddpm.resolve(cfg), dipddpm.Run(cfg, []))
+    assert torch.equal(truth, middle) and known.sigma == 0.2
+    assert (known.y - middle).std() == pytest.approx(0.2, rel=0.1)
 
 
 def test_noise_level_is_found_in_flat_images():
@@ -2186,7 +2329,7 @@ def test_noise_level_is_found_in_flat_images():
 ARMS = {"ddpm", "dip-codes", "dip-bridge", "gauss", "pca", "blur"}
 TINY = dict(data="digits", limit=128, epochs=2, width=8, batch=32, timesteps=40, samples=8,
             dip_iters=3, dip_width=4, nfe="2,4", eta="0,1")
-FIT = dict(data="digits", samples=1, budget=60, dip_width=4, replicas=2)
+FIT = dict(data="digits", samples=1, dip_iters=60, dip_width=4, replicas=2)
 
 
 def words(**flags):
@@ -2204,8 +2347,7 @@ def run(mode, out, **flags):
     assert set(result["data"]) == {"name", "train", "test", "sha256"}
     # config.json says what ran: null is only what was not used
     assert result["config"] == json.loads((out / "config.json").read_text())
-    unused = {"data_dir", "size", "crop", "limit", "resume"}
-    unused |= set() if mode in ("dip", "guide") else {"sigma"}
+    unused = UNUSED | (set() if mode in ("dip", "guide") else FITS_OWN)
     assert {name for name, value in result["config"].items() if value is None} <= unused
     # seconds add up, every file is whole
     parts, whole = result["seconds"], result["seconds"]["total"] + 0.01
@@ -2234,7 +2376,7 @@ def whole_run(tmp_path_factory):
     """--mode prior to its end, once, on few and small things: its folder and results."""
     folder = tmp_path_factory.mktemp("a run") / "prüfung"
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("DIPDDPM_DATA", raising=False)
+        patch.setenv("DIPDDPM_DATA", str(folder.parent))
         patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
         yield folder, run("prior", folder, **TINY)
 
@@ -2256,6 +2398,9 @@ def test_a_prior_run_leaves_results_of_every_arm(whole_run):
         error.square().sum().item() / 8, rel=1e-4)
     assert {"log.csv", "checkpoint.pt", "dip-bridge.pt", "priors.png", "samples-nfe4.png"} <= {
         path.name for path in folder.iterdir()}
+    # what can be made again lies in the cache, and the folder of data is left alone
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, "cache"}
+    assert any((folder.parent / "cache" / "dipddpm").glob("features-digits-*"))
 
 
 def test_a_runs_network_serves_another_run_and_its_own_stays_as_it_is(whole_run, tmp_path):
@@ -2312,23 +2457,125 @@ def test_guide_compares_its_arms(task, sigma, arms, tmp_path):
             assert row["own_gap"] == pytest.approx(max(0, best - row["psnr"]), abs=2e-3)
 
 
-def test_dip_stops_by_itself_and_tells_how_well(tmp_path):
-    corrupted, dip = run("dip", tmp_path, **FIT | dict(samples=3, budget=110))["arms"]
-    assert corrupted["name"] == "corrupted" and 18 < corrupted["psnr"] < 24  # 20 dB but for clips
-    assert dip["name"] == "dip" and -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5
-    assert dip["iterations"] <= 110 and len(list(tmp_path.glob("restored-*.png"))) == 3
-
-
-def test_dip_finds_the_noise_of_a_photo_that_has_no_truth(tmp_path, capsys):
-    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(3, 40, 48)
+@pytest.fixture
+def noisy(tmp_path):
+    """A folder with twelve colour pictures, 48 x 40, alike but for their noise of 0.1."""
+    x = torch.linspace(0.2, 0.8, 40)[:, None] * torch.ones(12, 3, 40, 48)
     x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    measures.save_png(measures.grid(x[None]), tmp_path / "noisy.png")
-    flags = FIT | dict(data=tmp_path / "noisy.png", sigma="own", crop=32, dip_width=8)
-    _, dip = run("dip", tmp_path / "d", **flags)["arms"]
-    assert dip["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and "psnr" not in dip
+    (tmp_path / "noisy").mkdir()
+    for k, image in enumerate(x):
+        measures.save_png(measures.grid(image[None]), tmp_path / "noisy" / f"{k:02}.png")
+    mask = np.full((40, 48), 255, np.uint8)
+    mask[10:20, 16:32], mask[30, 30] = 0, 128
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path / "noisy"
+
+
+def own_row(out, capsys, **flags):
+    """A run on one's own pictures, in which nothing is compared: its row, its pictures."""
+    result = run("dip", out, **FIT | dict(dip_width=8, samples=99, dip_iters=30) | flags)
+    said, (_, row) = capsys.readouterr().out, result["arms"]
+    assert " own image" in said and "psnr" not in said + " ".join(row) and not result["curves"]
+    assert ("(estimated)" in said) == ("sigma_estimate" in row)
+    files = sorted(out.glob("restored-*.png"))
+    assert all(f"restored: {file}" in said for file in files)
+    return row, [np.asarray(Image.open(file)) for file in files]
+
+
+def test_own_pictures_are_denoised_as_they_came_by_a_given_or_estimated_level(noisy, tmp_path,
+                                                                              capsys):
+    row, (x,) = own_row(tmp_path / "1", capsys, data=noisy / "00.png", crop=32, dip_iters=110)
+    assert row["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and x.shape == (32, 32, 3)
+    assert (x - np.linspace(0.2, 0.8, 40)[4:36, None, None] * 255).std() < 0.08 * 255
+    row, (same,) = own_row(tmp_path / "2", capsys, data=noisy / "00.png", sigma=0.3)
+    assert row["sigma"] == 0.3
+    # of a folder, too, where it is said whose the pictures are; and one may be a test picture
+    row, every = own_row(tmp_path / "3", capsys, data=noisy, pictures="own")
+    assert row["sigma_estimate"] == pytest.approx(0.1, rel=0.15) and len(every) == 12
+    for k, what in enumerate((dict(data=noisy), dict(data=noisy / "00.png", pictures="test"))):
+        corrupted, dip = run("dip", tmp_path / f"test{k}", **FIT | what | dict(sigma=0.2))["arms"]
+        assert corrupted["psnr"] == pytest.approx(-20 * math.log10(0.2), abs=1)
+        assert -1e-3 <= dip["psnr_oracle"] - dip["psnr"] < 5 and dip["iterations"] <= 60
+
+
+def test_own_holes_are_filled_and_what_is_given_is_kept(noisy, tmp_path, capsys):
+    mask = np.asarray(Image.open(tmp_path / "mask.png")) == 255
+    before = np.asarray(Image.open(noisy / "00.png"))
+    flags = dict(data=noisy / "00.png", task="inpaint", mask=tmp_path / "mask.png")
+    row, (x,) = own_row(tmp_path / "1", capsys, **flags)
+    assert row["sigma"] == 0 and (x[mask] == before[mask]).all()
+    assert (x[~mask] != before[~mask]).mean() > 0.9
+    # with noise nothing is kept; and a mask is made smaller as its picture is
+    _, (noised,) = own_row(tmp_path / "2", capsys, sigma=0.1, **flags)
+    assert (noised[mask] != before[mask]).mean() > 0.5
+    assert own_row(tmp_path / "3", capsys, size=20, **flags)[1][0].shape == (20, 24, 3)
+    # what lies in holes is no part of the fit
+    Image.fromarray(np.where(mask[..., None], before, 255 - before)).save(noisy / "00.png")
+    np.testing.assert_array_equal(own_row(tmp_path / "4", capsys, **flags)[1][0], x)
+
+
+@pytest.mark.parametrize("task, factor", dipddpm.FACTORS.items())
+def test_a_small_picture_is_enlarged(task, factor, noisy, tmp_path, capsys):
+    row, (x,) = own_row(tmp_path / "r", capsys, data=noisy / "00.png", task=task, crop=16,
+                        dip_iters=200)
+    assert row["sigma"] == 0 and x.shape == (16 * factor, 16 * factor, 3)
+    small = torch.tensor(np.asarray(Image.open(noisy / "00.png")))[12:28, 16:32].permute(2, 0, 1)
+    means = F.avg_pool2d(torch.tensor(x).permute(2, 0, 1).float(), factor)
+    assert (means - small).abs().mean() < 0.12 * 255
+
+
+@pytest.mark.parametrize("mode", ["dip", "guide"])
+def test_an_interrupted_fit_keeps_what_it_has(mode, tmp_path, monkeypatch, capsys):
+    track = dipddpm.Run.track
+
+    def stopped(run, steps, *about, keeps):
+        for step in track(run, steps, *about, keeps):
+            run.stop = signal.SIGTERM if step == 25 else 0
+            yield step
+
+    def one_by_one(cfg, shape=None, resolve=dipddpm.resolve):
+        return dataclasses.replace(resolve(cfg, shape), dip_group=1)
+
+    monkeypatch.setattr(dipddpm.Run, "track", stopped)
+    monkeypatch.setattr(dipddpm, "resolve", one_by_one)
+    flags = FIT | dict(samples=3, sigma=0.3)
+    status, out, err = run_main(words(mode=mode, out=tmp_path / "r", **flags), capsys)
+    assert status == 143 and "interrupted after 25 of at most 60 iterations" in err
+    assert "report: " in out and err.count("\n") == 1
+    _, fitted, *oracle = results_of(tmp_path / "r")
+    assert fitted["name"] == ("dip" if mode == "dip" else "plain") and len(oracle) < 2
+    assert round(3 * fitted["iterations"]) == 25 and (tmp_path / "r" / f"{mode}.png").exists()
+    if mode == "dip":  # of the first image the mean over two looks, and the others as they were
+        monkeypatch.undo()
+        run("dip", tmp_path / "s", **flags | dict(samples=1, dip_iters=20))
+        pictures = [np.asarray(Image.open(tmp_path / file), int) for file in
+                    ("r/restored-00.png", "s/restored-00.png", "r/restored-01.png", "r/dip.png")]
+        assert abs(pictures[0] - pictures[1]).max() <= 1
+        shown = pictures[3][60:116:2, 60:116:2]  # the second row: what was given
+        assert abs(pictures[2] - shown).max() <= 1
+    for flags in dict(resume=tmp_path / "r"), dict(resume=tmp_path / "r", mode=mode, out="x"):
+        assert "cannot be continued" in refused(capsys, **flags)
+
+
+def test_minutes_end_a_fit_and_its_length_is_foretold(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 5)  # seconds, five for each look at the clock
+    run_of_it = bare_run(tmp_path / "r", mode="dip", minutes=2.0)
+    monkeypatch.setattr(dipddpm.time, "time", lambda: next(clock))
+    taken = list(run_of_it.track(range(1, 1000), "fit", 1, keeps=True))
+    assert 5 < len(taken) < 25 and run_of_it.early == "2 minutes are spent" and not run_of_it.stop
     said = capsys.readouterr().out
-    assert "(estimated)" in said and "psnr" not in said
-    assert Image.open(tmp_path / "d" / "restored-00.png").size == (32, 32)
+    assert "a fit takes at most 2 minutes, " in said and "--minutes, --dip-iters" in said
+
+
+def test_a_photo_on_a_cpu_ends_in_minutes_unless_its_iterations_are_said(monkeypatch):
+    def resolved(size, **said):
+        cfg = dipddpm.resolve(config(mode="dip", **said), (3, 3, size, size))
+        return cfg.minutes, cfg.dip_iters, cfg.dip_width, cfg.dip_group
+
+    assert resolved(64) == (None, 1000, 16, 64) and resolved(65) == (10, 3000, 16, 1)
+    assert resolved(65, dip_iters=70)[:2] == (None, 70) and resolved(65, minutes=3.0)[0] == 3
+    monkeypatch.setattr(dipddpm, "pick_device", lambda name: torch.device("cuda"))
+    assert resolved(65) == (None, 3000, 128, 1)
 
 
 # ---- misuse and damage ---------------------------------------------------------------------------
@@ -2563,11 +2810,12 @@ GOLDEN = {
     "ladder, and iterations": (0.09949, 120, 90),
     "t_start": (600, 600, 600, 600),
     "samples": (1000, 16, 16, 64),
-    "dip_width": (16, 16, 128, 16),
+    "dip_width": (16, 16, 16, 16),
+    "dip_iters": (60, 1000, 3000, 60),
     "sigma": (0.1, 0.1),
-    "budget": (1000, 1000, 3000, 1000),
     "bridge_start": (600, 600, 600, 600),
     "dip_lr": (0.01, 0.05, 0.01, 0.01),
+    "dip_group": (64, 64, 1, 64),
     "patience": (50, 50, 200, 50),
 }
 RUNS = (("prior", 28), ("dip", 28), ("guide", 100), ("sample", 28))  # modes and sizes of images
@@ -2580,7 +2828,7 @@ def rms(x):
 def golden():
     """What the method gives for little images, waves and noise: {what: number or numbers}."""
     cfg = config(width=8, batch=20, epochs=4, timesteps=40, dip_width=4, dip_lr=0.05, patience=10,
-                 budget=150, rungs=3, replicas=2, code_epochs=20)
+                 dip_iters=150, rungs=3, replicas=2, code_epochs=20)
     i, y, x = torch.meshgrid(torch.arange(40), torch.arange(12), torch.arange(12), indexing="ij")
     noise = kernels.uniform((40, 12, 12), 0, 0, 0, kernels.INIT_NOISE)
     wave = 0.5 + 0.5 * torch.sin((x * (1 + i % 4) + y * (1 + i // 4)) / 5)
@@ -2617,9 +2865,9 @@ def golden():
     # what a run takes where nothing is said
     given = [dipddpm.resolve(config(mode=mode), (5000, 1, size, size)) for mode, size in RUNS]
     for f in dataclasses.fields(dipddpm.Config):
-        values = [getattr(cfg, f.name) for cfg in given]
-        if f.default is None and any(values):
-            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values if v]
+        values = [v for cfg in given if (v := getattr(cfg, f.name))]
+        if f.default is None and f.type is not str and len(values) > 1:
+            found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values]
     return found
 
 
@@ -2678,10 +2926,13 @@ def test_pixel_errors_are_their_definitions():
     assert measures.mse(a, b).numpy() == pytest.approx(square)
     assert measures.mae(a, b).numpy() == pytest.approx([np.mean(abs(x)) for x in d])
     assert measures.psnr(a, b).numpy() == pytest.approx([10 * math.log10(1 / s) for s in square])
+    assert str(measures.psnr(0 * a, 0 * a + 1)[0].item()) == "0.0"  # and not -0
 
 
-@pytest.mark.parametrize("name, of_equal", [("mse", 0), ("mae", 0), ("psnr", math.inf),
-                                            ("ssim", 1), ("delta_e", 0)])
+IMAGE_MEASURES = {"mse": 0, "mae": 0, "psnr": math.inf, "ssim": 1, "delta_e": 0}  # of equal images
+
+
+@pytest.mark.parametrize("name, of_equal", IMAGE_MEASURES.items())
 def test_image_measures_are_symmetric_know_their_range_and_equal_images(name, of_equal):
     measure = getattr(measures, name)
     a, b = random_images(2, 3, 16, 16), random_images(2, 3, 16, 16, seed=1)
@@ -2692,16 +2943,21 @@ def test_image_measures_are_symmetric_know_their_range_and_equal_images(name, of
     assert (row[name], row[f"{name}_std"]) == pytest.approx((each.mean(), each.std()))
 
 
-def test_a_large_photo_is_the_mean_of_its_parts():
-    photos = torch.zeros(2, 1, 1, 750_000)
-    photos[0, ..., :250_000], photos[1] = 1, 1
+def test_a_large_photo_is_the_mean_of_its_parts(monkeypatch):
+    photos = torch.zeros(2, 1, 750, 1000)
+    photos[0, :, :250], photos[1] = 1, 1
     black_and_white = measures.delta_e(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)).item()
     assert measures.delta_e(*photos[:, None]).item() == pytest.approx(black_and_white * 2 / 3)
+    a, b = random_images(2, 2, 3, 40, 30)
+    whole = [getattr(measures, name)(a, b) for name in IMAGE_MEASURES]
+    monkeypatch.setattr(measures, "BLOCK", 500)  # five rows, and what a window needs beside them
+    for name, expected in zip(IMAGE_MEASURES, whole):
+        torch.testing.assert_close(getattr(measures, name)(a, b), expected)
 
 
 @pytest.mark.parametrize("b, word", [
     (torch.zeros(1, 1, 4, 5), r"\[1, 1, 4, 4\] and \[1, 1, 4, 5\]"),
-    (torch.full((1, 1, 4, 4), math.nan), "second images hold NaN"),
+    (torch.full((1, 1, 4, 4), math.nan), "second images lie in .nan, nan"),
     (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "second images are torch.uint8"),
     (torch.full((1, 1, 4, 4), 200.), r"second images lie in \[200, 200\], not in \[0, 1\]"),
     (torch.full((1, 1, 4, 4), -1.), r"second images lie in \[-1, -1\], not in \[0, 1\]")])

@@ -16,7 +16,6 @@ import shlex
 import statistics
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 
@@ -95,17 +94,17 @@ def fit_plain(cfg, seen, run, M, targets):
 
         def watch(i, x, average):
             stops[-1](i, mean(x), mean(average))
-            if i % dipddpm.CHECK == 0 or i == cfg.budget:
+            if i % dipddpm.CHECK == 0 or i == cfg.dip_iters:
                 look(i, mean(average))
 
         each = [y[rows].repeat_interleave(M, 0) for y in targets]
         known = known.part(torch.arange(len(rows), device=rows.device).repeat_interleave(M))
-        x = fit_targets(cfg, known, each, dipddpm.replicas_of(rows, M), cfg.budget, track, watch)
-        return mean(x), torch.full((len(rows),), cfg.budget, device=rows.device)
+        x = fit_targets(cfg, known, each, dipddpm.replicas_of(rows, M), cfg.dip_iters, track, watch)
+        return mean(x), torch.full((len(rows),), cfg.dip_iters, device=rows.device)
 
     x, took = dipddpm.fit_in_groups(cfg, seen, run, fit, 1, M, follow)
     early = torch.cat([stop.x for stop in stops])
-    stopped = torch.cat([stop.stopped for stop in stops]).clamp(max=cfg.budget)
+    stopped = torch.cat([stop.stopped for stop in stops]).clamp(max=cfg.dip_iters)
     return {"plain": (x, took), "oracle": (follow.best, follow.when),
             "es-wmv": (early, stopped)}, follow
 
@@ -152,7 +151,7 @@ def run_guide(own, cfg, run):
         curves[f"psnr/plain{suffix}"] = follow.curve()
         bound = bound if suffix else follow.psnr
         for look, (x, iterations) in looks.items():
-            share = iterations.double().mean().item() / cfg.budget  # of the fit's seconds
+            share = iterations.double().mean().item() / cfg.dip_iters  # of the fit's seconds
             add(look + suffix, x, iterations, each,
                 **({} if look == "oracle" else {"seconds": share * took.seconds}))
     # the method's own
@@ -319,8 +318,7 @@ def run_prior(own, cfg, run):
         nets[name], logs[name] = train(cfg, seen, run, name, own.snapshots)
     dipddpm.write_log(run, [row for rows in logs.values() for row in rows])
     # sampling, and curves
-    root = Path(cfg.data_dir) if cfg.data_dir else data.default_root()
-    judge = measure.Judge(images, pixels, test, cfg.samples, [root, data.cache_root(), run.folder])
+    judge = measure.Judge(images, pixels, test, cfg.samples, [data.cache_root(), run.folder])
     rows, begun = sampled(own, cfg, run, nets, pixels, judge)
     curves = {f"loss/{name}": next(iter(dipddpm.loss_curves(log).values()))
               for name, log in logs.items()}

@@ -28,6 +28,7 @@ def figure(path):
 
 def main(arguments=None):
     """Exit status 0, or 2 and one line on stderr."""
+    measure.print_anything()
     try:
         for path in map(Path, sys.argv[1:] if arguments is None else arguments):
             figure(path)

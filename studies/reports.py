@@ -426,7 +426,7 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
                 (10 * best.indices + 10).tolist()))))
     guide = [results for _, results in run(
         home / "guide", seeds, GUIDE, "--data", where(pictures), "--size", pixels, "--crop", pixels,
-        "--samples", 1, "--sigma", sigma, "--set", f"rungs={rungs}", "--budget", guide_iters)]
+        "--samples", 1, "--sigma", sigma, "--set", f"rungs={rungs}", "--dip-iters", guide_iters)]
     for name in ("plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "split", "ladder",
                  "literal", "literal-mean"):
         found = [row_of(results, name) for results in guide]
@@ -463,8 +463,8 @@ def study_e(home, seeds, pictures, epochs, width, archs, dip_width, dip_iters, s
             ("— fid_lenet, trained on DIP outputs, from DIP outputs at 0.6 T",
              "lowest first, then rising; ResNet-18 below 140, the two within 5", each(smoothed)),
             ("— trained on images, from DIP outputs at 0.6 T", "–", each(full))]
-    lenet = measure.feature_network(train.pixels, train.labels, train.name, [
-        data.default_root(), data.cache_root(), home], device=device())
+    lenet = measure.feature_network(train.pixels, train.labels, train.name,
+                                    [data.cache_root(), home], device=device())
     real = measure.features(lenet, test.pixels)
 
     def distance(x):

@@ -54,7 +54,7 @@ def bare_run(folder="."):
     """What the methods need of a Run, without a command line."""
     run = object.__new__(dipddpm.Run)
     run.folder, run.device, run.precision = Path(folder), torch.device("cpu"), "fp32"
-    run.stop, run.saved, run.about = 0, {}, {}
+    run.stop, run.saved, run.about, run.foretold, run.cfg = 0, {}, {}, False, config()
     run.seconds = dict.fromkeys(("dip", "train", "sample", "eval", "total"), 0.0)
     return run
 
@@ -430,7 +430,7 @@ def test_a_restoration_has_a_folder_of_its_own_and_every_arm(trained, tmp_path, 
     (restore.main, "RUN --task box", "box is none of denoise, inpaint"),
     (restore.main, "RUN --task sr --size 27", "its network is for images of 1x28x28"),
     (restore.main, "RUN --width 16", "cannot become 16"),
-    (restore.main, "RUN --sigma -1", "--sigma must be at least 0"),
+    (restore.main, "RUN --sigma -1", "--sigma must be a number from 0"),
     (restore.main, "nowhere", "no run there"),
     (restore.main, "", "the following arguments are required: run"),
     (arms.main, "dip", "invalid choice: 'dip'"),
@@ -482,7 +482,7 @@ def test_one_target_is_the_methods_own_fit():
 
 
 def test_a_plain_fits_looks_are_its_end_its_best_and_a_stop_that_sees_no_truth():
-    cfg, run = config(mode="guide", dip_width=4, budget=35), bare_run()
+    cfg, run = config(mode="guide", dip_width=4, dip_iters=35), bare_run()
     seen = observed(random_images(2, 1, 8, 8), 0.1)
     looks, follow = arms.fit_plain(cfg, seen, run, 2, [seen.known.y])
     x, when = looks["oracle"]
@@ -499,7 +499,7 @@ def test_a_plain_fits_looks_are_its_end_its_best_and_a_stop_that_sees_no_truth()
 
 def test_plain_fits_do_not_depend_on_their_group():
     seen = observed(random_images(3, 1, 8, 8).double(), 0.1)
-    fits = [arms.fit_plain(config(mode="guide", dip_width=4, budget=20, dip_group=group), seen,
+    fits = [arms.fit_plain(config(mode="guide", dip_width=4, dip_iters=20, dip_group=group), seen,
                            bare_run(), 2, [seen.known.y])[0] for group in (2, 64)]
     for arm in fits[0]:
         torch.testing.assert_close(fits[0][arm][0], fits[1][arm][0], rtol=1e-5, atol=1e-7)
@@ -515,7 +515,7 @@ def test_what_leaks_has_the_precision_of_all_its_rungs():
     assert all((y[~seen] == 0).all() for y in leaking)
 
 
-GUIDE = ("--data digits --samples 2 --budget 40 --dip-width 4 --replicas 2 --set patience=20 "
+GUIDE = ("--data digits --samples 2 --dip-iters 40 --dip-width 4 --replicas 2 --set patience=20 "
          "--set rungs=2").split()
 THREE = ["plain", "oracle", "es-wmv"]
 MEANS = [f"{name}-mean" for name in THREE]
