@@ -9,7 +9,8 @@ help:  ## explain the targets (default)
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if at hand, else drawn digits)
-	$(BIN)/python dipddpm.py --mode prior --limit 8000 --epochs 11 --nfe 5,20 --samples 200
+	$(BIN)/python dipddpm.py --mode prior --dip-source codes --limit 8000 --epochs 11 --nfe 5,20 \
+		--samples 200
 
 test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --durations=5 $(TESTS)
