@@ -1305,8 +1305,9 @@ def test_a_bridge_goes_from_the_noised_prior_to_the_image_and_each_step_keeps_it
     rows = dipddpm.reverse_table(cfg, taus, eta, bridge=True).double()
     plain = dipddpm.reverse_table(cfg, taus, eta).double()
     assert torch.equal(rows[:, 3:6], plain[:, 3:6])
-    at = [(0.0, 1.0) if tau == 0 else (table[tau - 1, 5], schedule.at(tau)) for tau in taus]
-    for (a, b, c0, ct, sigma, _, cp), (kappa_t, ab_t), (kappa_s, ab_s) in zip(rows, at, at[1:]):
+    at = [(0.0, 1.0) if tau == 0 else (table[tau - 1, 5].item(), schedule.at(tau)) for tau in taus]
+    for (a, b, c0, ct, sigma, _, cp), (kappa_t, ab_t), (kappa_s, ab_s) in zip(
+            rows.tolist(), at, at[1:]):
         assert (a, b) == (0, 1)  # x0_hat is the prior and what the network adds
         # with x0_hat = x_0: shares of x_0 and of the prior, and the noise's variance
         assert c0 + ct * ab_t**0.5 * (1 - kappa_t) == pytest.approx(
