@@ -162,9 +162,6 @@ DIGESTS = {  # SHA-256 of the .gz of FILES
 DOWNLOAD_TIMEOUT, DOWNLOAD_LIMIT = 10, 2**26  # seconds of silence, bytes
 
 
-TORCHVISION = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}  # where it keeps the files
-
-
 def load_mnist(root, split, limit, name="mnist"):
     """Pixels uint8 [N, 1, H, W] and labels [N] of MNIST, or of Fashion-MNIST: one format."""
     return _read_images(_find_or_fetch(root, name, IMAGES[split]),

@@ -186,6 +186,9 @@ def prediction(predict, ab):
     return (p, q), (a, b), (ab / (1 - ab)).clamp(max=GAMMA) * b**2
 
 
+RESIDUAL = 1 / 8  # about the size of x_0 - prior, in which a bridge's network gives it
+
+
 def kappa_of(ab, ab_end):
     """The prior's share in the mean of a bridge, of alpha_bar where it is and where it ends: the
     ratio of the signal-to-noise ratios, from 0 at the clean image to 1."""
@@ -198,15 +201,15 @@ def forward_table(cfg, t_start=None):
     loss = weight (out - (p x_0 + q eps))^2. Combined in float64, cast last.
 
     With t_start, of a bridge, float32 [t_start, 6]: x_0 + kappa (prior - x_0) takes x_0's place in
-    x_t, and the target is x_0 - prior. This is the same process, given that it ends at signal prior
-    + noise eps' (Zhou et al. 2024, DDBM), with eps' ~ N(0, 1) drawn as well."""
+    x_t, and the target is (x_0 - prior) / RESIDUAL. This is the same process, given that it ends at
+    signal prior + noise eps' (Zhou et al. 2024, DDBM), with eps' ~ N(0, 1) drawn as well."""
     ab = schedule_of(cfg).alpha_bar
     (p, q), _, weight = prediction(cfg.predict, ab)
     kappa = torch.zeros_like(ab)
     if t_start:
         ab = ab[:t_start]
         kappa = kappa_of(ab, ab[-1])
-        p, q, weight = torch.ones_like(ab), torch.zeros_like(ab), torch.ones_like(ab)
+        p, q, weight = (torch.full_like(ab, v) for v in (1 / RESIDUAL, 0, RESIDUAL**2))
     return torch.stack([ab.sqrt(), (1 - ab).sqrt(), p, q, weight, kappa], dim=1).float()  # [T, 6]
 
 
@@ -239,8 +242,8 @@ def reverse_table(cfg, taus, eta, bridge=False):
     DPM-Solver++(2M)); it is 0 at the first step and, where h is infinite, at the last.
 
     On a bridge, which ends at taus[0], x_s = c0 x0_hat + ct x_t + cp prior + sigma z, where x0_hat
-    = clip(prior + out, -1, 1): cp is the prior's share in x_s without what ct x_t brings along, and
-    c0 is as much less."""
+    = clip(prior + RESIDUAL out, -1, 1): cp is the prior's share in x_s without what ct x_t brings
+    along, and c0 is as much less."""
     schedule, rows, h_previous = schedule_of(cfg), [], math.inf
     ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):
@@ -253,7 +256,7 @@ def reverse_table(cfg, taus, eta, bridge=False):
         if bridge:
             cp = (math.sqrt(ab_s) * kappa_of(ab_s, ab_end)
                   - math.sqrt(ab_t) * kappa_of(ab_t, ab_end) * ct)
-            a, b, c0 = 0.0, 1.0, c0 - cp
+            a, b, c0 = 0.0, RESIDUAL, c0 - cp
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
         rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous), cp])
         h_previous = h
@@ -305,16 +308,15 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """The denoiser: x_t [B, C, H, W] and t int64 [B] -> out [B, C, H, W]; with a bridge's prior
-    [B, C, H, W] as well, out is what x_0 has that the prior lacks. Inside, the last row and column
-    are repeated up to multiples of 4. Space-to-depth by 2 comes first: on small images most of a
-    U-Net's time is spent at full resolution, where there is least to decide. Skip connections are
-    added, not concatenated, which keeps every block at one width. Two levels of widths w and 2 w,
-    attention on the lower one. It calculates in the type of its weights."""
+    [B, C, H, W] as well, out is what x_0 has that the prior lacks, in units of RESIDUAL. Inside,
+    the last row and column are repeated up to multiples of 4. Space-to-depth by 2 comes first: on
+    small images most of a U-Net's time is spent at full resolution, where there is least to decide.
+    Skip connections are added, not concatenated, which keeps every block at one width. Two levels
+    of widths w and 2 w, attention on the lower one. It calculates in the type of its weights."""
 
     def __init__(self, channels, width=32, blocks=(1, 2), bridge=False):
         super().__init__()
         self.width = width
-        self.unit = 1 / 8 if bridge else 1  # of out: about what a prior lacks
         emb = 4 * width
         self.embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.enter = nn.Conv2d(4 * channels * (1 + bridge), width, 3, padding=1)
@@ -359,7 +361,7 @@ class UNet(nn.Module):
         for block in self.up1:
             h = block(h + skips.pop(), emb)
         out = F.pixel_shuffle(self.leave(F.silu(self.norm(h))), 2)
-        return out[..., :H, :W] * self.unit  # [B, C, H, W]
+        return out[..., :H, :W]  # [B, C, H, W]
 
 
 def draw_weights(net, seed, network):
@@ -1710,7 +1712,7 @@ def read_config(argv):
     if "mode" not in given:
         raise ValueError("--mode is required: dip, ddpm, prior, guide or sample")
     cfg = resolve(Config(**given))
-    longest = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
+    longest = steps_at_most(cfg)
     if "nfe" not in said and cfg.mode in ("ddpm", "prior", "sample") and max(cfg.nfe) > longest:
         cfg = replace(cfg, nfe=tuple(n for n in cfg.nfe if n <= longest) or (longest,))
         print(f"dipddpm: --nfe {show(cfg.nfe)}: there are only {longest} steps", file=sys.stderr)
@@ -1772,7 +1774,8 @@ def check(cfg):
         low, high = m.get("low", -math.inf), min(m.get("high", math.inf), 2**63 - 1)
         for v in value if isinstance(value, tuple) else () if value is None else (value,):
             if isinstance(v, (int, float)) and not low <= v <= high:
-                raise ValueError(f"{name} must be a number from {low} to {high}, not {v}")
+                bound = f"at least {low}" if v < low else f"at most {high:g}"
+                raise ValueError(f"{name} must be {bound}, not {v}")
             if v not in m.get("choices", (v,)):
                 raise ValueError(f"{name} {v} is none of {', '.join(m['choices'])}")
     if cfg.width % 8:
@@ -1788,11 +1791,18 @@ def check(cfg):
                          "--pictures test makes holes, and compares")
     if max(cfg.t_start) > cfg.timesteps:
         raise ValueError(f"--t-start {max(cfg.t_start)} is beyond T = --timesteps {cfg.timesteps}")
-    start = min(cfg.t_start) if cfg.mode == "prior" else cfg.timesteps
-    if cfg.mode in ("ddpm", "prior", "sample") and max(cfg.nfe) > start:
-        raise ValueError(f"--nfe {max(cfg.nfe)} is above --t-start {start}: "
-                         "a step cannot be shorter than one")
+    steps = steps_at_most(cfg)
+    if cfg.mode in ("ddpm", "prior", "sample") and max(cfg.nfe) > steps:
+        raise ValueError(f"--nfe {max(cfg.nfe)} is more than the {steps} steps from where an arm "
+                         "starts (--t-start, --timesteps; the bridge: 0.6 T)")
     return cfg
+
+
+def steps_at_most(cfg):
+    """The most evaluations that every arm can have: a step cannot be shorter than one."""
+    if cfg.mode != "prior":
+        return cfg.timesteps
+    return min(*cfg.t_start, cfg.bridge_start if "bridge" in cfg.dip_source else cfg.timesteps)
 
 
 def load_images(cfg, split, name=None, limit=None):

@@ -1094,12 +1094,13 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode prior --width 20", "--width"),
     ("--mode prior --eta 2", "--eta"),
     ("--mode prior --t-start 1001", "--t-start 1001 is beyond"),
-    ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is above --t-start 40"),
-    ("--mode ddpm --timesteps 20 --nfe 50", "--nfe 50 is above --t-start 20"),
+    ("--mode prior --t-start 700,40 --nfe 3,50", "--nfe 50 is more than the 40 steps from where"),
+    ("--mode prior --t-start 900 --nfe 700", "--nfe 700 is more than the 600 steps from where"),
+    ("--mode ddpm --timesteps 20 --nfe 50", "--nfe 50 is more than the 20 steps from where"),
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
     ("--mode prior --dip-source code", "code is none of images, codes, bridge"),
-    ("--mode guide --replicas 0", "--replicas must be a number from 1 to"),
-    ("--mode guide --sigma banana", "banana"),
+    ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
+    ("--mode guide --sigma banana", "banana"), ("--mode ddpm --eta nan", "--eta must be at most 1"),
     ("--mode dip --sigma 25", "of 255 grey values it would be --sigma 0.098"),
     ("--mode guide --data digits --pictures own", "--pictures own is for --mode dip"),
     ("--mode dip --data digits --pictures own", "digits: own pictures are image files"),
@@ -1298,7 +1299,8 @@ def test_a_bridge_goes_from_the_noised_prior_to_the_image_and_each_step_keeps_it
     table = dipddpm.forward_table(cfg, 60).double()
     assert table.shape == (60, 6) and table[-1, 5] == 1 and table[0, 5] < 1e-3
     assert torch.equal(table[:, :2], dipddpm.forward_table(cfg)[:60, :2].double())
-    assert table[:, 2:5].unique(dim=0).tolist() == [[1, 0, 1]]  # the target is x_0 - prior
+    # the target is x_0 - prior in other units, its error counts in these
+    assert table[:, 2:5].unique(dim=0).tolist() == [[8, 0, 1 / 64]]
     # x_t given x_0 and the end signal prior + noise eps', whose eps' is then drawn as well
     ab = schedule.alpha_bar[:60]
     torch.testing.assert_close(table[:, 5], ab[-1] / (1 - ab[-1]) * (1 - ab) / ab)
@@ -1308,7 +1310,7 @@ def test_a_bridge_goes_from_the_noised_prior_to_the_image_and_each_step_keeps_it
     at = [(0.0, 1.0) if tau == 0 else (table[tau - 1, 5].item(), schedule.at(tau)) for tau in taus]
     for (a, b, c0, ct, sigma, _, cp), (kappa_t, ab_t), (kappa_s, ab_s) in zip(
             rows.tolist(), at, at[1:]):
-        assert (a, b) == (0, 1)  # x0_hat is the prior and what the network adds
+        assert (a, b) == (0, 1 / 8)  # x0_hat is the prior and what the network adds
         # with x0_hat = x_0: shares of x_0 and of the prior, and the noise's variance
         assert c0 + ct * ab_t**0.5 * (1 - kappa_t) == pytest.approx(
             ab_s**0.5 * (1 - kappa_s), abs=1e-6)
@@ -1417,6 +1419,8 @@ def test_a_bridges_unet_adds_nothing_at_first_and_sees_both_its_images():
     net, prior = dipddpm.make_unet(config(width=8), 2, "cpu", bridge=True), torch.randn(3, 2, 8, 8)
     x_t, t = torch.randn(3, 2, 8, 8), torch.tensor([0, 40, 999])
     assert net(x_t, t, prior).count_nonzero() == 0
+    plain = dipddpm.make_unet(config(width=8), 2, "cpu")
+    assert not torch.equal(net.shrink.weight, plain.shrink.weight)
     out = shaken(net)(x_t, t, prior)
     assert out.shape == x_t.shape
     assert not out.allclose(net(x_t, t, -prior)) and not out.allclose(net(-x_t, t, prior))
@@ -1728,6 +1732,32 @@ def test_with_half_the_step_the_error_halves_at_first_order_and_quarters_at_seco
     assert error(40, 1) == pytest.approx(2 * error(80, 1), rel=0.1)
     assert error(20, 2) > 4 * error(40, 2) > 16 * error(80, 2)
     assert torch.equal(ends(20, 1, eta=1.0), ends(20, 2, eta=1.0))  # for steps without noise only
+
+
+def test_the_exact_denoiser_of_gaussian_residuals_crosses_a_bridge_at_either_order():
+    cfg, numbers, s = config(bridge_start=600), torch.arange(64), 0.1
+    schedule, prior = dipddpm.schedule_of(cfg), torch.full((64, 1, 4, 4), 0.3)
+    signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+    A = signal * (1 - dipddpm.kappa_of(schedule.alpha_bar, schedule.at(600)))
+    gain = 8 * A * s**2 / (A**2 * s**2 + noise**2)  # E[x_0 - prior | x_t] by x_t - signal prior
+
+    def net(x_t, t, prior):
+        signal_t, gain_t = (v[t].float().view(-1, 1, 1, 1) for v in (signal, gain))
+        return gain_t * (x_t - signal_t * prior)
+
+    start = dipddpm.start_from_prior(cfg, prior, 600, numbers)
+    exact = prior + s / noise[599] * (start - signal[599] * prior)
+
+    def ends(nfe, order, eta=0.0):
+        return dipddpm.sample(dataclasses.replace(cfg, order=order), net, start, 600, nfe, eta,
+                              numbers, prior)
+
+    def error(nfe, order):
+        return (ends(nfe, order) - exact).square().mean().sqrt().item()
+
+    assert error(40, 1) == pytest.approx(2 * error(80, 1), rel=0.1)
+    assert error(20, 2) > 2.5 * error(40, 2) > 2.5**2 * error(80, 2)
+    assert (ends(300, 2, eta=1.0) - prior).std().item() == pytest.approx(s, rel=0.05)
 
 
 class Operations(TorchDispatchMode):
@@ -2087,6 +2117,20 @@ def test_a_dip_of_an_image_is_nearest_to_its_own_source_whatever_its_group():
     short = [dipddpm.prior_dip_images(fit_config(dip_iters=1, dip_group=K), None, sources)
              for K in (1, 2, 64)]
     assert all(torch.allclose(short[0], other, atol=1e-5) for other in short)
+
+
+def test_a_bridge_starts_where_it_ends_from_the_new_images_of_its_coding(tmp_path):
+    x, numbers = tiny_images(), torch.arange(64)
+    cfg = fit_config(out=str(tmp_path / "run"), timesteps=10, t_start=(1,), bridge_start=6,
+                     dip_source=("bridge",))
+    codings = {"dip-codes": (halves_of(x), 5.0)}
+    first, bridge, *rest = dipddpm.starts(
+        cfg, dipddpm.Run(cfg, []), {"ddpm": "net", "dip-bridge": "other"}, codings, x, x, numbers)
+    assert [(start.arm, start.t_start, start.net) for start in (bridge, *rest)] == [
+        ("dip-bridge", 6, "other"), *((arm, 1, "net") for arm in ("gauss", "pca", "blur"))]
+    prior = codings["dip-codes"][0].new(cfg, x)
+    assert torch.equal(bridge.prior, prior) and bridge.seconds >= 5
+    assert torch.equal(bridge.x_init, dipddpm.start_from_prior(cfg, prior, 6, numbers))
 
 
 def test_every_arm_starts_from_its_prior_with_the_marginal_at_t_start(tmp_path):
