@@ -95,10 +95,10 @@ class Config:
     eta: tuple = flag((0.0,), "sampling", "0: DPM-Solver++(2M), 1: DDPM's own sampler, a list",
                       of=float, low=0, high=1)
     samples: int = flag(None, "sampling", "images made (1000; sample: 64) or fitted (16)", low=1)
-    dip_source: tuple = flag(("codes", "bridge"), "DIP", "priors of --mode prior: images, a DIP "
-                             "for each; codes, one decoder for all, new images from new codes; "
-                             "bridge, a network that is trained to go on from these. A list",
-                             of=str, choices=("images", "codes", "bridge"))
+    dip_source: tuple = flag(("codes", "bridge"), "DIP", "priors of --mode prior: codes, one "
+                             "decoder for all images, new ones from new codes; bridge, a network "
+                             "that is trained to go on from these. A list",
+                             of=str, choices=("codes", "bridge"))
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
                           "128)", low=1)
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (prior: 60; dip, guide: "
@@ -906,16 +906,16 @@ CELL_DRAW, CODE_DRAW, CENTRE_DRAW, GAUSS_DRAW = 1, 2, 3, 4  # in the stream DIP_
 
 class Coding(NamedTuple):
     """Images as codes: `decode` makes images [n, C, H, W] in [0, 1] of codes [n, D]; `codes` [N, D]
-    are those of the training images."""
+    are those of the training images; `draw` (cfg, codes, n) -> new codes [n, D] of their kind."""
 
     decode: object
     codes: torch.Tensor
+    draw: object
 
-    def new(self, cfg, like):
-        """As many images in [-1, 1] as `like` [n, C, H, W] has, of new codes from a mixture of
-        Gaussians over the codes."""
-        new = draw_codes(fit_mixture(self.codes, cfg.seed), len(like), cfg.seed)
-        return torch.cat([self.decode(part) for part in new.split(at_once(like))]) * 2 - 1
+    def new(self, cfg, n):
+        """n new images in [-1, 1], of new codes."""
+        parts = self.draw(cfg, self.codes, n).split(1000)
+        return torch.cat([self.decode(part) for part in parts]) * 2 - 1
 
     def prior_of(self, cfg, most=0.2):
         """What gives a bridge's training its priors: (index, numbers, step) -> images in [-1, 1] of
@@ -1002,13 +1002,23 @@ def fit_codes(cfg, pixels, track=untracked):
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    return Coding(decoder.eval().requires_grad_(False), codes.weight.detach())
+    return Coding(decoder.eval().requires_grad_(False), codes.weight.detach(), draw_codes)
 
 
 def principal_codes(cfg, pixels, track=untracked):
     """Whitened principal components, decoded linearly: what a DIP's decoder must beat."""
     scores, mean, axes = principal_components(pixels, min(CODE, pixels[0].numel(), len(pixels)))
-    return Coding(lambda code: (mean + code @ axes).clamp(0, 1).view(-1, *pixels.shape[1:]), scores)
+    return Coding(lambda code: (mean + code @ axes).clamp(0, 1).view(-1, *pixels.shape[1:]), scores,
+                  draw_codes)
+
+
+def gaussian_codes(cfg, pixels, track=untracked):
+    """One Gaussian with the training data's mean and full covariance: what can be had with no DIP
+    at all. Not clipped: it would not be that Gaussian."""
+    scores, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
+    return Coding(lambda code: (mean + code @ axes).view(-1, *pixels.shape[1:]), scores,
+                  lambda cfg, codes, n: kernels.normal((n, codes.shape[1]), cfg.seed, 0, GAUSS_DRAW,
+                                                       kernels.DIP_CODE, codes.device))
 
 
 def fit_mixture(codes, seed):
@@ -1035,65 +1045,24 @@ def fit_mixture(codes, seed):
     return count / N, means, torch.linalg.cholesky(covariance)
 
 
-def draw_codes(mixture, n, seed):
+def draw_codes(cfg, codes, n):
     """Codes [n, D] of new images from the mixture: number i is the same whatever n is."""
-    shares, means, factors = mixture
-    device = means.device
-    u = kernels.uniform((n,), seed, 0, CELL_DRAW, kernels.DIP_CODE, device)
+    shares, means, factors = fit_mixture(codes, cfg.seed)
+    u = kernels.uniform((n,), cfg.seed, 0, CELL_DRAW, kernels.DIP_CODE, codes.device)
     cell = torch.searchsorted(shares.cumsum(0), u).clamp(max=len(shares) - 1)
-    z = kernels.normal((n, means.shape[1]), seed, 0, CODE_DRAW, kernels.DIP_CODE, device)
+    z = kernels.normal((n, means.shape[1]), cfg.seed, 0, CODE_DRAW, kernels.DIP_CODE, codes.device)
     return means[cell] + (factors[cell] @ z[:, :, None])[:, :, 0]
 
 
 # ================================================================== 8 method 1: priors
 #
-# x_{t_start} = sqrt(ab) x_prior + sqrt(1 - ab) eps, then the reverse process from t_start. Each
-# prior is a function (cfg, pixels, sources, track) -> x_prior [n, C, H, W] in [-1, 1], of the
-# training images uint8 [N, C, H, W] and n of them, sources [n, C, H, W].
-#
-# The network of `ddpm` never saw a prior. A bridge's did: each training image has a code, so that
-# pairs (image, prior) are at hand, x_t goes from one to the other (`forward_table`), and the
-# network sees both x_t and prior.
+# x_{t_start} = sqrt(ab) p + sqrt(1 - ab) eps, then the reverse process from t_start. The prior p is
+# a new image of a coding (`Coding.new`): no training image is handed over. The network of `ddpm`
+# never saw a prior. A bridge's did: each training image has a code, so that pairs (image, prior)
+# are at hand, x_t goes from one to the other (`forward_table`), and the network sees x_t and p.
 
-
-def prior_dip_images(cfg, pixels, sources, track=untracked):
-    """One DIP for each source image, fitted shortly."""
-    known = exact(sources.float() / 255)
-    groups = torch.arange(len(sources), device=sources.device).split(cfg.dip_group)
-    return torch.cat([fit_dips(cfg, known.part(numbers), numbers, cfg.dip_iters, track)
-                      for numbers in groups]).clamp(0, 1) * 2 - 1
-
-
-def prior_dip_codes(cfg, pixels, sources, track=untracked):
-    """New images from new codes: one decoder for the whole data set, a mixture fitted to the codes
-    of its images. No training image is handed over."""
-    return fit_codes(cfg, pixels, track).new(cfg, sources)
-
-
-def prior_pca(cfg, pixels, sources, track=untracked):
-    """The same of principal components."""
-    return principal_codes(cfg, pixels).new(cfg, sources)
-
-
-def prior_gauss(cfg, pixels, sources, track=untracked):
-    """Draws from one Gaussian with the training data's mean and full covariance: what can be had
-    with no DIP at all. Not clipped: it would not be that Gaussian."""
-    scores, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
-    z = kernels.normal((len(sources), len(axes)), cfg.seed, 0, GAUSS_DRAW, kernels.DIP_CODE,
-                       pixels.device)
-    return ((mean + z @ axes) * 2 - 1).view(-1, *pixels.shape[1:])
-
-
-def prior_blur(cfg, pixels, sources, track=untracked):
-    """The source images through a 5x5 box: all the structure and more of a leak than a DIP; if this
-    does as well, the DIP adds nothing."""
-    x = sources.float() / 127.5 - 1
-    return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-
-
-PRIORS = {"dip-images": prior_dip_images, "dip-codes": prior_dip_codes, "gauss": prior_gauss,
-          "pca": prior_pca, "blur": prior_blur}
-HAS_SOURCE = {"dip-images", "blur"}  # number i starts from source image i
+CODINGS = {"dip-codes": fit_codes, "gauss": gaussian_codes, "pca": principal_codes}
+BRIDGES = {"dip-bridge": "dip-codes"}  # a bridge's arm and where its priors come from
 
 
 def start_from_prior(cfg, prior, t_start, numbers):
@@ -1109,11 +1078,6 @@ def noise_start(cfg, shape, numbers):
     return kernels.normal(shape, cfg.seed, numbers, 0, kernels.INIT_NOISE, numbers.device)
 
 
-# A bridge's arm and the coding that its priors come from.
-CODINGS = {"dip-codes": fit_codes, "pca": principal_codes}
-BRIDGES = {"dip-bridge": "dip-codes"}
-
-
 def run_prior(cfg, run):
     """--mode ddpm: train, sample from noise, measure. --mode prior: from priors, too."""
     train = load_images(cfg, "train")
@@ -1125,19 +1089,19 @@ def run_prior(cfg, run):
     say(f"data: {train.name}, {N} training and {len(test.pixels)} test images of {C}x{H}x{W}; "
         f"{run.device}, {run.precision}")
     net, rows, run.seconds["train"] = train_network(cfg, pixels, run)
-    nets, codings = {"ddpm": net}, {}
+    nets, fitted = {"ddpm": net}, {}
     bridging = cfg.mode == "prior" and "bridge" in cfg.dip_source
     for arm, source in BRIDGES.items() if bridging else ():
         with run.timed("dip") as took:
             coding = CODINGS[source](cfg, pixels, run.track)
         nets[arm], more, seconds = train_network(cfg, pixels, run, arm, coding.prior_of(cfg))
-        rows, codings[source] = rows + more, (coding, took.seconds)
+        rows, fitted[source] = rows + more, (coding, took.seconds)
         run.seconds["train"] += seconds
     if processes()[0]:
         return  # the first process alone samples, measures and writes
     write_log(run, rows)
     judge = measure.Judge(train, pixels, test, cfg.samples, [data.cache_root(), run.folder])
-    arms, pictures = generate(cfg, run, nets, codings, pixels, judge)
+    arms, pictures = generate(cfg, run, nets, fitted, pixels, judge)
     run.seconds["eval"] = judge.seconds
     run.finish({"data": about, "parameters": sum(p.numel() for p in net.parameters()),
                 "arms": arms, "curves": loss_curves(rows), "pictures": pictures} | judge.summary())
@@ -1155,48 +1119,43 @@ class Start(NamedTuple):
     seconds: float = 0.0
 
 
-def starts(cfg, run, nets, codings, pixels, sources, numbers):
-    """The `Start` of each arm: noise; each prior noised to each t_start, and to where the bridges
-    from it end."""
-    yield Start("ddpm", nets["ddpm"], noise_start(cfg, sources.shape, numbers), cfg.timesteps)
-    for arm, prior in PRIORS.items() if cfg.mode == "prior" else ():
+def starts(cfg, run, nets, fitted, pixels, numbers, codings=CODINGS):
+    """The `Start` of each arm: noise; each coding's new images, noised to each t_start, and to
+    where the bridges from it end. fitted {arm: (coding, seconds)}: those that need not be."""
+    shape = len(numbers), *pixels.shape[1:]
+    yield Start("ddpm", nets["ddpm"], noise_start(cfg, shape, numbers), cfg.timesteps)
+    for arm, fit in codings.items() if cfg.mode == "prior" else ():
         chosen = not arm.startswith("dip-") or arm.removeprefix("dip-") in cfg.dip_source
-        if not chosen and arm not in codings:
+        if not chosen and arm not in fitted:
             continue
-        coding, seconds = codings.get(arm, (None, 0.0))
+        coding, seconds = fitted.get(arm, (None, 0.0))
         with run.timed("dip" if arm.startswith("dip-") else None) as took:
-            x = coding.new(cfg, sources) if coding else prior(cfg, pixels, sources, run.track)
+            p = (coding or fit(cfg, pixels, run.track)).new(cfg, len(numbers))
         bridges = [(name, cfg.bridge_start) for name in nets if BRIDGES.get(name) == arm]
         for name, t_start in [(arm, t) for t in cfg.t_start if chosen] + bridges:
-            x_init = start_from_prior(cfg, x, t_start, numbers)
-            yield Start(name, nets.get(name, nets["ddpm"]), x_init, t_start, x,
+            x_init = start_from_prior(cfg, p, t_start, numbers)
+            yield Start(name, nets.get(name, nets["ddpm"]), x_init, t_start, p,
                         took.seconds + seconds)
 
 
-def generate(cfg, run, nets, codings, pixels, judge):
+def generate(cfg, run, nets, fitted, pixels, judge):
     """Every arm samples with the same seed and count and is measured against the test split: rows
     of results.json, pictures."""
     numbers = torch.arange(cfg.samples, device=run.device)
-    # at random: MNIST's first 1,000 training images are further from its test split than most
-    sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
     rows, priors, grids = [], {}, {}
-    x = sources[:at_once(sources)] / 127.5 - 1
+    x = pixels[:min(cfg.samples, at_once(pixels))] / 127.5 - 1
     for eta in cfg.eta:  # first calls, else the first arm pays for setting up
         sample(cfg, nets["ddpm"], x, 2, 2, eta, numbers[:len(x)])
-    for start in starts(cfg, run, nets, codings, pixels, sources, numbers):
+    for start in starts(cfg, run, nets, fitted, pixels, numbers):
         arm, bridged = start.arm, start.prior if start.arm in nets else None
         for nfe, eta in itertools.product(cfg.nfe, cfg.eta):
             with run.timed("sample") as took:
                 x = sample(cfg, start.net, start.x_init, start.t_start, nfe, eta, numbers, bridged)
             row = {"name": arm, "seed": cfg.seed, "nfe": nfe, "t_start": start.t_start, "eta": eta,
                    "seconds": took.seconds + start.seconds, "prior_seconds": start.seconds}
-            row |= judge(x, sources if arm in HAS_SOURCE else None)
-            if arm in HAS_SOURCE:  # times SNR(t_start) / 2: KL of x_init from its noised source
-                square = (start.prior - sources.float() / 127.5 + 1).square()
-                row["prior_square_error"] = square.sum().item() / len(x)
-            rows.append(row)
+            rows.append(row | judge(x))
             grids.setdefault(nfe, {}).setdefault(arm, (x[:16] + 1) / 2)
-            say(describe(row))
+            say(describe(rows[-1]))
         if start.prior is not None and bridged is None:
             priors[arm] = (start.prior[:16] + 1) / 2
     eta = f"eta = {cfg.eta[0]:g}"
@@ -1204,10 +1163,8 @@ def generate(cfg, run, nets, codings, pixels, judge):
                              f"{nfe} network evaluations, {eta}", arms)
                 for nfe, arms in grids.items()]
     if priors:
-        pictures.append(measure.draw(
-            run.folder / "priors.png", "what the arms start from, before noise; source: the "
-            f"training images that {' and '.join(sorted(HAS_SOURCE))} are made of",
-            {"source": sources[:16].float() / 255} | priors))
+        pictures.append(measure.draw(run.folder / "priors.png",
+                                     "what the arms start from, before noise", priors))
     return rows, pictures
 
 

@@ -1098,7 +1098,7 @@ def test_a_resolved_config_holds_every_value_that_is_used(mode):
     ("--mode prior --t-start 900 --nfe 700", "--nfe 700 is more than the 600 steps from where"),
     ("--mode ddpm --timesteps 20 --nfe 50", "--nfe 50 is more than the 20 steps from where"),
     ("--mode prior --nfe 3,,5", "--nfe: invalid list of int value: '3,,5'"),
-    ("--mode prior --dip-source code", "code is none of images, codes, bridge"),
+    ("--mode prior --dip-source code", "code is none of codes, bridge"),
     ("--mode guide --replicas 0", "--replicas must be at least 1, not 0"),
     ("--mode guide --sigma banana", "banana"), ("--mode ddpm --eta nan", "--eta must be at most 1"),
     ("--mode dip --sigma 25", "of 255 grey values it would be --sigma 0.098"),
@@ -1534,7 +1534,7 @@ def stop_at_step_38(run, done, ema, seconds):
 def halves_of(images):
     """A coding of tiny images: each its own code, whose decoding loses half of the contrast."""
     return dipddpm.Coding(lambda code: 0.25 + code.view(-1, 1, 8, 8) / 2,
-                          images.flatten(1).float() / 255)
+                          images.flatten(1).float() / 255, dipddpm.draw_codes)
 
 
 def test_a_bridge_learns_what_its_prior_lacks_and_samples_it_in_three_steps(tmp_path):
@@ -1565,7 +1565,7 @@ def test_a_bridges_training_and_sampling_do_not_depend_on_how_a_batch_is_split(m
 
 def test_codes_for_a_bridges_training_have_noise_of_up_to_a_fifth_of_their_spread():
     codes = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) * 3
-    prior = dipddpm.Coding(lambda code: code, codes).prior_of(config())
+    prior = dipddpm.Coding(lambda code: code, codes, None).prior_of(config())
     index, numbers = torch.arange(199, 99, -1), torch.arange(100)
     noise = (prior(index, numbers, torch.tensor(5)) + 1) / 2 - codes[index]
     level = noise.std(1) / 3
@@ -2008,17 +2008,17 @@ def test_new_codes_have_the_groups_shares_means_and_covariances():
     z, first = kernels.normal((2000, 2), 1, 0, 0, 0), torch.arange(2000) % 4 > 0
     turn = torch.tensor([[2.0, 1.0], [0.0, 0.5]])
     codes = torch.where(first[:, None], z @ turn + 50, z / 3)
-    shares, means, _ = mixture = dipddpm.fit_mixture(codes, 0)
+    shares, means, _ = dipddpm.fit_mixture(codes, 0)
     assert len(means) == 1000 and shares.sum() == pytest.approx(1, abs=1e-5)
-    new = dipddpm.draw_codes(mixture, 8000, 5)
+    new = dipddpm.draw_codes(fit_config(seed=5), codes, 8000)
     new_first = new[:, 0] > 25
     assert new_first.float().mean() == pytest.approx(0.75, abs=0.02)
     for group, new_group in ((codes[first], new[new_first]), (codes[~first], new[~new_first])):
         torch.testing.assert_close(new_group.mean(0), group.mean(0), atol=0.1, rtol=0)
         torch.testing.assert_close(new_group.T.cov(), group.T.cov(), atol=0.25, rtol=0.1)
     # a code is the same however many are drawn
-    torch.testing.assert_close(dipddpm.draw_codes(mixture, 7, 5), new[:7])
-    assert not torch.equal(dipddpm.draw_codes(mixture, 7, 6), new[:7])
+    torch.testing.assert_close(dipddpm.draw_codes(fit_config(seed=5), codes, 7), new[:7])
+    assert not torch.equal(dipddpm.draw_codes(fit_config(seed=6), codes, 7), new[:7])
 
 
 def test_one_cell_is_one_gaussian_and_a_cell_of_one_code_is_that_code():
@@ -2029,11 +2029,11 @@ def test_one_cell_is_one_gaussian_and_a_cell_of_one_code_is_that_code():
     ridge = 1e-3 * covariance.trace() / 2 + 1e-6
     torch.testing.assert_close(factors[0] @ factors[0].T, covariance + ridge * torch.eye(2))
     codes = torch.tensor([[0.0], [100.0], [200.0]])  # as many cells as codes, for D = 1
-    shares, means, factors = mixture = dipddpm.fit_mixture(codes, 0)
+    shares, means, factors = dipddpm.fit_mixture(codes, 0)
     assert shares.tolist() == pytest.approx([1 / 3] * 3)
     assert sorted(means[:, 0].tolist()) == [0, 100, 200]
     assert (factors**2).flatten().tolist() == pytest.approx([1e-6] * 3)
-    drawn = dipddpm.draw_codes(mixture, 3000, 0).div(100).round().flatten()
+    drawn = dipddpm.draw_codes(fit_config(), codes, 3000).div(100).round().flatten()
     assert (torch.bincount(drawn.long()) / 3000).tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
 
 
@@ -2065,14 +2065,14 @@ def test_the_decoder_of_codes_doubles_twice():
 def test_codes_are_learned_with_their_decoder_and_give_new_images():
     x, asked = tiny_images(250), []
     cfg = fit_config(decoder_width=8, code_epochs=10, batch=16)
-    decoder, codes = dipddpm.fit_codes(cfg, x, lambda steps, *_: asked.append(steps) or steps)
-    again, _ = dipddpm.fit_codes(cfg, x)
+    coding = dipddpm.fit_codes(cfg, x, lambda steps, *_: asked.append(steps) or steps)
+    decoder, codes = coding[:2]
+    again = dipddpm.fit_codes(cfg, x).decode
     assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters()))
     assert (decoder(codes) - x / 255).square().mean() < 0.1 * (x / 255).var()
     assert len(asked[0]) == 10 * 15  # passes, without the last ten images
     # the prior decodes new codes, to [-1, 1]
-    new = dipddpm.prior_dip_codes(cfg, x, x[:40])
-    drawn = dipddpm.draw_codes(dipddpm.fit_mixture(codes, cfg.seed), 40, cfg.seed)
+    new, drawn = coding.new(cfg, 40), dipddpm.draw_codes(cfg, codes, 40)
     torch.testing.assert_close(new, decoder(drawn) * 2 - 1)
     assert new.shape == (40, 1, 8, 8) and new.min() < -0.9 and new.std(0).max() > 0.1
 
@@ -2084,7 +2084,7 @@ def test_gauss_prior_has_the_datas_mean_and_covariance():
     torch.manual_seed(0)
     basis = torch.randn(4, 16)
     x = (128 + 20 * torch.randn(5000, 4) @ basis).clamp(0, 255).to(torch.uint8).view(-1, 1, 4, 4)
-    drawn = dipddpm.prior_gauss(fit_config(), x, x[:5000]).flatten(1)
+    drawn = dipddpm.gaussian_codes(None, x).new(fit_config(), 5000).flatten(1)
     real = x.flatten(1).float() / 127.5 - 1
     torch.testing.assert_close(drawn.mean(0), real.mean(0), atol=0.03, rtol=0)
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(real.T), atol=0.03, rtol=0)
@@ -2093,61 +2093,42 @@ def test_gauss_prior_has_the_datas_mean_and_covariance():
 def test_principal_components_give_back_what_is_skewed():
     x = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
     x[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
-    made = dipddpm.prior_pca(fit_config(), x, x[:300])
+    made = dipddpm.principal_codes(None, x).new(fit_config(), 300)
     assert made.shape == (300, 1, 3, 3) and made.abs().max() <= 1
     level = (made.flatten(1).mean(1) + 1) / 2
     assert ((level < 0.15) | (level > 0.85)).float().mean() > 0.95
     assert (level > 0.85).float().mean() == pytest.approx(0.25, abs=0.08)
 
 
-def test_blur_prior_is_the_mean_of_five_by_five_pixels():
-    x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
-    blurred = dipddpm.prior_blur(fit_config(), x, x[:2])
-    assert blurred.shape == (2, 1, 8, 8)
-    assert blurred[1, 0, 4, 3] == pytest.approx((x[1, 0, 2:7, 1:6] / 127.5 - 1).mean().item())
-
-
-def test_a_dip_of_an_image_is_nearest_to_its_own_source_whatever_its_group():
-    sources = (random_images(5, 1, 8, 8) * 256).byte()
-    x = dipddpm.prior_dip_images(fit_config(dip_width=16, dip_group=2), None, sources)
-    real = sources / 127.5 - 1
-    distance = (x[:, None] - real).square().mean((2, 3, 4))
-    assert x.abs().max() <= 1 and distance.argmin(1).tolist() == [0, 1, 2, 3, 4]
-    assert (distance.diagonal() < real.var()).all()
-    short = [dipddpm.prior_dip_images(fit_config(dip_iters=1, dip_group=K), None, sources)
-             for K in (1, 2, 64)]
-    assert all(torch.allclose(short[0], other, atol=1e-5) for other in short)
-
-
 def test_a_bridge_starts_where_it_ends_from_the_new_images_of_its_coding(tmp_path):
     x, numbers = tiny_images(), torch.arange(64)
     cfg = fit_config(out=str(tmp_path / "run"), timesteps=10, t_start=(1,), bridge_start=6,
                      dip_source=("bridge",))
-    codings = {"dip-codes": (halves_of(x), 5.0)}
+    fitted = {"dip-codes": (halves_of(x), 5.0)}
     first, bridge, *rest = dipddpm.starts(
-        cfg, dipddpm.Run(cfg, []), {"ddpm": "net", "dip-bridge": "other"}, codings, x, x, numbers)
+        cfg, dipddpm.Run(cfg, []), {"ddpm": "net", "dip-bridge": "other"}, fitted, x, numbers)
     assert [(start.arm, start.t_start, start.net) for start in (bridge, *rest)] == [
-        ("dip-bridge", 6, "other"), *((arm, 1, "net") for arm in ("gauss", "pca", "blur"))]
-    prior = codings["dip-codes"][0].new(cfg, x)
+        ("dip-bridge", 6, "other"), *((arm, 1, "net") for arm in ("gauss", "pca"))]
+    prior = fitted["dip-codes"][0].new(cfg, 64)
     assert torch.equal(bridge.prior, prior) and bridge.seconds >= 5
     assert torch.equal(bridge.x_init, dipddpm.start_from_prior(cfg, prior, 6, numbers))
 
 
 def test_every_arm_starts_from_its_prior_with_the_marginal_at_t_start(tmp_path):
     x, numbers = tiny_images(500), torch.arange(500)
-    cfg = fit_config(out=str(tmp_path / "run"), dip_iters=1, timesteps=10, t_start=(1, 6),
-                     dip_source=("images",))
+    cfg = fit_config(out=str(tmp_path / "run"), code_epochs=1, timesteps=10, t_start=(1, 6),
+                     dip_source=("codes",))
     run, eps = dipddpm.Run(cfg, []), kernels.normal(x.shape, 0, numbers, 0, kernels.INIT_NOISE)
-    first, *arms = dipddpm.starts(cfg, run, {"ddpm": "net"}, {}, x, x, numbers)
+    first, *arms = dipddpm.starts(cfg, run, {"ddpm": "net"}, {}, x, numbers)
     assert first[:2] == ("ddpm", "net") and first[3:] == (10, None, 0.0)
     assert torch.equal(first.x_init, eps)
     assert [(start.arm, start.t_start) for start in arms] == [
-        (arm, t) for arm in ("dip-images", "gauss", "pca", "blur") for t in (1, 6)]
+        (arm, t) for arm in ("dip-codes", "gauss", "pca") for t in (1, 6)]
     for arm, net, x_init, t_start, prior, seconds in arms:
         assert net == "net"
         ab = dipddpm.cosine_schedule(10).at(t_start)
         torch.testing.assert_close(x_init, ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
-        assert torch.equal(prior, dipddpm.PRIORS[arm](cfg, x, x)) and seconds > 0
+        assert torch.equal(prior, dipddpm.CODINGS[arm](cfg, x).new(cfg, 500)) and seconds > 0
         assert (x_init - ab**0.5 * prior).var().item() == pytest.approx(1 - ab, rel=0.05)
 
 
@@ -2371,7 +2352,7 @@ def test_noise_level_is_found_in_flat_images():
 # ------------------------------------------------------------------ whole runs
 
 
-ARMS = {"ddpm", "dip-codes", "dip-bridge", "gauss", "pca", "blur"}
+ARMS = {"ddpm", "dip-codes", "dip-bridge", "gauss", "pca"}
 TINY = dict(data="digits", limit=128, epochs=2, width=8, batch=32, timesteps=40, samples=8,
             dip_iters=3, dip_width=4, nfe="2,4", eta="0,1")
 FIT = dict(data="digits", samples=1, dip_iters=60, dip_width=4, replicas=2)
@@ -2433,14 +2414,8 @@ def test_a_prior_run_leaves_results_of_every_arm(whole_run):
     for (arm, *_), row in rows.items():
         assert math.isfinite(row["fid_lenet"]) and row["nearest"] > row["nearest_5"] >= 0
         assert row["t_start"] == (40 if arm == "ddpm" else 24)
-        assert ("own_source" in row) == ("prior_square_error" in row) == (arm in dipddpm.HAS_SOURCE)
         assert arm != "ddpm" or row["prior_seconds"] == 0
     assert result["parameters"] > 0 and result["floor"]["fid_lenet"] > 0 and result["real"]
-    # an error that can be computed by hand
-    sources = data.load("digits", limit=128).pixels[measures.subset(128, 8)]
-    error = dipddpm.prior_blur(None, None, sources) - (sources.float() / 127.5 - 1)
-    assert rows["blur", 2, 0]["prior_square_error"] == pytest.approx(
-        error.square().sum().item() / 8, rel=1e-4)
     assert {"log.csv", "checkpoint.pt", "dip-bridge.pt", "priors.png", "samples-nfe4.png"} <= {
         path.name for path in folder.iterdir()}
     # what can be made again lies in the cache, and the folder of data is left alone
@@ -2894,8 +2869,8 @@ def golden():
     # a DIP, codes, and new ones
     end = dipddpm.fit_dips(cfg, dipddpm.exact(x), numbers, 20)
     found["a DIP after 20 iterations"] = rms(end - x)
-    decoder, codes = dipddpm.fit_codes(cfg, pixels)
-    new = dipddpm.draw_codes(dipddpm.fit_mixture(codes, 0), 40, 0)
+    decoder, codes, draw = dipddpm.fit_codes(cfg, pixels)
+    new = draw(cfg, codes, 40)
     found["codes: decoded, new, new decoded"] = [
         rms(decoder(codes) - pixels / 255), rms(new), rms(decoder(new) - pixels / 255)]
     # halves of noisy images, and the fits that they stop

@@ -16,8 +16,10 @@ import shlex
 import statistics
 import sys
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import data
 import dipddpm
@@ -185,11 +187,47 @@ def run_guide(own, cfg, run):
 SMOOTHERS = ("images", "network")  # sources of priors that make of an image a DIP's output
 
 
+def dip_images(cfg, pixels, sources, track=dipddpm.untracked):
+    """One DIP for each source image, fitted shortly."""
+    known = dipddpm.exact(sources.float() / 255)
+    groups = torch.arange(len(sources), device=sources.device).split(cfg.dip_group)
+    return torch.cat([dipddpm.fit_dips(cfg, known.part(numbers), numbers, cfg.dip_iters, track)
+                      for numbers in groups]).clamp(0, 1) * 2 - 1
+
+
+def blur(cfg, pixels, sources, track=dipddpm.untracked):
+    """The source images through a 5x5 box: all the structure and more of a leak than a DIP; if this
+    does as well, the DIP adds nothing."""
+    x = sources.float() / 127.5 - 1
+    return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+
+
+# Priors [n, C, H, W] in [-1, 1] that are made of n training images, uint8 sources, one of each.
+COPIES = {"dip-images": dip_images, "dip-network": networks.dip_network, "blur": blur}
+
+
+def sources_of(pixels, n):
+    """At random: MNIST's first 1,000 training images are further from its test split than most."""
+    return pixels[measure.subset(len(pixels), n).to(pixels.device)]
+
+
+class Copies(NamedTuple):
+    """What `dipddpm.Coding` is to `dipddpm.starts`, of copies."""
+
+    make: object
+    cfg: dipddpm.Config
+    pixels: torch.Tensor
+    track: object
+
+    def new(self, cfg, n):
+        return self.make(cfg, self.pixels, sources_of(self.pixels, n), self.track)
+
+
 def smoothed(cfg, pixels, run):
     """The training images, each replaced by a DIP's output: uint8 [N, C, H, W]."""
     source = next(source for source in SMOOTHERS if source in cfg.dip_source)
     with run.timed("dip"):
-        x = dipddpm.PRIORS[f"dip-{source}"](cfg, pixels, pixels, run.track)
+        x = COPIES[f"dip-{source}"](cfg, pixels, pixels, run.track)
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -274,13 +312,13 @@ def sampled(own, cfg, run, nets, pixels, judge):
     """As `dipddpm.generate`, but every prior arm samples with each network that --train lists: rows
     of results.json, and where each arm began, {arm: (x_init, t_start, seconds)}."""
     numbers = torch.arange(cfg.samples, device=run.device)
-    sources = pixels[measure.subset(len(pixels), cfg.samples).to(run.device)]
-    rows, begun = [], {}
-    for start in dipddpm.starts(cfg, run, {"ddpm": nets["full"]}, {}, pixels, sources,
-                                numbers):
+    sources, (rows, begun) = sources_of(pixels, cfg.samples), ([], {})
+    copies = {arm: functools.partial(Copies, make) for arm, make in COPIES.items()}
+    for start in dipddpm.starts(cfg, run, {"ddpm": nets["full"]}, {}, pixels, numbers,
+                                dipddpm.CODINGS | copies):
         arm, _, x_init, t_start, prior, seconds = start
         begun.setdefault(arm, (x_init, t_start, seconds))
-        used, has_source = ("full",) if arm == "ddpm" else own.train, arm in dipddpm.HAS_SOURCE
+        used, has_source = ("full",) if arm == "ddpm" else own.train, arm in COPIES
         for name, nfe, eta in itertools.product(used, cfg.nfe, cfg.eta):
             with run.timed("sample") as took:
                 x = dipddpm.sample(cfg, nets[name], x_init, t_start, nfe, eta, numbers)
@@ -302,7 +340,7 @@ def run_prior(own, cfg, run):
         raise ValueError("--train smoothed needs --dip-source network or images: it learns what a "
                          "DIP makes of the training images")
     settings = {"arch": own.network_arch, "width": own.network_width, "iters": own.network_iters}
-    dipddpm.PRIORS["dip-network"] = functools.partial(networks.prior_dip_network, **settings)
+    COPIES["dip-network"] = functools.partial(networks.dip_network, **settings)
     cfg = with_settings(cfg, own.set)
     images = dipddpm.load_images(cfg, "train")
     test = dipddpm.load_images(cfg, "test", images.name if cfg.data == "auto" else None)

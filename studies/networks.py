@@ -1,7 +1,7 @@
 """Further networks for DIPs, and one DIP for a whole data set.
 
 Importing this extends the method from outside: `dipddpm.ARCHS` by `conv2`, `autoencoder` and
-`resnet18`, which the student reports used, and `dipddpm.PRIORS` by `dip-network`.
+`resnet18`, which the student reports used; and `dip-network`, one DIP for a data set.
 """
 
 import torch
@@ -140,14 +140,12 @@ def fit_network(cfg, pixels, track=dipddpm.untracked, arch="autoencoder", width=
     return f.eval().requires_grad_(False)
 
 
-def prior_dip_network(cfg, pixels, sources, track=dipddpm.untracked, **settings):
+def dip_network(cfg, pixels, sources, track=dipddpm.untracked, **settings):
     """The source images through one DIP that was fitted to the whole data set, by the `settings` of
-    `fit_network`; see `dipddpm.PRIORS`."""
+    `fit_network`."""
     f = fit_network(cfg, pixels, track, **settings)
     x = torch.cat([f(part.float() / 255) for part in sources.split(dipddpm.at_once(sources))])
     return x.clamp(0, 1) * 2 - 1
 
 
 dipddpm.ARCHS.update(conv2=conv2, autoencoder=autoencoder, resnet18=ResNet18)
-dipddpm.PRIORS["dip-network"] = prior_dip_network
-dipddpm.HAS_SOURCE.add("dip-network")

@@ -182,7 +182,7 @@ def test_a_network_dip_sees_pixels_in_0_to_1_and_answers_in_minus_1_to_1(monkeyp
             return x + 0 * self.weight.sum()
 
     monkeypatch.setitem(dipddpm.ARCHS, "copies", lambda make, *_: Copies(1, 1, 1))
-    prior = networks.prior_dip_network(config(batch=1), x, x, arch="copies", iters=1)
+    prior = networks.dip_network(config(batch=1), x, x, arch="copies", iters=1)
     torch.testing.assert_close(prior.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
     assert len(seen) == 2 and all(torch.equal(s, x / 255) for s in seen)
 
@@ -190,9 +190,9 @@ def test_a_network_dip_sees_pixels_in_0_to_1_and_answers_in_minus_1_to_1(monkeyp
 @pytest.mark.parametrize("arch", [*ARCHS, "skip"])
 def test_a_network_dip_learns_its_data_set_and_is_a_function_of_the_seed(arch):
     cfg, x, size = config(batch=16), tiny_images(64), dict(arch=arch, width=8)
-    prior = networks.prior_dip_network(cfg, x, x, iters=100, **size)
-    assert torch.equal(prior, networks.prior_dip_network(cfg, x, x, iters=100, **size))
-    start = networks.prior_dip_network(cfg, x, x, iters=1, **size)
+    prior = networks.dip_network(cfg, x, x, iters=100, **size)
+    assert torch.equal(prior, networks.dip_network(cfg, x, x, iters=100, **size))
+    start = networks.dip_network(cfg, x, x, iters=1, **size)
     real = x / 127.5 - 1
     assert prior.abs().max() <= 1
     assert (prior - real).square().mean() < 0.8 * (start - real).square().mean()
@@ -553,10 +553,29 @@ def test_guide_compares_its_arms_and_marks_what_leaks(flags, names, tmp_path, ca
 
 def test_smoothed_images_are_a_dips_outputs_in_256_steps(monkeypatch):
     x = torch.tensor([-1.2, -1.0, -0.5, 0.0, 0.5, 1.0, 1.2]).view(1, 1, 1, 7)
-    monkeypatch.setitem(dipddpm.PRIORS, "dip-images", lambda *_: x)
+    monkeypatch.setitem(arms.COPIES, "dip-images", lambda *_: x)
     images = arms.smoothed(config((1, 1, 7), dip_source=("codes", "images")), None, bare_run())
     assert images.dtype == torch.uint8
     assert images.flatten().tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+def test_blur_is_the_mean_of_five_by_five_pixels():
+    x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    blurred = arms.blur(None, x, x[:2])
+    assert blurred.shape == (2, 1, 8, 8)
+    assert blurred[1, 0, 4, 3] == pytest.approx((x[1, 0, 2:7, 1:6] / 127.5 - 1).mean().item())
+
+
+def test_a_dip_of_an_image_is_nearest_to_its_own_source_whatever_its_group():
+    sources = (random_images(5, 1, 8, 8) * 256).byte()
+    x = arms.dip_images(config((1, 8, 8), dip_iters=60, dip_width=16, dip_group=2), None, sources)
+    real = sources / 127.5 - 1
+    distance = (x[:, None] - real).square().mean((2, 3, 4))
+    assert x.abs().max() <= 1 and distance.argmin(1).tolist() == [0, 1, 2, 3, 4]
+    assert (distance.diagonal() < real.var()).all()
+    short = [arms.dip_images(config((1, 8, 8), dip_iters=1, dip_group=K), None, sources)
+             for K in (1, 2, 64)]
+    assert all(torch.allclose(short[0], other, atol=1e-5) for other in short)
 
 
 def test_snapshots_are_the_averages_of_their_moments(tmp_path):
@@ -601,12 +620,12 @@ def test_every_prior_arm_samples_with_each_network(two_networks):
     result = json.loads((two_networks / "results.json").read_text())
     rows = {(r["name"], r["train"], r["nfe"]): r for r in result["arms"]}
     assert rows.keys() == {("ddpm", "full", nfe) for nfe in (2, 4)} | {
-        (arm, name, nfe) for arm in dipddpm.PRIORS for name in ("full", "smoothed")
+        (arm, name, nfe) for arm in dipddpm.CODINGS | arms.COPIES for name in ("full", "smoothed")
         for nfe in (2, 4)}
     assert {r["name"] for r in rows.values() if "own_source" in r} == {
         "dip-images", "dip-network", "blur"}
     pixels = data.load("digits", split="train", limit=128).pixels[measures.subset(128, 8)]
-    square = (dipddpm.prior_blur(None, None, pixels) - pixels.float() / 127.5 + 1).square().sum()
+    square = (arms.blur(None, None, pixels) - pixels.float() / 127.5 + 1).square().sum()
     assert rows["blur", "smoothed", 2]["prior_square_error"] == pytest.approx(
         square.item() / 8, rel=1e-4)
     smooth, full = (dipddpm.load_checkpoint(folder)["ema"]
