@@ -186,7 +186,7 @@ def prediction(predict, ab):
     return (p, q), (a, b), (ab / (1 - ab)).clamp(max=GAMMA) * b**2
 
 
-RESIDUAL = 1 / 8  # about the size of x_0 - prior, in which a bridge's network gives it
+RESIDUAL = 1 / 4  # about the size of x_0 - prior, in which a bridge's network gives it
 
 
 def kappa_of(ab, ab_end):
@@ -243,7 +243,9 @@ def reverse_table(cfg, taus, eta, bridge=False):
 
     On a bridge, which ends at taus[0], x_s = c0 x0_hat + ct x_t + cp prior + sigma z, where x0_hat
     = clip(prior + RESIDUAL out, -1, 1): cp is the prior's share in x_s without what ct x_t brings
-    along, and c0 is as much less."""
+    along, and c0 is as much less. There x0_hat sharpens from the prior on. After few steps it is
+    still smooth, so the last step follows it to the clean image along a line in the noise-to-signal
+    ratio r: k = r / (r_previous - r), and r_previous / r = e^h_previous."""
     schedule, rows, h_previous = schedule_of(cfg), [], math.inf
     ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):
@@ -252,13 +254,14 @@ def reverse_table(cfg, taus, eta, bridge=False):
         ct = math.sqrt(max(0.0, 1 - ab_s - sigma**2) / (1 - ab_t))
         c0 = math.sqrt(ab_s) - math.sqrt(ab_t) * ct
         _, (a, b), _ = prediction(cfg.predict, torch.tensor(ab_t, dtype=torch.float64))
-        cp = 0.0
+        h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
+        k, cp = h / (2 * h_previous), 0.0
         if bridge:
             cp = (math.sqrt(ab_s) * kappa_of(ab_s, ab_end)
                   - math.sqrt(ab_t) * kappa_of(ab_t, ab_end) * ct)
             a, b, c0 = 0.0, RESIDUAL, c0 - cp
-        h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if next_tau else 0.0
-        rows.append([float(a), float(b), c0, ct, sigma, h / (2 * h_previous), cp])
+            k = k if next_tau else 1 / math.expm1(h_previous)
+        rows.append([float(a), float(b), c0, ct, sigma, k, cp])
         h_previous = h
     return torch.tensor(rows, dtype=torch.float64).float()  # [S, 7]
 
@@ -413,14 +416,14 @@ def draw_t(cfg, T, numbers, B, step):
     return ((numbers + u) * (T / B)).long().clamp(max=T - 1)
 
 
-def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast, prior_of=None):
+def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast, priors=None):
     """w_t times the mean of (out(x_t, t) - target)^2 over pixels, at one t for each image (Ho et
     al. 2020, eq. 14, with the targets and weights of `forward_table`): float32 [n]. The images are
     pixels[index], int64 [n], and `numbers` their places in a batch of B. t and eps depend on seed,
-    place and step alone, so a batch may be split at will. On a bridge `prior_of`(index, numbers,
-    step) -> [n, C, H, W] in [-1, 1] are the images' priors."""
+    place and step alone, so a batch may be split at will. On a bridge `priors`(seed, index,
+    numbers, step) -> [n, C, H, W] in [-1, 1] are the images'."""
     t = draw_t(cfg, len(table), numbers, B, step)
-    prior = None if prior_of is None else prior_of(index, numbers, step)
+    prior = None if priors is None else priors(cfg.seed, index, numbers, step)
     # x_t = signal x_0 + noise eps, eps drawn from (seed, number, step)
     x_t = kernels.q_sample(pixels, index, t, table, cfg.seed, numbers, step, prior=prior)
     with autocast():
@@ -502,14 +505,14 @@ def steps_of(cfg, N):
 
 
 def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.nullcontext,
-                prior_of=None):
+                priors=None):
     """Minimise `denoising_loss` (Ho et al. 2020, algorithm 1) over pixels uint8 [N, C, H, W] from
     step `done` on: yields (steps done, loss), the loss a scalar tensor that the next step
     overwrites. net, ema, its running average, optimizers, which read one tensor as their rate, and
     `done` are all that a resume needs."""
     B, per_epoch = steps_of(cfg, len(pixels))
     steps = cfg.epochs * per_epoch
-    table = forward_table(cfg, prior_of and cfg.bridge_start).to(pixels.device)
+    table = forward_table(cfg, priors and cfg.bridge_start).to(pixels.device)
     rank, size = processes()
     numbers = torch.arange(rank, B, size, device=pixels.device)  # this process's part of a batch
     model = nn.parallel.DistributedDataParallel(net) if size > 1 else net  # averages gradients
@@ -518,7 +521,7 @@ def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.n
 
     def one_step():  # what changes between steps lies in tensors: CUDA records this once
         losses = denoising_loss(cfg, model, pixels, index, numbers, B, table, step, autocast,
-                                prior_of)
+                                priors)
         now = losses.sum() / B
         net.zero_grad()
         (now * size).backward()
@@ -539,12 +542,12 @@ def train_steps(cfg, pixels, net, ema, optimizers, done=0, autocast=contextlib.n
         yield n + 1, loss
 
 
-def train_network(cfg, pixels, run, name="ddpm", prior_of=None, each=None):
+def train_network(cfg, pixels, run, name="ddpm", priors=None, each=None):
     """`train_steps` to their end, a row of the log every 50, a checkpoint a minute. Returns the
     averaged network, rows [name, step, epoch, seconds, loss, lr] and seconds. `each` is called
     after every step with (steps done, averaged network, seconds). RuntimeError where the weights
     are not finite any more."""
-    net = make_unet(cfg, pixels.shape[1], run.device, prior_of is not None)
+    net = make_unet(cfg, pixels.shape[1], run.device, priors is not None)
     ema = copy.deepcopy(net).requires_grad_(False)
     lr = torch.tensor(cfg.lr, device=run.device)
     muon, adamw = optimizers_of(net, lr)
@@ -555,7 +558,7 @@ def train_network(cfg, pixels, run, name="ddpm", prior_of=None, each=None):
     (B, per_epoch), saved_at = steps_of(cfg, len(pixels)), time.time()
     steps = cfg.epochs * per_epoch
     training = train_steps(cfg, pixels, net, ema, (muon, adamw), first, run.autocast,
-                           prior_of)
+                           priors)
     for done, loss in progress(training, f"train {name}", steps, B, first,
                                lambda: f"loss {rows[-1][4]:.4f}" if rows else ""):
         losses.append(loss.clone())
@@ -588,7 +591,7 @@ def reverse(cfg, net, x_t, t_start, nfe, eta, numbers, prior=None):
     """The reverse process from x_t [n, C, H, W], an image after t_start steps of noise, in nfe
     network evaluations (Song et al. 2021, eq. 12; Ho et al. 2020, algorithm 2, where eta = 1 and
     nfe = t_start; Lu et al. 2022, DPM-Solver++(2M), where eta = 0): yields x_t and, after each
-    step, x_t again, overwritten; the last is x_0 in [-1, 1]. With a prior [n, C, H, W] it goes over
+    step, x_t again, overwritten; the last is x_0. With a prior [n, C, H, W] it goes over
     the bridge to which net was trained."""
     taus = time_grid(t_start, nfe)
     table = reverse_table(cfg, taus, eta, prior is not None).to(x_t.device)  # [nfe, 7]
@@ -617,7 +620,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, numbers, prior=None):
     for rows in torch.arange(len(x_init), device=x_init.device).split(at_once(x_init)):
         *_, x_0 = reverse(cfg, net, x_init[rows], t_start, nfe, eta, numbers[rows],
                           None if prior is None else prior[rows])
-        ends.append(x_0)
+        ends.append(x_0.clamp_(-1, 1))  # the second order can end outside
     return torch.cat(ends)
 
 
@@ -901,36 +904,33 @@ def fit_dips(cfg, known, numbers, iters, track=untracked, look=unseen):
 
 CODE = 32  # numbers in a code
 CODE_RATES = 2e-3, 1e-2  # peak learning rates of decoder and codes
-CELL_DRAW, CODE_DRAW, CENTRE_DRAW, GAUSS_DRAW = 1, 2, 3, 4  # in the stream DIP_CODE; 0 is z's
+CODE_SPREAD = 0.5  # noise on a code, in standard deviations of all
+CENTRE_DRAW, CODE_DRAW = 1, 2  # in the stream DIP_CODE; 0 is z's
 
 
 class Coding(NamedTuple):
     """Images as codes: `decode` makes images [n, C, H, W] in [0, 1] of codes [n, D]; `codes` [N, D]
-    are those of the training images; `draw` (cfg, codes, n) -> new codes [n, D] of their kind."""
+    are those of the training images. A new code is one of these under Gaussian noise of standard
+    deviations `noise` [D], a kernel density (Parzen 1962)."""
 
     decode: object
     codes: torch.Tensor
-    draw: object
+    noise: torch.Tensor
 
-    def new(self, cfg, n):
-        """n new images in [-1, 1], of new codes."""
-        parts = self.draw(cfg, self.codes, n).split(1000)
-        return torch.cat([self.decode(part) for part in parts]) * 2 - 1
+    @torch.no_grad()
+    def priors(self, seed, index, numbers, draw, stream=kernels.CODE_NOISE):
+        """Of the codes `index` [n] with fresh noise: images [n, C, H, W] in [-1, 1]."""
+        code = self.codes[index]
+        z = kernels.normal(code.shape, seed, numbers, draw, stream, code.device)
+        return self.decode(code + self.noise * z) * 2 - 1
 
-    def prior_of(self, cfg, most=0.2):
-        """What gives a bridge's training its priors: (index, numbers, step) -> images in [-1, 1] of
-        the codes of training images `index` with fresh noise of up to `most` standard deviations,
-        as new codes will not be as good (conditioning augmentation, Ho et al. 2022, cascaded
-        diffusion)."""
-        spread = most * self.codes.std(0)
-
-        @torch.no_grad()
-        def prior(index, numbers, step):
-            about, code = (cfg.seed, numbers, step), self.codes[index]  # [n, D]
-            level = kernels.uniform((len(code), 1), *about, kernels.CODE_LEVEL, code.device)
-            z = kernels.normal(code.shape, *about, kernels.CODE_NOISE, code.device)
-            return self.decode(code + level * spread * z) * 2 - 1
-        return prior
+    def new(self, seed, n):
+        """n new images in [-1, 1]; number i is the same whatever n is."""
+        numbers = torch.arange(n, device=self.codes.device)
+        u = kernels.uniform((n,), seed, numbers, CENTRE_DRAW, kernels.DIP_CODE, numbers.device)
+        index = (u * len(self.codes)).long().clamp(max=len(self.codes) - 1)
+        return torch.cat([self.priors(seed, index[part], part, CODE_DRAW, kernels.DIP_CODE)
+                          for part in numbers.split(1000)])
 
 
 class CodeDecoder(nn.Module):
@@ -1002,56 +1002,23 @@ def fit_codes(cfg, pixels, track=untracked):
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    return Coding(decoder.eval().requires_grad_(False), codes.weight.detach(), draw_codes)
+    codes = codes.weight.detach()
+    return Coding(decoder.eval().requires_grad_(False), codes, CODE_SPREAD * codes.std(0))
 
 
 def principal_codes(cfg, pixels, track=untracked):
     """Whitened principal components, decoded linearly: what a DIP's decoder must beat."""
     scores, mean, axes = principal_components(pixels, min(CODE, pixels[0].numel(), len(pixels)))
     return Coding(lambda code: (mean + code @ axes).clamp(0, 1).view(-1, *pixels.shape[1:]), scores,
-                  draw_codes)
+                  CODE_SPREAD * scores.std(0))
 
 
 def gaussian_codes(cfg, pixels, track=untracked):
     """One Gaussian with the training data's mean and full covariance: what can be had with no DIP
     at all. Not clipped: it would not be that Gaussian."""
-    scores, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
-    return Coding(lambda code: (mean + code @ axes).view(-1, *pixels.shape[1:]), scores,
-                  lambda cfg, codes, n: kernels.normal((n, codes.shape[1]), cfg.seed, 0, GAUSS_DRAW,
-                                                       kernels.DIP_CODE, codes.device))
-
-
-def fit_mixture(codes, seed):
-    """A mixture of Gaussians for codes [N, D]: cells of k-means, each with its share, mean and
-    covariance -> (shares [K], means [K, D], Cholesky factors [K, D, D]). There are as many as leave
-    D members to a cell: the more cells, the better the images (studies/RESULTS.md)."""
-    N, D = codes.shape
-    K = max(1, N // D)
-    numbers = torch.arange(N, device=codes.device)
-    keys = kernels.uniform((N,), seed, numbers, CENTRE_DRAW, kernels.DIP_CODE, codes.device)
-    means = codes[keys.argsort(stable=True)[:K]]
-    # k-means: each code to its nearest centre, each centre to the mean of its codes
-    for _ in range(30):
-        cell = torch.cat([torch.cdist(part, means).argmin(1) for part in codes.split(8192)])
-        count = torch.bincount(cell, minlength=K)
-        sums = torch.zeros_like(means).index_add_(0, cell, codes)
-        means = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], means)
-    # each cell's covariance, with a ridge
-    members = codes[cell.argsort(stable=True)].split(count.tolist())
-    around = [part - mean for part, mean in zip(members, means)]
-    covariance = torch.stack([part.T @ part / max(1, len(part)) for part in around])  # [K, D, D]
-    ridge = 1e-3 * covariance.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
-    covariance.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    return count / N, means, torch.linalg.cholesky(covariance)
-
-
-def draw_codes(cfg, codes, n):
-    """Codes [n, D] of new images from the mixture: number i is the same whatever n is."""
-    shares, means, factors = fit_mixture(codes, cfg.seed)
-    u = kernels.uniform((n,), cfg.seed, 0, CELL_DRAW, kernels.DIP_CODE, codes.device)
-    cell = torch.searchsorted(shares.cumsum(0), u).clamp(max=len(shares) - 1)
-    z = kernels.normal((n, means.shape[1]), cfg.seed, 0, CODE_DRAW, kernels.DIP_CODE, codes.device)
-    return means[cell] + (factors[cell] @ z[:, :, None])[:, :, 0]
+    _, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
+    return Coding(lambda code: (mean + code @ axes).view(-1, *pixels.shape[1:]),
+                  torch.zeros_like(axes[:1, :1].expand(1, len(axes))), torch.ones_like(axes[:, 0]))
 
 
 # ================================================================== 8 method 1: priors
@@ -1094,7 +1061,7 @@ def run_prior(cfg, run):
     for arm, source in BRIDGES.items() if bridging else ():
         with run.timed("dip") as took:
             coding = CODINGS[source](cfg, pixels, run.track)
-        nets[arm], more, seconds = train_network(cfg, pixels, run, arm, coding.prior_of(cfg))
+        nets[arm], more, seconds = train_network(cfg, pixels, run, arm, coding.priors)
         rows, fitted[source] = rows + more, (coding, took.seconds)
         run.seconds["train"] += seconds
     if processes()[0]:
@@ -1130,7 +1097,7 @@ def starts(cfg, run, nets, fitted, pixels, numbers, codings=CODINGS):
             continue
         coding, seconds = fitted.get(arm, (None, 0.0))
         with run.timed("dip" if arm.startswith("dip-") else None) as took:
-            p = (coding or fit(cfg, pixels, run.track)).new(cfg, len(numbers))
+            p = (coding or fit(cfg, pixels, run.track)).new(cfg.seed, len(numbers))
         bridges = [(name, cfg.bridge_start) for name in nets if BRIDGES.get(name) == arm]
         for name, t_start in [(arm, t) for t in cfg.t_start if chosen] + bridges:
             x_init = start_from_prior(cfg, p, t_start, numbers)

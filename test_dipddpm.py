@@ -1287,7 +1287,7 @@ def test_reverse_step_has_the_marginal_of_the_forward_process(eta, predict):
         assert [a * signal + b * p, a * noise + b * q] == pytest.approx([1, 0], abs=1e-6)
         assert c0 + ct * signal == pytest.approx(math.sqrt(ab_s), rel=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
-    assert rows[-1, 2:].tolist() == [1, 0, 0, 0, 0]  # the last step adds no noise
+    assert rows[-1, [2, 3, 4, 6]].tolist() == [1, 0, 0, 0]  # the last step adds no noise
     ddpm = dipddpm.reverse_table(cfg, taus, 1.0).double()
     torch.testing.assert_close(rows[:, 4], eta * ddpm[:, 4])  # Song et al. 2021, eq. 16
 
@@ -1300,30 +1300,36 @@ def test_a_bridge_goes_from_the_noised_prior_to_the_image_and_each_step_keeps_it
     assert table.shape == (60, 6) and table[-1, 5] == 1 and table[0, 5] < 1e-3
     assert torch.equal(table[:, :2], dipddpm.forward_table(cfg)[:60, :2].double())
     # the target is x_0 - prior in other units, its error counts in these
-    assert table[:, 2:5].unique(dim=0).tolist() == [[8, 0, 1 / 64]]
+    assert table[:, 2:5].unique(dim=0).tolist() == [[4, 0, 1 / 16]]
     # x_t given x_0 and the end signal prior + noise eps', whose eps' is then drawn as well
     ab = schedule.alpha_bar[:60]
     torch.testing.assert_close(table[:, 5], ab[-1] / (1 - ab[-1]) * (1 - ab) / ab)
     rows = dipddpm.reverse_table(cfg, taus, eta, bridge=True).double()
     plain = dipddpm.reverse_table(cfg, taus, eta).double()
-    assert torch.equal(rows[:, 3:6], plain[:, 3:6])
+    assert torch.equal(rows[:, 3:5], plain[:, 3:5])
     at = [(0.0, 1.0) if tau == 0 else (table[tau - 1, 5].item(), schedule.at(tau)) for tau in taus]
     for (a, b, c0, ct, sigma, _, cp), (kappa_t, ab_t), (kappa_s, ab_s) in zip(
             rows.tolist(), at, at[1:]):
-        assert (a, b) == (0, 1 / 8)  # x0_hat is the prior and what the network adds
+        assert (a, b) == (0, 1 / 4)  # x0_hat is the prior and what the network adds
         # with x0_hat = x_0: shares of x_0 and of the prior, and the noise's variance
         assert c0 + ct * ab_t**0.5 * (1 - kappa_t) == pytest.approx(
             ab_s**0.5 * (1 - kappa_s), abs=1e-6)
         assert cp + ct * ab_t**0.5 * kappa_t == pytest.approx(ab_s**0.5 * kappa_s, abs=1e-6)
         assert ct**2 * (1 - ab_t) + sigma**2 == pytest.approx(1 - ab_s, abs=1e-6)
-    assert rows[-1, 2:].tolist() == [1, 0, 0, 0, 0]  # the last step gives x0_hat
+    assert rows[-1, [2, 3, 4, 6]].tolist() == [1, 0, 0, 0]  # the last step gives x0_hat
 
 
 def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
     cfg, taus = config(), [900, 700, 400, 150, 0]
     table, ab = dipddpm.reverse_table(cfg, taus, 0.0), dipddpm.schedule_of(cfg).at
     h = np.diff([0.5 * math.log(ab(tau) / (1 - ab(tau))) for tau in taus[:-1]])
-    np.testing.assert_allclose(table[:, 5], [0, h[1] / (2 * h[0]), h[2] / (2 * h[1]), 0], rtol=1e-6)
+    k = [0, h[1] / (2 * h[0]), h[2] / (2 * h[1])]
+    np.testing.assert_allclose(table[:, 5], [*k, 0], rtol=1e-6)
+    # a bridge's last step follows a line in the noise-to-signal ratio to 0
+    ratio = [math.sqrt((1 - ab(tau)) / ab(tau)) for tau in (400, 150)]
+    bridge = dipddpm.reverse_table(cfg, taus, 0.0, bridge=True)
+    np.testing.assert_allclose(bridge[:, 5], [*k, ratio[1] / (ratio[0] - ratio[1])], rtol=1e-6)
+    assert dipddpm.reverse_table(cfg, [500, 0], 0.0, bridge=True)[0, 5] == 0  # nothing changed yet
 
 
 def test_time_grid_is_uniform_holds_both_ends_and_never_stands_still():
@@ -1534,13 +1540,13 @@ def stop_at_step_38(run, done, ema, seconds):
 def halves_of(images):
     """A coding of tiny images: each its own code, whose decoding loses half of the contrast."""
     return dipddpm.Coding(lambda code: 0.25 + code.view(-1, 1, 8, 8) / 2,
-                          images.flatten(1).float() / 255, dipddpm.draw_codes)
+                          images.flatten(1).float() / 255, torch.full((64,), 0.05))
 
 
 def test_a_bridge_learns_what_its_prior_lacks_and_samples_it_in_three_steps(tmp_path):
     x_0, numbers = tiny_images(), torch.arange(32)
     run, coding = bare_run(tmp_path, **TINY_TRAINING, bridge_start=30), halves_of(tiny_images())
-    net, rows, _ = dipddpm.train_network(run.cfg, x_0, run, "dip-bridge", coding.prior_of(run.cfg))
+    net, rows, _ = dipddpm.train_network(run.cfg, x_0, run, "dip-bridge", coding.priors)
     assert rows[-1][0] == "dip-bridge" and rows[-1][4] < 0.01 < rows[0][4]
     prior = coding.decode(coding.codes[:32]) * 2 - 1
     start = dipddpm.start_from_prior(run.cfg, prior, 30, numbers)
@@ -1554,24 +1560,13 @@ def test_a_bridges_training_and_sampling_do_not_depend_on_how_a_batch_is_split(m
     table, index = dipddpm.forward_table(cfg, 12), torch.arange(40, 24, -1)
     whole, parts = ([dipddpm.denoising_loss(
         cfg, net, x_0, index[numbers], numbers, 16, table, step, contextlib.nullcontext,
-        coding.prior_of(cfg)) for numbers in torch.arange(16).split(n)] for n in (16, 4))
+        coding.priors) for numbers in torch.arange(16).split(n)] for n in (16, 4))
     torch.testing.assert_close(torch.cat(parts), whole[0])
     numbers, prior = torch.arange(20), coding.decode(coding.codes[:20]) * 2 - 1
     start = dipddpm.start_from_prior(cfg, prior, 12, numbers)
     many = dipddpm.sample(cfg, net, start, 12, 4, 1.0, numbers, prior)
     monkeypatch.setattr(dipddpm, "at_once", lambda x: 7)
     torch.testing.assert_close(dipddpm.sample(cfg, net, start, 12, 4, 1.0, numbers, prior), many)
-
-
-def test_codes_for_a_bridges_training_have_noise_of_up_to_a_fifth_of_their_spread():
-    codes = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) * 3
-    prior = dipddpm.Coding(lambda code: code, codes, None).prior_of(config())
-    index, numbers = torch.arange(199, 99, -1), torch.arange(100)
-    noise = (prior(index, numbers, torch.tensor(5)) + 1) / 2 - codes[index]
-    level = noise.std(1) / 3
-    assert level.max() < 0.28 and level.mean().item() == pytest.approx(0.1, abs=0.02)
-    assert level.min() < 0.02 and not noise.allclose(
-        (prior(index, numbers, torch.tensor(6)) + 1) / 2 - codes[index])
 
 
 def test_training_learns_and_sampling_returns_the_data(tmp_path):
@@ -1739,7 +1734,7 @@ def test_the_exact_denoiser_of_gaussian_residuals_crosses_a_bridge_at_either_ord
     schedule, prior = dipddpm.schedule_of(cfg), torch.full((64, 1, 4, 4), 0.3)
     signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
     A = signal * (1 - dipddpm.kappa_of(schedule.alpha_bar, schedule.at(600)))
-    gain = 8 * A * s**2 / (A**2 * s**2 + noise**2)  # E[x_0 - prior | x_t] by x_t - signal prior
+    gain = A * s**2 / (A**2 * s**2 + noise**2) / dipddpm.RESIDUAL  # E[x_0 - prior | x_t] by x_t - signal prior
 
     def net(x_t, t, prior):
         signal_t, gain_t = (v[t].float().view(-1, 1, 1, 1) for v in (signal, gain))
@@ -1996,45 +1991,38 @@ def test_a_member_that_goes_back_goes_on_as_if_it_had_never_left():
 
 def test_draws_of_one_stream_have_numbers_of_their_own():
     for names in (("MASK_DRAW", "HELD_DRAW", "SPLIT_DRAW", "RUNG_DRAW"),
-                  ("CELL_DRAW", "CODE_DRAW", "CENTRE_DRAW", "GAUSS_DRAW")):
-        assert len({0, *(getattr(dipddpm, name) for name in names)}) == 5
+                  ("CENTRE_DRAW", "CODE_DRAW")):
+        assert len({0, *(getattr(dipddpm, name) for name in names)}) == 1 + len(names)
 
 
 # ------------------------------------------------------------------ codes
 
 
-def test_new_codes_have_the_groups_shares_means_and_covariances():
-    # two far groups with unlike shares, means and covariances
-    z, first = kernels.normal((2000, 2), 1, 0, 0, 0), torch.arange(2000) % 4 > 0
-    turn = torch.tensor([[2.0, 1.0], [0.0, 0.5]])
-    codes = torch.where(first[:, None], z @ turn + 50, z / 3)
-    shares, means, _ = dipddpm.fit_mixture(codes, 0)
-    assert len(means) == 1000 and shares.sum() == pytest.approx(1, abs=1e-5)
-    new = dipddpm.draw_codes(fit_config(seed=5), codes, 8000)
-    new_first = new[:, 0] > 25
-    assert new_first.float().mean() == pytest.approx(0.75, abs=0.02)
-    for group, new_group in ((codes[first], new[new_first]), (codes[~first], new[~new_first])):
-        torch.testing.assert_close(new_group.mean(0), group.mean(0), atol=0.1, rtol=0)
-        torch.testing.assert_close(new_group.T.cov(), group.T.cov(), atol=0.25, rtol=0.1)
-    # a code is the same however many are drawn
-    torch.testing.assert_close(dipddpm.draw_codes(fit_config(seed=5), codes, 7), new[:7])
-    assert not torch.equal(dipddpm.draw_codes(fit_config(seed=6), codes, 7), new[:7])
+def test_new_codes_are_any_images_with_noise_of_their_own():
+    codes, noise = torch.arange(40.0)[:, None].expand(40, 3) * 100, torch.tensor([0.5, 1.0, 2.0])
+    coding = dipddpm.Coding(lambda code: code, codes, noise)
+    new = (coding.new(5, 8000) + 1) / 2
+    index = (new / 100).round()
+    assert (index == index[:, :1]).all()  # one image's code each, and each as often
+    assert (torch.bincount(index[:, 0].long(), minlength=40) / 200 - 1).abs().max() < 0.3
+    z = (new - 100 * index) / noise
+    torch.testing.assert_close(z.T.cov(), torch.eye(3), atol=0.06, rtol=0)
+    assert z.mean(0).abs().max() < 0.05
+    # the same however many are drawn, of a seed
+    assert torch.equal(coding.new(5, 1300), coding.new(5, 8000)[:1300])
+    assert not torch.equal(coding.new(6, 7), coding.new(5, 7))
 
 
-def test_one_cell_is_one_gaussian_and_a_cell_of_one_code_is_that_code():
-    codes = kernels.normal((3, 2), 1, 0, 0, 0)
-    shares, means, factors = dipddpm.fit_mixture(codes, 0)
-    assert shares.tolist() == [1] and torch.allclose(means[0], codes.mean(0))
-    covariance = codes.T.cov(correction=0)
-    ridge = 1e-3 * covariance.trace() / 2 + 1e-6
-    torch.testing.assert_close(factors[0] @ factors[0].T, covariance + ridge * torch.eye(2))
-    codes = torch.tensor([[0.0], [100.0], [200.0]])  # as many cells as codes, for D = 1
-    shares, means, factors = dipddpm.fit_mixture(codes, 0)
-    assert shares.tolist() == pytest.approx([1 / 3] * 3)
-    assert sorted(means[:, 0].tolist()) == [0, 100, 200]
-    assert (factors**2).flatten().tolist() == pytest.approx([1e-6] * 3)
-    drawn = dipddpm.draw_codes(fit_config(), codes, 3000).div(100).round().flatten()
-    assert (torch.bincount(drawn.long()) / 3000).tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
+def test_priors_in_training_are_drawn_as_new_images_are():
+    codes, noise = kernels.normal((200, 32), 1, 0, 0, 0) * 3, torch.linspace(0.5, 1.5, 32)
+    coding, index = dipddpm.Coding(lambda code: code, codes, noise), torch.arange(199, 99, -1)
+    numbers = torch.arange(100)
+    z, later = (((coding.priors(0, index, numbers, torch.tensor(step)) + 1) / 2 - codes[index])
+                / noise for step in (5, 6))
+    assert z.mean().abs() < 0.05 and z.std() == pytest.approx(1, abs=0.05)
+    assert (z * later).mean().abs() < 0.05 and not z.allclose(later)
+    part = coding.priors(0, index[30:], numbers[30:], torch.tensor(5))
+    assert torch.equal(part, coding.priors(0, index, numbers, torch.tensor(5))[30:])
 
 
 @pytest.mark.parametrize("N, D", [(300, 3), (6, 5)])  # more images than pixels, and fewer
@@ -2066,14 +2054,14 @@ def test_codes_are_learned_with_their_decoder_and_give_new_images():
     x, asked = tiny_images(250), []
     cfg = fit_config(decoder_width=8, code_epochs=10, batch=16)
     coding = dipddpm.fit_codes(cfg, x, lambda steps, *_: asked.append(steps) or steps)
-    decoder, codes = coding[:2]
+    decoder, codes, noise = coding
     again = dipddpm.fit_codes(cfg, x).decode
     assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters()))
     assert (decoder(codes) - x / 255).square().mean() < 0.1 * (x / 255).var()
     assert len(asked[0]) == 10 * 15  # passes, without the last ten images
+    torch.testing.assert_close(noise, dipddpm.CODE_SPREAD * codes.std(0))
     # the prior decodes new codes, to [-1, 1]
-    new, drawn = coding.new(cfg, 40), dipddpm.draw_codes(cfg, codes, 40)
-    torch.testing.assert_close(new, decoder(drawn) * 2 - 1)
+    new = coding.new(0, 40)
     assert new.shape == (40, 1, 8, 8) and new.min() < -0.9 and new.std(0).max() > 0.1
 
 
@@ -2084,7 +2072,7 @@ def test_gauss_prior_has_the_datas_mean_and_covariance():
     torch.manual_seed(0)
     basis = torch.randn(4, 16)
     x = (128 + 20 * torch.randn(5000, 4) @ basis).clamp(0, 255).to(torch.uint8).view(-1, 1, 4, 4)
-    drawn = dipddpm.gaussian_codes(None, x).new(fit_config(), 5000).flatten(1)
+    drawn = dipddpm.gaussian_codes(None, x).new(0, 5000).flatten(1)
     real = x.flatten(1).float() / 127.5 - 1
     torch.testing.assert_close(drawn.mean(0), real.mean(0), atol=0.03, rtol=0)
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(real.T), atol=0.03, rtol=0)
@@ -2093,7 +2081,7 @@ def test_gauss_prior_has_the_datas_mean_and_covariance():
 def test_principal_components_give_back_what_is_skewed():
     x = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
     x[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
-    made = dipddpm.principal_codes(None, x).new(fit_config(), 300)
+    made = dipddpm.principal_codes(None, x).new(0, 300)
     assert made.shape == (300, 1, 3, 3) and made.abs().max() <= 1
     level = (made.flatten(1).mean(1) + 1) / 2
     assert ((level < 0.15) | (level > 0.85)).float().mean() > 0.95
@@ -2109,7 +2097,7 @@ def test_a_bridge_starts_where_it_ends_from_the_new_images_of_its_coding(tmp_pat
         cfg, dipddpm.Run(cfg, []), {"ddpm": "net", "dip-bridge": "other"}, fitted, x, numbers)
     assert [(start.arm, start.t_start, start.net) for start in (bridge, *rest)] == [
         ("dip-bridge", 6, "other"), *((arm, 1, "net") for arm in ("gauss", "pca"))]
-    prior = fitted["dip-codes"][0].new(cfg, 64)
+    prior = fitted["dip-codes"][0].new(0, 64)
     assert torch.equal(bridge.prior, prior) and bridge.seconds >= 5
     assert torch.equal(bridge.x_init, dipddpm.start_from_prior(cfg, prior, 6, numbers))
 
@@ -2128,7 +2116,7 @@ def test_every_arm_starts_from_its_prior_with_the_marginal_at_t_start(tmp_path):
         assert net == "net"
         ab = dipddpm.cosine_schedule(10).at(t_start)
         torch.testing.assert_close(x_init, ab**0.5 * prior + (1 - ab) ** 0.5 * eps)
-        assert torch.equal(prior, dipddpm.CODINGS[arm](cfg, x).new(cfg, 500)) and seconds > 0
+        assert torch.equal(prior, dipddpm.CODINGS[arm](cfg, x).new(0, 500)) and seconds > 0
         assert (x_init - ab**0.5 * prior).var().item() == pytest.approx(1 - ab, rel=0.05)
 
 
@@ -2822,7 +2810,7 @@ GOLDEN = {
     "v: DDIM, 2M, DDPM": (0.6674, 0.6827, 0.739),
     "x0: DDIM, 2M, DDPM": (0.5651, 0.5799, 0.6127),
     "a DIP after 20 iterations": 0.1261,
-    "codes: decoded, new, new decoded": (0.1627, 1.029, 0.3235),
+    "codes: decoded, noise, new": (0.1627, 0.505, 0.4003),
     "noise level": (0.1863, 0.1977),
     "y+ of each rung, y-": (1.042, 0.8168, 0.6972, 0.9161),
     "risk of a flat output": (0.1537, 0.09205),
@@ -2869,10 +2857,10 @@ def golden():
     # a DIP, codes, and new ones
     end = dipddpm.fit_dips(cfg, dipddpm.exact(x), numbers, 20)
     found["a DIP after 20 iterations"] = rms(end - x)
-    decoder, codes, draw = dipddpm.fit_codes(cfg, pixels)
-    new = draw(cfg, codes, 40)
-    found["codes: decoded, new, new decoded"] = [
-        rms(decoder(codes) - pixels / 255), rms(new), rms(decoder(new) - pixels / 255)]
+    coding = dipddpm.fit_codes(cfg, pixels)
+    decoder, codes, _ = coding
+    found["codes: decoded, noise, new"] = [
+        rms(decoder(codes) - pixels / 255), rms(coding.noise), rms(coding.new(0, 40))]
     # halves of noisy images, and the fits that they stop
     known = dipddpm.corrupt(cfg, "denoise", x, 0.2, numbers)
     half = dipddpm.halves(cfg, known, dipddpm.replicas_of(numbers, 2), 3)

@@ -8,7 +8,6 @@ the tests inspect, and into the tests' CASES. Random numbers for a new purpose: 
 from .noising import noise_loss, q_sample
 from .posterior import posterior_step
 from .rng import (
-    CODE_LEVEL,
     CODE_NOISE,
     CORRUPTION,
     DATA_ORDER,
@@ -25,7 +24,7 @@ from .rng import (
 )
 
 __all__ = [
-    "CODE_LEVEL", "CODE_NOISE", "CORRUPTION", "DATA_ORDER", "DIP_CODE", "DIP_JITTER", "HELD_OUT",
+    "CODE_NOISE", "CORRUPTION", "DATA_ORDER", "DIP_CODE", "DIP_JITTER", "HELD_OUT",
     "INIT_NOISE", "STEP_NOISE", "TRAIN_NOISE", "TRAIN_TIME", "WEIGHTS", "noise_loss", "normal",
     "posterior_step", "q_sample", "uniform",
 ]

@@ -36,7 +36,7 @@ DATA_ORDER = 6  # order of the images in an epoch
 CORRUPTION = 7  # noise and masks of measurements, and their splits
 WEIGHTS = 8  # first weights of a network
 HELD_OUT = 9  # eps of a loss on held-out images (studies)
-CODE_NOISE, CODE_LEVEL = 10, 11  # what is added to a training image's code, and how much of it
+CODE_NOISE = 10  # what is added to a training image's code (11 was its level)
 
 WORD = 0xFFFFFFFF
 BLOCK, WARPS = 256, 2  # quads and warps to a program: a lane's four quads share its work on the key

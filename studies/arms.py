@@ -219,8 +219,8 @@ class Copies(NamedTuple):
     pixels: torch.Tensor
     track: object
 
-    def new(self, cfg, n):
-        return self.make(cfg, self.pixels, sources_of(self.pixels, n), self.track)
+    def new(self, seed, n):
+        return self.make(self.cfg, self.pixels, sources_of(self.pixels, n), self.track)
 
 
 def smoothed(cfg, pixels, run):

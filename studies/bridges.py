@@ -1,12 +1,117 @@
-"""`--mode prior` with one more arm, `pca-bridge`: a bridge whose priors are principal components,
-decoded linearly, which is what a DIP's decoder must beat. Flags are those of dipddpm.py.
+"""Bridges at equal minutes: arms that are given so many epochs each, so that what they take in all,
+the fit of their codes included, can be made the same.
 
-    python -m studies.bridges --mode prior --dip-source bridge
+    python -m studies.bridges --out FOLDER --seeds 0,1,2 --arms ddpm:6,dip-bridge:4,pca-bridge:5
+
+`ddpm` is the noise start, and, of the same network, every coding's new images noised to each
+--t-start; `pca-bridge` is `dip-bridge` with principal components, decoded linearly, in the codes'
+place: what a DIP's decoder must beat. One process and one thread; FOLDER/ARM-SEED.json as each
+ends, with the core's seconds, and those that are there are not done again.
 """
 
-import dipddpm
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
 
-dipddpm.BRIDGES["pca-bridge"] = "pca"
+import torch
+
+import data
+import dipddpm
+import eval as measure
+from studies.recipe import trained
+
+CODINGS = {"dip-bridge": "dip-codes", "pca-bridge": "pca"}
+
+
+def arms(cfg, arm, pixels, t_starts, n):
+    """-> the arm's seconds of training and of codes, and its `dipddpm.Start`s."""
+    numbers, shape = torch.arange(n), (n, *pixels.shape[1:])
+
+    def coded(name):
+        began = time.process_time()
+        coding = dipddpm.CODINGS[name](cfg, pixels)
+        return coding, time.process_time() - began
+
+    def start(name, net, coding, t_start, seconds):
+        p = coding.new(cfg.seed, n)
+        return dipddpm.Start(name, net, dipddpm.start_from_prior(cfg, p, t_start, numbers), t_start,
+                             p, seconds)
+
+    if arm in CODINGS:
+        coding, seconds = coded(CODINGS[arm])
+        net, _, trains = trained(cfg, pixels, coding.priors)
+        return trains, seconds, [start(arm, net, coding, cfg.bridge_start, seconds)]
+    net, _, trains = trained(cfg, pixels)
+    begun = [dipddpm.Start(arm, net, dipddpm.noise_start(cfg, shape, numbers), cfg.timesteps)]
+    for name in dipddpm.CODINGS if t_starts else ():
+        coding, seconds = coded(name)
+        begun += [start(name, net, coding, t, seconds) for t in t_starts]
+    return trains, 0.0, begun
+
+
+def measured(cfg, arm, train, test, judge, args):
+    """One arm's file: its seconds and a row for each start and number of evaluations."""
+    trains, codes, begun = arms(cfg, arm, train.pixels, args.t_start, args.samples)
+    rows, numbers = [], torch.arange(args.samples)
+    for start, nfe in itertools.product(begun, args.nfe):
+        if start.arm in dipddpm.CODINGS and nfe > 10:
+            continue  # they gain nothing more
+        bridge = start.prior if start.arm in CODINGS else None
+        began = time.process_time()
+        x = dipddpm.sample(cfg, start.net, start.x_init, start.t_start, nfe, args.eta, numbers,
+                           bridge)
+        rows.append({"name": start.arm, "seed": cfg.seed, "t_start": start.t_start, "nfe": nfe,
+                     "eta": args.eta, "seconds": time.process_time() - began} | judge(x))
+        print(dipddpm.describe(rows[-1]), flush=True)
+        if start.t_start in (cfg.timesteps, cfg.bridge_start) and start.arm not in ("gauss", "pca"):
+            measure.draw(args.out / f"{start.arm}-{cfg.seed}-nfe{nfe}.png",
+                         f"{start.arm}, {nfe} evaluations", {start.arm: (x[:16] + 1) / 2})
+    return {"arm": arm, "data": train.name, "seed": cfg.seed, "epochs": cfg.epochs,
+            "images": len(train.pixels), "seconds": trains + codes, "codes": codes,
+            "arms": rows} | judge.summary()
+
+
+def arm_and_epochs(text):
+    arm, _, epochs = text.partition(":")
+    if arm not in ("ddpm", *CODINGS) or not epochs.isdigit() or int(epochs) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: want ARM:EPOCHS, ARM one of ddpm, "
+                                         f"{', '.join(CODINGS)}")
+    return arm, int(epochs)
+
+
+def main(argv=None):
+    p = dipddpm.OneLineParser(prog="studies.bridges", description=__doc__.splitlines()[0])
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--data", default="mnist")
+    p.add_argument("--limit", type=int)
+    p.add_argument("--seeds", type=dipddpm.listed(int), default=(0,))
+    p.add_argument("--arms", type=lambda text: [*map(arm_and_epochs, text.split(","))],
+                   required=True)
+    p.add_argument("--nfe", type=dipddpm.listed(int), default=(1, 2, 3, 5, 10, 20, 50))
+    p.add_argument("--t-start", type=dipddpm.listed(int), default=(),
+                   help="starts of the ddpm arm from every coding, a list")
+    p.add_argument("--eta", type=float, default=0.0)
+    p.add_argument("--samples", type=int, default=1000)
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)
+    dipddpm.keep_freed_memory()
+    try:
+        train, test = (data.load(args.data, split=split, limit=args.limit)
+                       for split in ("train", "test"))
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+    judge = measure.Judge(train, train.pixels, test, args.samples, [args.out, data.cache_root()])
+    for seed, (arm, epochs) in itertools.product(args.seeds, args.arms):
+        path = args.out / f"{arm}-{epochs}-{seed}.json"
+        if not path.exists():
+            cfg = dipddpm.resolve(dipddpm.Config(mode="prior", data=args.data, epochs=epochs,
+                                                 seed=seed), train.pixels.shape)
+            measure.write_json(measured(cfg, arm, train, test, judge, args), path)
+        print(path, flush=True)
+
 
 if __name__ == "__main__":
-    dipddpm.main()
+    sys.exit(main())

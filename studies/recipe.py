@@ -48,7 +48,7 @@ def logit_normal(cfg, T, numbers, B, step):
 
 
 def nearest_noise(cfg, net, pixels, index, numbers, B, table, step, autocast,
-                  prior_of=None, k=4):
+                  priors=None, k=4):
     """`dipddpm.denoising_loss` with the nearest to x_0 of k draws of eps (Immiscible Diffusion,
     arXiv 2505.18521)."""
     t, x_0 = dipddpm.draw_t(cfg, len(table), numbers, B, step), pixels[index].float() / 127.5 - 1
@@ -110,13 +110,14 @@ ARMS = {"now": ({}, {}),
         "adamw-twice": ({"lr": 4e-3}, {"optimizers_of": muon_by(0.5)})}
 
 
-def trained(cfg, pixels):
+def trained(cfg, pixels, priors=None):
     """The averaged network after `dipddpm.train_steps`, mean losses of the epochs, seconds of
     the core."""
-    net = dipddpm.make_unet(cfg, pixels.shape[1], "cpu")
+    net = dipddpm.make_unet(cfg, pixels.shape[1], "cpu", priors is not None)
     ema, lr = copy.deepcopy(net).requires_grad_(False), torch.tensor(cfg.lr)
     (B, per_epoch), losses, began = dipddpm.steps_of(cfg, len(pixels)), [], time.process_time()
-    steps = dipddpm.train_steps(cfg, pixels, net, ema, dipddpm.optimizers_of(net, lr))
+    steps = dipddpm.train_steps(cfg, pixels, net, ema, dipddpm.optimizers_of(net, lr),
+                                priors=priors)
     for _, loss in dipddpm.progress(steps, "train", cfg.epochs * per_epoch, B):
         losses.append(loss.item())
     return ema.eval(), [statistics.fmean(losses[i * per_epoch:][:per_epoch])
