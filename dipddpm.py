@@ -195,6 +195,13 @@ def kappa_of(ab, ab_end):
     return ab_end / (1 - ab_end) * (1 - ab) / ab
 
 
+def reached(ab, ab_end):
+    """How much of x_0 - prior a bridge's x0_hat shows, of alpha_bar where it is and where it ends,
+    from 0 there to 1 at the clean image: signal over signal and noise, in standard deviations."""
+    signal = math.sqrt(ab) * (1 - kappa_of(ab, ab_end)) * RESIDUAL
+    return signal / math.hypot(signal, math.sqrt(1 - ab))
+
+
 def forward_table(cfg, t_start=None):
     """What training needs at each t: float32 [T, 6] with columns (signal, noise, p, q, weight,
     kappa), in x_t = signal x_0 + noise eps (Ho et al. 2020, eq. 4) and
@@ -243,10 +250,10 @@ def reverse_table(cfg, taus, eta, bridge=False):
 
     On a bridge, which ends at taus[0], x_s = c0 x0_hat + ct x_t + cp prior + sigma z, where x0_hat
     = clip(prior + RESIDUAL out, -1, 1): cp is the prior's share in x_s without what ct x_t brings
-    along, and c0 is as much less. There x0_hat sharpens from the prior on. After few steps it is
-    still smooth, so the last step follows it to the clean image along a line in the noise-to-signal
-    ratio r: k = r / (r_previous - r), and r_previous / r = e^h_previous."""
-    schedule, rows, h_previous = schedule_of(cfg), [], math.inf
+    along, and c0 is as much less. On the way x0_hat - prior grows to what it ends at. If x_0 - prior
+    is Gaussian with standard deviation RESIDUAL, it grows as `reached`, and the last step goes on
+    to 1: k = (1 - w) / (w - w_previous), which makes two evaluations exact."""
+    schedule, rows, h_previous, w_previous = schedule_of(cfg), [], math.inf, -math.inf
     ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):
         ab_t, ab_s = schedule.at(tau), schedule.at(next_tau)
@@ -260,7 +267,8 @@ def reverse_table(cfg, taus, eta, bridge=False):
             cp = (math.sqrt(ab_s) * kappa_of(ab_s, ab_end)
                   - math.sqrt(ab_t) * kappa_of(ab_t, ab_end) * ct)
             a, b, c0 = 0.0, RESIDUAL, c0 - cp
-            k = k if next_tau else 1 / math.expm1(h_previous)
+            w = reached(ab_t, ab_end)
+            k, w_previous = k if next_tau else (1 - w) / (w - w_previous), w
         rows.append([float(a), float(b), c0, ct, sigma, k, cp])
         h_previous = h
     return torch.tensor(rows, dtype=torch.float64).float()  # [S, 7]

@@ -6,7 +6,7 @@ the fit of their codes included, can be made the same.
 `ddpm` is the noise start, and, of the same network, every coding's new images noised to each
 --t-start; `pca-bridge` is `dip-bridge` with principal components, decoded linearly, in the codes'
 place: what a DIP's decoder must beat. One process and one thread; FOLDER/ARM-SEED.json as each
-ends, with the core's seconds, and those that are there are not done again.
+ends, with the core's seconds, and its network: those that are there are not made again.
 """
 
 import argparse
@@ -25,7 +25,18 @@ from studies.recipe import trained
 CODINGS = {"dip-bridge": "dip-codes", "pca-bridge": "pca"}
 
 
-def arms(cfg, arm, pixels, t_starts, n):
+def kept(file, cfg, pixels, priors=None):
+    """A network and its seconds of training, from a file if it is there."""
+    if not file.exists():
+        net, _, seconds = trained(cfg, pixels, priors)
+        dipddpm.save({"net": net.state_dict(), "seconds": seconds}, file)
+    saved = torch.load(file, weights_only=True)
+    net = dipddpm.make_unet(cfg, pixels.shape[1], "cpu", priors is not None).eval()
+    dipddpm.load_weights(net, saved["net"], file)
+    return net, saved["seconds"]
+
+
+def arms(cfg, arm, pixels, t_starts, n, file):
     """-> the arm's seconds of training and of codes, and its `dipddpm.Start`s."""
     numbers, shape = torch.arange(n), (n, *pixels.shape[1:])
 
@@ -41,9 +52,9 @@ def arms(cfg, arm, pixels, t_starts, n):
 
     if arm in CODINGS:
         coding, seconds = coded(CODINGS[arm])
-        net, _, trains = trained(cfg, pixels, coding.priors)
+        net, trains = kept(file, cfg, pixels, coding.priors)
         return trains, seconds, [start(arm, net, coding, cfg.bridge_start, seconds)]
-    net, _, trains = trained(cfg, pixels)
+    net, trains = kept(file, cfg, pixels)
     begun = [dipddpm.Start(arm, net, dipddpm.noise_start(cfg, shape, numbers), cfg.timesteps)]
     for name in dipddpm.CODINGS if t_starts else ():
         coding, seconds = coded(name)
@@ -53,7 +64,8 @@ def arms(cfg, arm, pixels, t_starts, n):
 
 def measured(cfg, arm, train, test, judge, args):
     """One arm's file: its seconds and a row for each start and number of evaluations."""
-    trains, codes, begun = arms(cfg, arm, train.pixels, args.t_start, args.samples)
+    trains, codes, begun = arms(cfg, arm, train.pixels, args.t_start, args.samples,
+                                args.out / f"{arm}-{cfg.epochs}-{cfg.seed}.pt")
     rows, numbers = [], torch.arange(args.samples)
     for start, nfe in itertools.product(begun, args.nfe):
         if start.arm in dipddpm.CODINGS and nfe > 10:
