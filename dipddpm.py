@@ -250,9 +250,9 @@ def reverse_table(cfg, taus, eta, bridge=False):
 
     On a bridge, which ends at taus[0], x_s = c0 x0_hat + ct x_t + cp prior + sigma z, where x0_hat
     = clip(prior + RESIDUAL out, -1, 1): cp is the prior's share in x_s without what ct x_t brings
-    along, and c0 is as much less. On the way x0_hat - prior grows to what it ends at. If x_0 - prior
-    is Gaussian with standard deviation RESIDUAL, it grows as `reached`, and the last step goes on
-    to 1: k = (1 - w) / (w - w_previous), which makes two evaluations exact."""
+    along, and c0 is as much less. On the way x0_hat - prior grows to what it ends at; where x_0 -
+    prior is Gaussian with standard deviation RESIDUAL, as `reached` does. The last step follows
+    that to 1: k = (1 - w) / (w - w_previous)."""
     schedule, rows, h_previous, w_previous = schedule_of(cfg), [], math.inf, -math.inf
     ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):

@@ -1750,8 +1750,8 @@ def test_the_exact_denoiser_of_gaussian_residuals_crosses_a_bridge_at_either_ord
 
     assert error(40, 1) == pytest.approx(2 * error(80, 1), rel=0.1)
     assert error(20, 2) > 2.5 * error(40, 2) and error(80, 2) < 0.01
-    # two evaluations are enough where the residual is as large as the table takes it to be
-    assert error(2, 2, dipddpm.RESIDUAL) < 1e-3 and error(2, 1, dipddpm.RESIDUAL) > 0.3
+    # a few are enough where the residual is as large as the table takes it to be
+    assert error(2, 2, dipddpm.RESIDUAL) < 0.08 and error(2, 1, dipddpm.RESIDUAL) > 0.6
     assert ends(300, 2, 0.1, eta=1.0).std().item() == pytest.approx(0.1, rel=0.05)
 
 
