@@ -62,6 +62,12 @@ def arms(cfg, arm, pixels, t_starts, n, file):
     return trains, 0.0, begun
 
 
+def nearest(x, pixels):
+    """The nearest training image of each x [n, C, H, W], pixels uint8: the same shape."""
+    real = pixels.float() / 127.5 - 1
+    return real[torch.cdist(x.flatten(1), real.flatten(1)).argmin(1)]
+
+
 def measured(cfg, arm, train, test, judge, args):
     """One arm's file: its seconds and a row for each start and number of evaluations."""
     trains, codes, begun = arms(cfg, arm, train.pixels, args.t_start, args.samples,
@@ -77,9 +83,12 @@ def measured(cfg, arm, train, test, judge, args):
         rows.append({"name": start.arm, "seed": cfg.seed, "t_start": start.t_start, "nfe": nfe,
                      "eta": args.eta, "seconds": time.process_time() - began} | judge(x))
         print(dipddpm.describe(rows[-1]), flush=True)
-        if start.t_start in (cfg.timesteps, cfg.bridge_start) and start.arm not in ("gauss", "pca"):
-            measure.draw(args.out / f"{start.arm}-{cfg.seed}-nfe{nfe}.png",
-                         f"{start.arm}, {nfe} evaluations", {start.arm: (x[:16] + 1) / 2})
+        if start.arm == arm:  # new images, what they began with, and how new they are
+            shown = {} if start.prior is None else {"prior": start.prior[:20]}
+            shown |= {arm: x[:20], "nearest training image": nearest(x[:20], train.pixels)}
+            measure.draw(args.out / f"{arm}-{cfg.epochs}-{cfg.seed}-nfe{nfe}.png",
+                         f"{arm}, {nfe} evaluations",
+                         {name: (images + 1) / 2 for name, images in shown.items()})
     return {"arm": arm, "data": train.name, "seed": cfg.seed, "epochs": cfg.epochs,
             "images": len(train.pixels), "seconds": trains + codes, "codes": codes,
             "arms": rows} | judge.summary()

@@ -20,7 +20,7 @@ import data
 import dipddpm
 import eval as measures
 import kernels
-from studies import arms, networks, recipe, reports, restore
+from studies import arms, bridges, networks, recipe, reports, restore
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -440,6 +440,8 @@ def test_a_restoration_has_a_folder_of_its_own_and_every_arm(trained, tmp_path, 
     (arms.main, "guide --set arch=unet", "--set arch=unet: none of skip, conv2"),
     (arms.main, "prior --data digits --dip-source codes", "smoothed needs --dip-source"),
     (arms.main, "prior --network-width 0", "must be at least 1"),
+    (bridges.main, "--out r --arms dip-bridge", "dip-bridge: want ARM:EPOCHS"),
+    (bridges.main, "--arms ddpm:1", "the following arguments are required: --out"),
     (reports.main, "F", "invalid choice: 'F'"),
     (reports.main, "A --seeds 0,x", "--seeds"),
     (reports.main, "A --seed 1", "unrecognized arguments: --seed 1"),
@@ -775,6 +777,36 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
     assert reports.spread([0.0079]) == "0.00790" and reports.spread([0.0]) == "0.00"
     assert reports.spread([132.0, 133.0]) == "132.5 ± 0.7"
     assert reports.each([(1, 2), (3, 4)], " s") == "2.00 ± 1.41 / 3.00 ± 1.41 s"
+
+
+# ================================================================== bridges
+
+
+def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, monkeypatch):
+    words = ["--out", str(tmp_path), "--data", "digits", "--limit", "128", "--samples", "16",
+             "--nfe", "1,12", "--arms", "ddpm:1,dip-bridge:1,pca-bridge:2", "--t-start", "600"]
+    bridges.main(words)
+    found = [json.loads((tmp_path / f"{arm}-0.json").read_text())
+             for arm in ("ddpm-1", "dip-bridge-1", "pca-bridge-2")]
+    rows = [[(row["name"], row["nfe"], row["t_start"]) for row in each["arms"]] for each in found]
+    starts = [(name, 1, 600) for name in dipddpm.CODINGS]  # up to 10 evaluations
+    assert rows == [[("ddpm", 1, 1000), ("ddpm", 12, 1000), *starts],
+                    *([(arm, 1, 600), (arm, 12, 600)] for arm in bridges.CODINGS)]
+    assert all(each["seconds"] > each["codes"] >= 0 for each in found) and found[1]["codes"] > 0
+    assert len(list(tmp_path.glob("*-nfe12.png"))) == 3
+    # a file that is missing is made again without another training
+    monkeypatch.setattr(bridges, "trained", None)
+    (tmp_path / "pca-bridge-2-0.json").unlink()
+    bridges.main(words)
+    again = json.loads((tmp_path / "pca-bridge-2-0.json").read_text())
+    assert [row["fid_lenet"] for row in again["arms"]] == [
+        row["fid_lenet"] for row in found[2]["arms"]]
+
+
+def test_the_nearest_training_image_is_found():
+    pixels = (random_images(30, 1, 4, 4) * 255).byte()
+    x = pixels[[4, 17]] / 127.5 - 1 + 0.01
+    assert torch.equal(bridges.nearest(x, pixels), pixels[[4, 17]].float() / 127.5 - 1)
 
 
 # ================================================================== recipe
