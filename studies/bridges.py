@@ -5,14 +5,17 @@ the fit of their codes included, can be made the same.
 
 `ddpm` is the noise start, and, of the same network, every coding's new images noised to each
 --t-start; `pca-bridge` is `dip-bridge` with principal components, decoded linearly, in the codes'
-place: what a DIP's decoder must beat. One process and one thread; FOLDER/ARM-SEED.json as each
+place: what a DIP's decoder must beat. `distilled:3` teaches FOLDER's `ddpm`, in 3 more epochs, to
+do with 8, 4, 2 and 1 evaluations. One process and one thread; FOLDER/ARM-EPOCHS-SEED.json as each
 ends, with the core's seconds, and its network: those that are there are not made again.
 """
 
 import argparse
+import copy
 import itertools
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +23,44 @@ import torch
 import data
 import dipddpm
 import eval as measure
+import kernels
 from studies.recipe import trained
 
 CODINGS = {"dip-bridge": "dip-codes", "pca-bridge": "pca"}
+HALVINGS = 8, 4, 2, 1  # evaluations of a distilled network, one after the other
+
+
+def distil(cfg, net, pixels, N, steps):
+    """Progressive distillation (Salimans & Ho 2022, algorithm 2): net learns to make in one step of
+    DDIM, of N to the image, what it made in two, of 2 N. pixels uint8; -> the averaged network."""
+    teacher, ema = net, copy.deepcopy(net).requires_grad_(False)
+    net = copy.deepcopy(net).requires_grad_(True)
+    taus = dipddpm.time_grid(cfg.timesteps, 2 * N)
+    half = dipddpm.reverse_table(cfg, taus, 0.0)  # rows (a, b, c0, ct, ...)
+    whole = dipddpm.reverse_table(cfg, taus[::2], 0.0)
+    times, table = torch.tensor(taus[:-1]) - 1, dipddpm.forward_table(cfg)
+    lr, numbers = torch.tensor(cfg.lr), torch.arange(cfg.batch)
+    optimizers = dipddpm.optimizers_of(net, lr)
+    order = torch.cat([dipddpm.epoch_order(cfg, len(pixels), epoch, "cpu")
+                       for epoch in range(-(-steps * cfg.batch // len(pixels)))])
+    for step in map(torch.tensor, range(steps)):
+        index = order[step * cfg.batch + numbers]
+        i = dipddpm.draw_t(cfg, N, numbers, cfg.batch, step)  # which of the N steps
+        x = x_t = kernels.q_sample(pixels, index, times[2 * i], table, cfg.seed, numbers, step)
+        with torch.no_grad():
+            for j in 2 * i, 2 * i + 1:
+                a, b, c0, ct, *_ = half[j][:, :, None, None, None].unbind(1)
+                x = c0 * (a * x + b * teacher(x, times[j])).clamp(-1, 1) + ct * x
+        a, b, c0, ct, *_ = whole[i][:, :, None, None, None].unbind(1)
+        target = ((x - ct * x_t) / c0 - a * x_t) / b
+        net.zero_grad()
+        (net(x_t, times[2 * i]) - target).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        lr.fill_(cfg.lr * dipddpm.half_cosine(step.item(), steps))
+        for optimizer in optimizers:
+            optimizer.step()
+        dipddpm.update_average(ema, net, step)
+    return ema
 
 
 def kept(file, cfg, pixels, priors=None):
@@ -36,30 +74,46 @@ def kept(file, cfg, pixels, priors=None):
     return net, saved["seconds"]
 
 
-def arms(cfg, arm, pixels, t_starts, n, file):
-    """-> the arm's seconds of training and of codes, and its `dipddpm.Start`s."""
+def timed(work, *args):
+    """What work returns, and seconds of the core."""
+    began = time.process_time()
+    return work(*args), time.process_time() - began
+
+
+def arms(cfg, arm, pixels, args):
+    """-> the arm's seconds of training and of codes, and pairs of a `dipddpm.Start` and the numbers
+    of evaluations to sample with."""
+    n, file = args.samples, args.out / f"{arm}-{cfg.epochs}-{cfg.seed}.pt"
     numbers, shape = torch.arange(n), (n, *pixels.shape[1:])
 
-    def coded(name):
-        began = time.process_time()
-        coding = dipddpm.CODINGS[name](cfg, pixels)
-        return coding, time.process_time() - began
-
-    def start(name, net, coding, t_start, seconds):
+    def start(name, net, coding, t_start):
         p = coding.new(cfg.seed, n)
         return dipddpm.Start(name, net, dipddpm.start_from_prior(cfg, p, t_start, numbers), t_start,
-                             p, seconds)
+                             p)
+
+    def from_noise(net):
+        return dipddpm.Start(arm, net, dipddpm.noise_start(cfg, shape, numbers), cfg.timesteps)
 
     if arm in CODINGS:
-        coding, seconds = coded(CODINGS[arm])
+        coding, seconds = timed(dipddpm.CODINGS[CODINGS[arm]], cfg, pixels)
         net, trains = kept(file, cfg, pixels, coding.priors)
-        return trains, seconds, [start(arm, net, coding, cfg.bridge_start, seconds)]
+        return trains, seconds, [(start(arm, net, coding, cfg.bridge_start), args.nfe)]
+    if arm == "distilled":
+        teachers = sorted(args.out.glob(f"ddpm-*-{cfg.seed}.pt"))
+        net, first = kept(teachers[-1], cfg, pixels)
+        steps, found, began = cfg.epochs * dipddpm.steps_of(cfg, len(pixels))[1], [], 0.0
+        for N in HALVINGS:
+            net, seconds = timed(distil, cfg, net, pixels, N, steps // len(HALVINGS))
+            began += seconds
+            found.append((from_noise(net), (N,)))
+        return first + began, 0.0, found
     net, trains = kept(file, cfg, pixels)
-    begun = [dipddpm.Start(arm, net, dipddpm.noise_start(cfg, shape, numbers), cfg.timesteps)]
-    for name in dipddpm.CODINGS if t_starts else ():
-        coding, seconds = coded(name)
-        begun += [start(name, net, coding, t, seconds) for t in t_starts]
-    return trains, 0.0, begun
+    found = [(from_noise(net), args.nfe)]
+    for name in dipddpm.CODINGS if args.t_start else ():
+        coding = dipddpm.CODINGS[name](cfg, pixels)
+        found += [(start(name, net, coding, t), [nfe for nfe in args.nfe if nfe <= 10])
+                  for t in args.t_start]  # more gain nothing
+    return trains, 0.0, found
 
 
 def nearest(x, pixels):
@@ -68,20 +122,16 @@ def nearest(x, pixels):
     return real[torch.cdist(x.flatten(1), real.flatten(1)).argmin(1)]
 
 
-def measured(cfg, arm, train, test, judge, args):
+def measured(cfg, arm, train, judge, args):
     """One arm's file: its seconds and a row for each start and number of evaluations."""
-    trains, codes, begun = arms(cfg, arm, train.pixels, args.t_start, args.samples,
-                                args.out / f"{arm}-{cfg.epochs}-{cfg.seed}.pt")
+    trains, codes, begun = arms(cfg, arm, train.pixels, args)
     rows, numbers = [], torch.arange(args.samples)
-    for start, nfe in itertools.product(begun, args.nfe):
-        if start.arm in dipddpm.CODINGS and nfe > 10:
-            continue  # they gain nothing more
-        bridge = start.prior if start.arm in CODINGS else None
-        began = time.process_time()
-        x = dipddpm.sample(cfg, start.net, start.x_init, start.t_start, nfe, args.eta, numbers,
-                           bridge)
+    as_taught = replace(cfg, order=1) if arm == "distilled" else cfg  # DDIM's steps
+    for start, nfe in ((start, nfe) for start, many in begun for nfe in many):
+        x, seconds = timed(dipddpm.sample, as_taught, start.net, start.x_init, start.t_start, nfe,
+                           args.eta, numbers, start.prior if start.arm in CODINGS else None)
         rows.append({"name": start.arm, "seed": cfg.seed, "t_start": start.t_start, "nfe": nfe,
-                     "eta": args.eta, "seconds": time.process_time() - began} | judge(x))
+                     "eta": args.eta, "seconds": seconds} | judge(x))
         print(dipddpm.describe(rows[-1]), flush=True)
         if start.arm == arm:  # new images, what they began with, and how new they are
             shown = {} if start.prior is None else {"prior": start.prior[:20]}
@@ -96,9 +146,9 @@ def measured(cfg, arm, train, test, judge, args):
 
 def arm_and_epochs(text):
     arm, _, epochs = text.partition(":")
-    if arm not in ("ddpm", *CODINGS) or not epochs.isdigit() or int(epochs) < 1:
+    if arm not in ("ddpm", "distilled", *CODINGS) or not epochs.isdigit() or int(epochs) < 1:
         raise argparse.ArgumentTypeError(f"{text}: want ARM:EPOCHS, ARM one of ddpm, "
-                                         f"{', '.join(CODINGS)}")
+                                         f"distilled, {', '.join(CODINGS)}")
     return arm, int(epochs)
 
 
@@ -125,12 +175,15 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         p.error(str(error))
     judge = measure.Judge(train, train.pixels, test, args.samples, [args.out, data.cache_root()])
+    named = [arm for arm, _ in args.arms]
+    if "distilled" in named and "ddpm" not in named and not [*args.out.glob("ddpm-*.pt")]:
+        p.error(f"{args.out} has no ddpm to distil")
     for seed, (arm, epochs) in itertools.product(args.seeds, args.arms):
         path = args.out / f"{arm}-{epochs}-{seed}.json"
         if not path.exists():
             cfg = dipddpm.resolve(dipddpm.Config(mode="prior", data=args.data, epochs=epochs,
                                                  seed=seed), train.pixels.shape)
-            measure.write_json(measured(cfg, arm, train, test, judge, args), path)
+            measure.write_json(measured(cfg, arm, train, judge, args), path)
         print(path, flush=True)
 
 

@@ -784,14 +784,16 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
 
 def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, monkeypatch):
     words = ["--out", str(tmp_path), "--data", "digits", "--limit", "128", "--samples", "16",
-             "--nfe", "1,12", "--arms", "ddpm:1,dip-bridge:1,pca-bridge:2", "--t-start", "600"]
+             "--nfe", "1,12", "--arms", "ddpm:1,dip-bridge:1,pca-bridge:2,distilled:4",
+             "--t-start", "600"]
     bridges.main(words)
     found = [json.loads((tmp_path / f"{arm}-0.json").read_text())
-             for arm in ("ddpm-1", "dip-bridge-1", "pca-bridge-2")]
+             for arm in ("ddpm-1", "dip-bridge-1", "pca-bridge-2", "distilled-4")]
     rows = [[(row["name"], row["nfe"], row["t_start"]) for row in each["arms"]] for each in found]
     starts = [(name, 1, 600) for name in dipddpm.CODINGS]  # up to 10 evaluations
     assert rows == [[("ddpm", 1, 1000), ("ddpm", 12, 1000), *starts],
-                    *([(arm, 1, 600), (arm, 12, 600)] for arm in bridges.CODINGS)]
+                    *([(arm, 1, 600), (arm, 12, 600)] for arm in bridges.CODINGS),
+                    [("distilled", nfe, 1000) for nfe in (8, 4, 2, 1)]]
     assert all(each["seconds"] > each["codes"] >= 0 for each in found) and found[1]["codes"] > 0
     assert len(list(tmp_path.glob("*-nfe12.png"))) == 3
     # a file that is missing is made again without another training
@@ -801,6 +803,28 @@ def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, 
     again = json.loads((tmp_path / "pca-bridge-2-0.json").read_text())
     assert [row["fid_lenet"] for row in again["arms"]] == [
         row["fid_lenet"] for row in found[2]["arms"]]
+
+
+def test_a_network_that_needs_no_distilling_learns_nothing_from_itself(monkeypatch):
+    monkeypatch.setattr(dipddpm, "optimizers_of",
+                        lambda net, lr: [torch.optim.SGD(net.parameters(), 0.1)])
+    cfg = config(batch=16)
+    ab = dipddpm.schedule_of(cfg).alpha_bar.float()
+
+    class Sure(torch.nn.Module):  # of x_0 = 0.3, plus what is learned
+        def __init__(self):
+            super().__init__()
+            self.more = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x_t, t):
+            ab_t = ab[t].view(-1, 1, 1, 1)
+            return (ab_t.sqrt() * x_t - 0.3) / (1 - ab_t).sqrt() + self.more
+
+    for N in 8, 1:
+        assert bridges.distil(cfg, Sure(), tiny_images(), N, 5).more.abs() < 1e-4
+        off = Sure()
+        off.more.data.fill_(0.5)
+        assert (bridges.distil(cfg, off, tiny_images(), N, 5).more - 0.5).abs() > 1e-4
 
 
 def test_the_nearest_training_image_is_found():
