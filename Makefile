@@ -9,7 +9,7 @@ help:  ## explain the targets (default)
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 run: .venv/run  ## a short --mode prior, to a report in a few minutes (MNIST if at hand, else drawn digits)
-	$(BIN)/python dipddpm.py --mode prior --dip-source codes --limit 8000 --epochs 11 --nfe 5,20 \
+	$(BIN)/python dipddpm.py --mode prior --dip-source bridge --limit 8000 --epochs 6 --nfe 2,5,20 \
 		--samples 200
 
 test: .venv/dev  ## all tests; the kernels run under Triton's interpreter
