@@ -1032,9 +1032,9 @@ def gaussian_codes(cfg, pixels, track=untracked):
 # ================================================================== 8 method 1: priors
 #
 # x_{t_start} = sqrt(ab) p + sqrt(1 - ab) eps, then the reverse process from t_start. The prior p is
-# a new image of a coding (`Coding.new`): no training image is handed over. The network of `ddpm`
-# never saw a prior. A bridge's did: each training image has a code, so that pairs (image, prior)
-# are at hand, x_t goes from one to the other (`forward_table`), and the network sees x_t and p.
+# a new image of a coding (`Coding.new`), a variation of one training image: its code, under noise.
+# The network of `ddpm` never saw a prior. A bridge's did: x_t goes from each training image to
+# priors of its code (`forward_table`), and the network sees x_t and p.
 
 CODINGS = {"dip-codes": fit_codes, "gauss": gaussian_codes, "pca": principal_codes}
 BRIDGES = {"dip-bridge": "dip-codes"}  # a bridge's arm and where its priors come from
