@@ -101,8 +101,8 @@ class Config:
                              of=str, choices=("codes", "bridge"))
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
                           "128)", low=1)
-    dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (prior: 60; dip, guide: "
-                          "1000, above 64 pixels 3000)", low=1)
+    dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (studies: 60; dip, "
+                          "guide: 1000, above 64 pixels 3000)", low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
                          "them, and results compared with them. own: yours, nothing is added or "
                          "compared (default for one image in --mode dip)", choices=("test", "own"))
@@ -197,7 +197,8 @@ def kappa_of(ab, ab_end):
 
 def reached(ab, ab_end):
     """How much of x_0 - prior a bridge's x0_hat shows, of alpha_bar where it is and where it ends,
-    from 0 there to 1 at the clean image: signal over signal and noise, in standard deviations."""
+    from 0 there to 1 at the clean image, where x_0 - prior ~ N(0, RESIDUAL^2): the square root of
+    the signal's share in the variance of x_t."""
     signal = math.sqrt(ab) * (1 - kappa_of(ab, ab_end)) * RESIDUAL
     return signal / math.hypot(signal, math.sqrt(1 - ab))
 
@@ -250,9 +251,9 @@ def reverse_table(cfg, taus, eta, bridge=False):
 
     On a bridge, which ends at taus[0], x_s = c0 x0_hat + ct x_t + cp prior + sigma z, where x0_hat
     = clip(prior + RESIDUAL out, -1, 1): cp is the prior's share in x_s without what ct x_t brings
-    along, and c0 is as much less. On the way x0_hat - prior grows to what it ends at; where x_0 -
-    prior is Gaussian with standard deviation RESIDUAL, as `reached` does. The last step follows
-    that to 1: k = (1 - w) / (w - w_previous)."""
+    along, and c0 is as much less. On the way x0_hat - prior grows to what it ends at, as
+    w = `reached` does where x_0 - prior is Gaussian. The last step follows that to 1:
+    k = (1 - w) / (w - w_previous), 0 if it is the only one."""
     schedule, rows, h_previous, w_previous = schedule_of(cfg), [], math.inf, -math.inf
     ab_end = schedule.at(taus[0])
     for tau, next_tau in zip(taus, taus[1:]):
@@ -919,7 +920,7 @@ CENTRE_DRAW, CODE_DRAW = 1, 2  # in the stream DIP_CODE; 0 is z's
 class Coding(NamedTuple):
     """Images as codes: `decode` makes images [n, C, H, W] in [0, 1] of codes [n, D]; `codes` [N, D]
     are those of the training images. A new code is one of these under Gaussian noise of standard
-    deviations `noise` [D], a kernel density (Parzen 1962)."""
+    deviations `noise` [D], a kernel density (Parzen 1962), in training and in sampling."""
 
     decode: object
     codes: torch.Tensor
@@ -1026,7 +1027,7 @@ def gaussian_codes(cfg, pixels, track=untracked):
     at all. Not clipped: it would not be that Gaussian."""
     _, mean, axes = principal_components(pixels, min(len(pixels), pixels[0].numel()))
     return Coding(lambda code: (mean + code @ axes).view(-1, *pixels.shape[1:]),
-                  torch.zeros_like(axes[:1, :1].expand(1, len(axes))), torch.ones_like(axes[:, 0]))
+                  axes.new_zeros(1, len(axes)), axes.new_ones(len(axes)))  # all noise on one code
 
 
 # ================================================================== 8 method 1: priors
@@ -1096,7 +1097,7 @@ class Start(NamedTuple):
 
 def starts(cfg, run, nets, fitted, pixels, numbers, codings=CODINGS):
     """The `Start` of each arm: noise; each coding's new images, noised to each t_start, and to
-    where the bridges from it end. fitted {arm: (coding, seconds)}: those that need not be."""
+    where the bridges from it end. fitted {arm: (coding, seconds)}: those that are, already."""
     shape = len(numbers), *pixels.shape[1:]
     yield Start("ddpm", nets["ddpm"], noise_start(cfg, shape, numbers), cfg.timesteps)
     for arm, fit in codings.items() if cfg.mode == "prior" else ():

@@ -26,7 +26,7 @@ import eval as measure
 import kernels
 from studies.recipe import trained
 
-CODINGS = {"dip-bridge": "dip-codes", "pca-bridge": "pca"}
+BRIDGES = dipddpm.BRIDGES | {"pca-bridge": "pca"}
 HALVINGS = 8, 4, 2, 1  # evaluations of a distilled network, one after the other
 
 
@@ -64,11 +64,16 @@ def distil(cfg, net, pixels, N, steps):
 
 
 def kept(file, cfg, pixels, priors=None):
-    """A network and its seconds of training, from a file if it is there."""
+    """A network and its seconds of training, from a file if it is there; ValueError where that is
+    of other images."""
+    about = {"data": cfg.data, "images": len(pixels)}
     if not file.exists():
         net, _, seconds = trained(cfg, pixels, priors)
-        dipddpm.save({"net": net.state_dict(), "seconds": seconds}, file)
+        dipddpm.save({"net": net.state_dict(), "seconds": seconds} | about, file)
     saved = torch.load(file, weights_only=True)
+    if any(saved[key] != value for key, value in about.items()):
+        raise ValueError(f"{file} is of {saved['images']} images of {saved['data']}: name another "
+                         "--out")
     net = dipddpm.make_unet(cfg, pixels.shape[1], "cpu", priors is not None).eval()
     dipddpm.load_weights(net, saved["net"], file)
     return net, saved["seconds"]
@@ -94,13 +99,16 @@ def arms(cfg, arm, pixels, args):
     def from_noise(net):
         return dipddpm.Start(arm, net, dipddpm.noise_start(cfg, shape, numbers), cfg.timesteps)
 
-    if arm in CODINGS:
-        coding, seconds = timed(dipddpm.CODINGS[CODINGS[arm]], cfg, pixels)
+    if arm in BRIDGES:
+        coding, seconds = timed(dipddpm.CODINGS[BRIDGES[arm]], cfg, pixels)
         net, trains = kept(file, cfg, pixels, coding.priors)
         return trains, seconds, [(start(arm, net, coding, cfg.bridge_start), args.nfe)]
     if arm == "distilled":
-        teachers = sorted(args.out.glob(f"ddpm-*-{cfg.seed}.pt"))
-        net, first = kept(teachers[-1], cfg, pixels)
+        teachers = args.out.glob(f"ddpm-*-{cfg.seed}.pt")
+        longest = max(teachers, key=lambda file: int(file.stem.split("-")[1]), default=None)
+        if longest is None:
+            raise ValueError(f"{args.out} has no ddpm of seed {cfg.seed} to distil")
+        net, first = kept(longest, cfg, pixels)
         steps, found, began = cfg.epochs * dipddpm.steps_of(cfg, len(pixels))[1], [], 0.0
         for N in HALVINGS:
             net, seconds = timed(distil, cfg, net, pixels, N, steps // len(HALVINGS))
@@ -129,7 +137,7 @@ def measured(cfg, arm, train, judge, args):
     as_taught = replace(cfg, order=1) if arm == "distilled" else cfg  # DDIM's steps
     for start, nfe in ((start, nfe) for start, many in begun for nfe in many):
         x, seconds = timed(dipddpm.sample, as_taught, start.net, start.x_init, start.t_start, nfe,
-                           args.eta, numbers, start.prior if start.arm in CODINGS else None)
+                           args.eta, numbers, start.prior if start.arm in BRIDGES else None)
         rows.append({"name": start.arm, "seed": cfg.seed, "t_start": start.t_start, "nfe": nfe,
                      "eta": args.eta, "seconds": seconds} | judge(x))
         print(dipddpm.describe(rows[-1]), flush=True)
@@ -139,16 +147,34 @@ def measured(cfg, arm, train, judge, args):
             measure.draw(args.out / f"{arm}-{cfg.epochs}-{cfg.seed}-nfe{nfe}.png",
                          f"{arm}, {nfe} evaluations",
                          {name: (images + 1) / 2 for name, images in shown.items()})
-    return {"arm": arm, "data": train.name, "seed": cfg.seed, "epochs": cfg.epochs,
+    return {"arm": arm, "data": cfg.data, "seed": cfg.seed, "epochs": cfg.epochs,
             "images": len(train.pixels), "seconds": trains + codes, "codes": codes,
             "arms": rows} | judge.summary()
 
 
+def run(args):
+    """Every arm and seed whose file is not there."""
+    todo = [(arm, dipddpm.check(dipddpm.resolve(dipddpm.Config(
+        mode="prior", data=args.data, limit=args.limit, epochs=epochs, seed=seed, nfe=args.nfe,
+        eta=(args.eta,), samples=args.samples, t_start=args.t_start or None))))
+        for seed, (arm, epochs) in itertools.product(args.seeds, args.arms)]
+    train, test = (data.load(args.data, split=split, limit=args.limit)
+                   for split in ("train", "test"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    judge = measure.Judge(train, train.pixels, test, args.samples, [args.out, data.cache_root()])
+    for arm, cfg in todo:
+        path = args.out / f"{arm}-{cfg.epochs}-{cfg.seed}.json"
+        if not path.exists():
+            cfg = dipddpm.resolve(cfg, train.pixels.shape)
+            measure.write_json(measured(cfg, arm, train, judge, args), path)
+        print(path, flush=True)
+
+
 def arm_and_epochs(text):
     arm, _, epochs = text.partition(":")
-    if arm not in ("ddpm", "distilled", *CODINGS) or not epochs.isdigit() or int(epochs) < 1:
+    if arm not in ("ddpm", "distilled", *BRIDGES) or not epochs.isdigit() or int(epochs) < 1:
         raise argparse.ArgumentTypeError(f"{text}: want ARM:EPOCHS, ARM one of ddpm, "
-                                         f"distilled, {', '.join(CODINGS)}")
+                                         f"distilled, {', '.join(BRIDGES)}")
     return arm, int(epochs)
 
 
@@ -169,22 +195,9 @@ def main(argv=None):
     torch.set_num_threads(1)
     dipddpm.keep_freed_memory()
     try:
-        train, test = (data.load(args.data, split=split, limit=args.limit)
-                       for split in ("train", "test"))
-        args.out.mkdir(parents=True, exist_ok=True)
+        run(args)
     except (ValueError, OSError) as error:
         p.error(str(error))
-    judge = measure.Judge(train, train.pixels, test, args.samples, [args.out, data.cache_root()])
-    named = [arm for arm, _ in args.arms]
-    if "distilled" in named and "ddpm" not in named and not [*args.out.glob("ddpm-*.pt")]:
-        p.error(f"{args.out} has no ddpm to distil")
-    for seed, (arm, epochs) in itertools.product(args.seeds, args.arms):
-        path = args.out / f"{arm}-{epochs}-{seed}.json"
-        if not path.exists():
-            cfg = dipddpm.resolve(dipddpm.Config(mode="prior", data=args.data, epochs=epochs,
-                                                 seed=seed), train.pixels.shape)
-            measure.write_json(measured(cfg, arm, train, judge, args), path)
-        print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -441,6 +441,8 @@ def test_a_restoration_has_a_folder_of_its_own_and_every_arm(trained, tmp_path, 
     (arms.main, "prior --data digits --dip-source codes", "smoothed needs --dip-source"),
     (arms.main, "prior --network-width 0", "must be at least 1"),
     (bridges.main, "--out r --arms dip-bridge", "dip-bridge: want ARM:EPOCHS"),
+    (bridges.main, "--out r --arms ddpm:1 --nfe 0", "--nfe must be at least 1"),
+    (bridges.main, "--out r --arms ddpm:1 --t-start 1001", "is beyond T"),
     (bridges.main, "--arms ddpm:1", "the following arguments are required: --out"),
     (reports.main, "F", "invalid choice: 'F'"),
     (reports.main, "A --seeds 0,x", "--seeds"),
@@ -782,7 +784,8 @@ def test_one_evaluation_denoises_and_a_numbers_digits_follow_its_size():
 # ================================================================== bridges
 
 
-def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, monkeypatch):
+def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, monkeypatch,
+                                                                       capsys):
     words = ["--out", str(tmp_path), "--data", "digits", "--limit", "128", "--samples", "16",
              "--nfe", "1,12", "--arms", "ddpm:1,dip-bridge:1,pca-bridge:2,distilled:4",
              "--t-start", "600"]
@@ -792,7 +795,7 @@ def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, 
     rows = [[(row["name"], row["nfe"], row["t_start"]) for row in each["arms"]] for each in found]
     starts = [(name, 1, 600) for name in dipddpm.CODINGS]  # up to 10 evaluations
     assert rows == [[("ddpm", 1, 1000), ("ddpm", 12, 1000), *starts],
-                    *([(arm, 1, 600), (arm, 12, 600)] for arm in bridges.CODINGS),
+                    *([(arm, 1, 600), (arm, 12, 600)] for arm in bridges.BRIDGES),
                     [("distilled", nfe, 1000) for nfe in (8, 4, 2, 1)]]
     assert all(each["seconds"] > each["codes"] >= 0 for each in found) and found[1]["codes"] > 0
     assert len(list(tmp_path.glob("*-nfe12.png"))) == 3
@@ -803,6 +806,11 @@ def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, 
     again = json.loads((tmp_path / "pca-bridge-2-0.json").read_text())
     assert [row["fid_lenet"] for row in again["arms"]] == [
         row["fid_lenet"] for row in found[2]["arms"]]
+    # what is there is not taken for something else
+    for change, said in (("--limit 64 --arms ddpm:1,distilled:5", "128 images of digits"),
+                         ("--seeds 1 --arms distilled:4", "no ddpm of seed 1")):
+        status, _, err = run_main(bridges.main, [*words, *change.split()], capsys)
+        assert status == 2 and said in err and err.count("\n") == 1
 
 
 def test_a_network_that_needs_no_distilling_learns_nothing_from_itself(monkeypatch):
