@@ -7,11 +7,12 @@ speed once more this project's network with their code around it.
     git clone https://github.com/bot66/MNISTDiffusion
     git clone https://github.com/DmitryUlyanov/deep-image-prior
     python -m studies.peers MNISTDiffusion deep-image-prior
-    python -m studies.peers MNISTDiffusion - --train diffusers --minutes 10 --seed 0 --out FOLDER
+    python -m studies.peers MNISTDiffusion - --train diffusers --minutes 10,30 --seed 0 --out FOLDER
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import statistics
 import sys
@@ -177,26 +178,30 @@ PEERS = {"diffusers": diffusers_peer, "lucidrains": lucidrains_peer,
 
 
 def train_peer(peer, pixels, minutes):
-    """Train for so many minutes of this core, leave the averaged weights: -> steps, seconds."""
+    """Train for minutes[-1] of this core; whenever so many have passed, yield the network with its
+    averaged weights, steps, seconds. What happens to it between two of these is not counted."""
     optimizer = torch.optim.AdamW(peer.net.parameters(), peer.lr)
     average = AveragedModel(peer.net, use_buffers=True, avg_fn=lambda kept, now, n: (
         kept.lerp(now, 1 - peer.decay(int(n))) if now.is_floating_point() else now))
-    rate, steps, began = None, 0, time.process_time()
-    while (used := time.process_time() - began) < 60 * minutes:
+    rate, steps, used, points = None, 0, 0.0, list(minutes)
+    while points:
+        began = time.process_time()
         if peer.cycle and steps >= 5:
             rate = rate or torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, peer.lr, total_steps=10**6, pct_start=0.25)
-            rate.step(min(1.0, used / 60 / minutes) * (10**6 - 2))
+            rate.step(min(1.0, used / 60 / minutes[-1]) * (10**6 - 2))
         x_0 = pixels[torch.randint(len(pixels), (peer.batch,))].float() / 127.5 - 1
         optimizer.zero_grad()
         peer.loss(x_0).backward()
         optimizer.step()
         if steps % peer.every == 0:
             average.update_parameters(peer.net)
-        steps += 1
-    peer.net.load_state_dict(average.module.state_dict())
-    peer.net.eval()
-    return steps, time.process_time() - began
+        steps, used = steps + 1, used + time.process_time() - began
+        if used >= 60 * points[0]:
+            kept = {name: value.clone() for name, value in peer.net.state_dict().items()}
+            peer.net.load_state_dict(average.module.state_dict())
+            yield points.pop(0), steps, used
+            peer.net.train().load_state_dict(kept)
 
 
 def quality(args):
@@ -206,28 +211,36 @@ def quality(args):
     torch.manual_seed(args.seed)
     train, test = (data.load(args.data, split=split) for split in ("train", "test"))
     judge = measure.Judge(train, train.pixels, test, 1000, [args.out, data.cache_root()])
-    row = {"peer": args.train, "seed": args.seed, "minutes": args.minutes}
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.train == "dipddpm":
-        cfg = dipddpm.Config(mode="ddpm", seed=args.seed, epochs=args.epochs)
-        net, _, row["seconds"] = trained(cfg, train.pixels)
-        row["steps"], numbers = args.epochs * (len(train.pixels) // cfg.batch), torch.arange(1000)
+        cfg, numbers = dipddpm.Config(mode="ddpm", seed=args.seed), torch.arange(1000)
         start = dipddpm.noise_start(cfg, (1000, 1, 28, 28), numbers)
-        sample = lambda nfe: dipddpm.sample(cfg, net, start, 1000, nfe, 0.0, numbers)  # noqa: E731
+
+        def points():
+            nonlocal net, cfg
+            for epochs in args.epochs:
+                cfg = dataclasses.replace(cfg, epochs=epochs)
+                net, _, seconds = trained(cfg, train.pixels)
+                yield epochs, epochs * (len(train.pixels) // cfg.batch), seconds
+        net, sample = None, lambda nfe: dipddpm.sample(cfg, net, start, 1000, nfe, 0.0, numbers)
     else:
         peer = PEERS[args.train]()
-        row["steps"], row["seconds"] = train_peer(peer, train.pixels, args.minutes)
-        sample = lambda nfe: torch.cat([peer.sample(100, nfe) for _ in range(10)])  # noqa: E731
-    args.out.mkdir(parents=True, exist_ok=True)
-    for nfe in args.nfe:
-        began = time.process_time()
-        with torch.no_grad():
-            x = sample(nfe).clamp(-1, 1)
-        row[f"sampling seconds at {nfe}"] = time.process_time() - began
-        row |= {f"{key} at {nfe}": value for key, value in judge(x).items()}
-        name = f"{args.train}-{args.epochs or args.minutes}-{args.seed}"
-        measure.write_json(row, args.out / f"{name}.json")
-        measure.draw(args.out / f"{name}-nfe{nfe}.png", name, {name: (x[:16] + 1) / 2})
-    print(row, flush=True)
+        net, sample = peer.net, lambda nfe: torch.cat([peer.sample(100, nfe) for _ in range(10)])
+        points = lambda: train_peer(peer, train.pixels, args.minutes)  # noqa: E731
+    for point, steps, seconds in points():
+        row = {"peer": args.train, "seed": args.seed, "steps": steps, "seconds": seconds,
+               "of": args.minutes[-1]}
+        net.eval()
+        for nfe in args.nfe:
+            began = time.process_time()
+            with torch.no_grad():
+                x = sample(nfe).clamp(-1, 1)
+            row[f"sampling seconds at {nfe}"] = time.process_time() - began
+            row |= {f"{key} at {nfe}": value for key, value in judge(x).items()}
+            name = f"{args.train}-{point:g}-{args.seed}"
+            measure.write_json(row, args.out / f"{name}.json")
+            measure.draw(args.out / f"{name}-nfe{nfe}.png", name, {name: (x[:16] + 1) / 2})
+        print(row, flush=True)
 
 
 def dip_pair(K, C, size, width):
@@ -310,8 +323,10 @@ def main():
     p = argparse.ArgumentParser(prog="studies.peers", description=__doc__.splitlines()[0])
     p.add_argument("clones", nargs=2, help="MNISTDiffusion and deep-image-prior, or - for one")
     p.add_argument("--train", choices=("dipddpm", *PEERS), help="train this one for quality")
-    p.add_argument("--minutes", type=float, default=10, help="of one core, but for dipddpm")
-    p.add_argument("--epochs", type=int, help="of dipddpm")
+    p.add_argument("--minutes", type=dipddpm.listed(float), default=(10.0,),
+                   help="of one core after which to measure, but for dipddpm; rising")
+    p.add_argument("--epochs", type=dipddpm.listed(int), default=(1,),
+                   help="of dipddpm, a training each")
     p.add_argument("--nfe", type=dipddpm.listed(int), default=(20,))
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--data", default="mnist")
