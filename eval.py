@@ -396,18 +396,20 @@ def subset(N, n, number=0):
     return torch.randperm(N, generator=torch.Generator().manual_seed(number))[:n]
 
 
-def floor(net, pixels, real, samples, subsets=5):
-    """fid_lenet of `samples` training images against `real`, the features [M, 84] of the test
-    split -> (mean, standard deviation) over fixed random subsets: what a perfect generator would
-    score. The distance falls with the count, so that is the generated ones'. ValueError if the
-    training split is smaller than that."""
-    if not 2 <= samples <= len(pixels):
+def floor(net, pixels, real, manifold, samples, subsets=5):
+    """What a perfect generator would score: measures of `samples` training images, each its mean
+    over fixed random subsets, and `std`, the deviation of fid_lenet. `real` are the features
+    [M, 84] of the test split, `manifold` those for precision and recall. fid_lenet falls with the
+    count, so that is the generated ones'. ValueError if the training split is smaller than that."""
+    if not 4 <= samples <= len(pixels):  # recall needs three neighbours
         raise ValueError(f"a floor of {samples} images from a split of {len(pixels)}")
-    values = []
-    for number in range(subsets):
-        rows = subset(len(pixels), samples, number).to(pixels.device)
-        values.append(frechet_distance(features(net, pixels[rows]), real))
-    return statistics.fmean(values), statistics.stdev(values)
+    rows = [subset(len(pixels), samples, number).to(pixels.device) for number in range(subsets)]
+    sets = [features(net, pixels[index]) for index in rows]
+    distances = [frechet_distance(f, real) for f in sets]
+    precision, recall = zip(*(precision_recall(f, manifold) for f in sets))
+    return {"fid_lenet": statistics.fmean(distances), "std": statistics.stdev(distances),
+            "precision": statistics.fmean(precision), "recall": statistics.fmean(recall),
+            "samples": samples}
 
 
 # ---------------------------------------------------------------- a set's judge
@@ -432,7 +434,7 @@ class Judge:
             self.about = {"name": train.name, "checksum": checksum(self.lenet.state_dict())}
             # as many real images as generated ones, as recall asks for
             self.manifold = self.features[held_out.to(device)]
-            self.floor = floor(self.lenet, train.pixels, self.features, n)
+            self.floor = floor(self.lenet, train.pixels, self.features, self.manifold, n)
         self.seconds = time.time() - began
 
     def copying(self, x):
@@ -462,9 +464,7 @@ class Judge:
         if self.lenet is None:
             notes.append("no labels, or too few images: no LeNet features, no fid_lenet")
             return {"notes": notes, "real": self.real}
-        mean, deviation = self.floor
-        return {"floor": {"fid_lenet": mean, "std": deviation, "samples": self.n},
-                "notes": notes, "real": self.real, "features": self.about}
+        return {"floor": self.floor, "notes": notes, "real": self.real, "features": self.about}
 
 
 # ---------------------------------------------------------------- files
@@ -631,8 +631,9 @@ def tables(runs, keys=()):
             yield table([], "arm", {key: (0, key) for key in keys or measured if key in found})
             continue
         for key in [key for key in keys or KEYS if key in found]:
-            floor = runs[0][1].get("floor") if key == "fid_lenet" else None
-            yield table([key, f"floor {show(floor['fid_lenet'])}" if floor else ""], "evaluations",
+            floor = runs[0][1].get("floor", {}).get(key)
+            word = "floor" if key == "fid_lenet" else "real images"
+            yield table([key, f"{word} {show(floor)}" if floor else ""], "evaluations",
                         {str(nfe): (nfe, key) for nfe in nfes})
 
 

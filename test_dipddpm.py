@@ -1330,6 +1330,8 @@ def test_second_order_weighs_the_change_by_the_ratio_of_the_steps():
     bridge = dipddpm.reverse_table(cfg, taus, 0.0, bridge=True)
     np.testing.assert_allclose(bridge[:, 5], [*k, (1 - w[2]) / (w[2] - w[1])], rtol=1e-6)
     assert w[0] == 0 and dipddpm.reached(1 - 1e-9, ab(900)) == pytest.approx(1, abs=1e-6)
+    # a signal of sqrt(0.8) (1 - kappa) / 4 beside noise of sqrt(0.2), kappa = (1/3) / 4
+    assert dipddpm.reached(0.8, 0.25) == pytest.approx(0.41665, abs=1e-5)
     assert dipddpm.reverse_table(cfg, [500, 0], 0.0, bridge=True)[0, 5] == 0  # nothing changed yet
 
 
@@ -1552,6 +1554,7 @@ def test_a_bridge_learns_what_its_prior_lacks_and_samples_it_in_three_steps(tmp_
     prior = coding.decode(coding.codes[:32]) * 2 - 1
     start = dipddpm.start_from_prior(run.cfg, prior, 30, numbers)
     x = dipddpm.sample(run.cfg, net, start, 30, 3, 0.0, numbers, prior)
+    assert x.abs().max() == 1  # the last step goes on and beyond
     assert (x - x_0[:32] / 127.5 + 1).square().mean() < 0.1 * (prior - x).square().mean()
 
 
@@ -2078,10 +2081,20 @@ def test_gauss_prior_has_the_datas_mean_and_covariance():
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(real.T), atol=0.03, rtol=0)
 
 
+def test_which_code_is_chosen_says_nothing_of_its_noise():
+    codes = torch.arange(4000.0)[:, None]
+    coding = dipddpm.Coding(lambda code: code.view(-1, 1, 1, 1), codes, torch.tensor([0.1]))
+    x = (coding.new(0, 4000).flatten().double() + 1) / 2
+    noise = x - x.round()
+    seen = torch.corrcoef(torch.stack([x.round(), noise, noise.abs()]))[0, 1:]
+    assert seen.abs().max() < 0.06 and noise.std().item() == pytest.approx(0.1, rel=0.05)
+
+
 def test_principal_components_give_back_what_is_skewed():
     x = torch.zeros(400, 1, 3, 3, dtype=torch.uint8)
     x[::4] = 255  # a quarter is white: with the wrong sign it would be black, and grey the rest
     coding = dipddpm.principal_codes(None, x)
+    torch.testing.assert_close(coding.noise, dipddpm.CODE_SPREAD * coding.codes.std(0))
     made = coding._replace(noise=coding.noise * 0.2).new(0, 300)
     assert made.shape == (300, 1, 3, 3) and made.abs().max() <= 1
     level = (made.flatten(1).mean(1) + 1) / 2
@@ -3186,12 +3199,14 @@ def test_features_are_learned_once_and_read_back(striped, tmp_path, monkeypatch)
 def test_floor_takes_images_from_the_whole_split(striped):
     pixels, net = striped[0], measures.LeNet(1, 2)
     real = measures.features(net, pixels)
-    each = [measures.frechet_distance(measures.features(net, pixels[measures.subset(80, 40, i)]),
-                                      real) for i in range(5)]
-    assert measures.floor(net, pixels, real, 40) == pytest.approx((np.mean(each),
-                                                                   np.std(each, ddof=1)))
+    sets = [measures.features(net, pixels[measures.subset(80, 40, i)]) for i in range(5)]
+    each = [measures.frechet_distance(f, real) for f in sets]
+    precision, recall = zip(*(measures.precision_recall(f, real[::2]) for f in sets))
+    assert measures.floor(net, pixels, real, real[::2], 40) == pytest.approx({
+        "fid_lenet": np.mean(each), "std": np.std(each, ddof=1), "precision": np.mean(precision),
+        "recall": np.mean(recall), "samples": 40})
     for count in (1, 81):
-        error_line(ValueError, lambda n=count: measures.floor(net, pixels, real, n),
+        error_line(ValueError, lambda n=count: measures.floor(net, pixels, real, real, n),
                    f"{count} images from a split of 80")
 
 
@@ -3237,7 +3252,7 @@ def test_fid_of_a_set_to_itself_is_zero_and_rises(judged, worse, strengths):
 @needs("mnist")
 def test_the_judge_reads_mnist():
     train, test = (data.load("mnist", REAL, split) for split in ("train", "test"))
-    judge = measures.Judge(train, train.pixels[:100], test, 10_000, [data.cache_root()])
+    judge = measures.Judge(train, train.pixels[:100], test, 2000, [data.cache_root()])
     assert (judge.lenet.fc2(judge.features.relu()).argmax(1) == test.labels).sum() >= 9880
     assert 0.3 < judge.summary()["floor"]["fid_lenet"] < 3
 
@@ -3285,7 +3300,7 @@ def test_a_judge_with_labels_measures_in_the_features_of_the_whole_split(striped
     summary = judge.summary()
     assert summary["features"]["checksum"] == weights(judge.lenet)
     assert summary["floor"]["samples"] == 60
-    assert summary["floor"]["fid_lenet"] == measures.floor(judge.lenet, images.pixels, real, 60)[0]
+    assert summary["floor"] == measures.floor(judge.lenet, images.pixels, real, judge.manifold, 60)
     few = measures.Judge(images, images.pixels, images, 3, [tmp_path])
     assert few.lenet is None  # recall needs three neighbours and the image itself
 
