@@ -9,7 +9,8 @@
  7 codes      min_theta,c sum_i |g_theta(c_i) - x_i|^2                    Bojanowski et al. 2018
  8 method 1   a DIP's output p, noised as in section 1 to t_start, is where section 5 begins; the
               bridge: x_t = sqrt(ab_t) (x_0 + kappa_t (p - x_0)) + sqrt(1 - ab_t) eps ends there
- 9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop
+ 9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop;
+              of a photo a network learns from y+ under fresh noise      Pang et al. 2021
 10 the edge   command line, folders, checkpoints, processes, devices: to be skipped at first
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
@@ -102,7 +103,7 @@ class Config:
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
                           "128)", low=1)
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (studies: 60; dip, "
-                          "guide: 1000, above 64 pixels 3000)", low=1)
+                          "guide: 1000, above 64 pixels 3000) or denoiser (300)", low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
                          "them, and results compared with them. own: yours, nothing is added or "
                          "compared (default for one image in --mode dip)", choices=("test", "own"))
@@ -123,9 +124,8 @@ class Config:
     dip_lr: float = None  # Adam's rate in an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
     dip_group: int = None  # DIPs that are fitted together: 64; dip, guide above 64 pixels: 1
     window: float = 0.95  # decay of the average of a DIP's outputs
-    rungs: int = 5  # of the ladder
     alpha: float = 0.35  # noise that is added to the half that is fitted, in sigma
-    patience: int = None  # iterations without a lower risk that end a rung: 50, above 64 pixels 200
+    patience: int = None  # iterations without a lower risk that end a fit: 50, above 64 pixels 200
     code_epochs: int = 3  # the decoder's passes over the training images
 
 
@@ -467,10 +467,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum for convolutions, every step of which is made (about) orthogonal: a weight
     [out, in, k, k], read as a matrix, moves by 2.5 lr sqrt(max(1, rows / columns)) times the
     nearest matrix whose singular values are all 1, so that what rarely has a large gradient is
-    learned as fast as the rest (Jordan et al. 2024). Weights of one shape are one batch."""
+    learned as fast as the rest (Jordan et al. 2024). Weights of one shape are one batch, and those
+    of a grouped convolution as many matrices as there are `groups`."""
 
-    def __init__(self, weights, lr):
-        shapes = {}
+    def __init__(self, weights, lr, groups=1):
+        shapes, self.groups = {}, groups
         for p in weights:
             shapes.setdefault(p.shape, []).append(p)
         super().__init__([{"params": alike} for alike in shapes.values()], {"lr": lr})
@@ -479,7 +480,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
-            grad = torch.stack([p.grad for p in weights]).flatten(2)  # [n, out, in k k]
+            grad = torch.cat([p.grad.unflatten(0, (self.groups, -1)) for p in weights])
+            grad = grad.flatten(2)  # [n, out, in k k]
             mean = self.state[weights[0]].setdefault("mean", torch.zeros_like(grad))
             x = grad.lerp(mean.lerp_(grad, 0.05), 0.95)  # Nesterov's momentum
             x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -487,14 +489,14 @@ class Muon(torch.optim.Optimizer):
             x = x.mT if tall > 1 else x
             # Newton and Schulz's x <- P x, P = 3.4445 - 4.775 A + 2.0315 A^2, A = x x', five times:
             # singular values to 1 +- 0.3. A product of the P, which commute, is smaller than an x
-            A, one = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+            A, one = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
             product = one
             for _ in range(5):
                 P = 3.4445 * one - 4.775 * A + 2.0315 * A @ A
                 A, product = P @ A @ P, P @ product
             x = -2.5 * group["lr"] * tall**0.5 * (product @ x)
             x = x.mT if tall > 1 else x
-            torch._foreach_add_(weights, list(x.unflatten(2, weights[0].shape[1:])))
+            torch._foreach_add_(weights, list(x.reshape(len(weights), *weights[0].shape)))
 
 
 def optimizers_of(net, lr):
@@ -636,8 +638,7 @@ def sample(cfg, net, x_init, t_start, nfe, eta, numbers, prior=None):
 # ================================================================== 6 DIP
 
 CHECK = 10  # iterations between two looks at a fit
-# draw numbers in the stream CORRUPTION: 0 is a measurement's noise; rung k draws RUNG_DRAW + k
-MASK_DRAW, HELD_DRAW, SPLIT_DRAW, RUNG_DRAW = 1, 2, 3, 4
+MASK_DRAW, HELD_DRAW, SPLIT_DRAW = 1, 2, 3  # in the stream CORRUPTION; 0 is a measurement's noise
 
 
 class Measurement(NamedTuple):
@@ -794,37 +795,25 @@ class Skip(nn.Module):
 ARCHS = {"skip": Skip}
 
 
-class DIPGroup:
-    """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
-    to where they were saved. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
-    every iteration and shared. With the seed, numbers int64 [K] decide theta and z."""
+class Group:
+    """K networks as one, each fitted to its image by `optimizers`, and the average of each one's
+    outputs over iterations. With the seed, numbers int64 [K] decide all that is random."""
 
-    def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
-        device = numbers.device
-        self.cfg, self.K, self.Cz = cfg, len(numbers), min(cfg.dip_width, 32)
-        make = Grouped(numbers, cfg.seed)
-        self.net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True,
-                                          capturable=numbers.is_cuda)
-        self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, numbers, 0,
-                                       kernels.DIP_CODE, device)
-        self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
-        self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
-        self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
-        self.steps, self.saved = torch.zeros_like(numbers[0]), None
+    def __init__(self, cfg, numbers, net, optimizers, x):
+        self.cfg, self.numbers, self.K, self.net = cfg, numbers, len(numbers), net
+        self.optimizers, self.average = optimizers, torch.zeros_like(x)  # [K, C, H, W]
+        self.age = torch.zeros_like(x[:, 0, 0, 0])  # of each average, in iterations
+        self.steps = torch.zeros_like(numbers[0])
 
-    def iterate(self, y, share, A):
-        """One Adam step on sum_k sum share_k (A f_k(z + jitter) - y_k)^2, so that each member gets
-        the gradient that it would get alone. y and share are of A's size, share sums to 1 over
-        each. Leaves the outputs x [K, C, H, W] and losses [K] of before the step."""
-        jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
-                                kernels.DIP_JITTER, self.z.device)
-        z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
-        x = self.net(z).view_as(self.average)  # [K, C, H, W]
+    def learn(self, x, y, share, A):
+        """One step on sum_k sum share_k (A x_k - y_k)^2, so that each member gets the gradient that
+        it would get alone. y and share are of A's size, share sums to 1 over each. Leaves the
+        outputs x [K, C, H, W] and losses [K] of before the step."""
         losses = ((A(x) - y).square() * share).sum(dim=(1, 2, 3))
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         losses.sum().backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.steps.add_(1)
         decay = ((1 + self.age) / (10 + self.age)).clamp(max=self.cfg.window)
         self.age += 1
@@ -834,8 +823,42 @@ class DIPGroup:
     def require(self, finite):
         """RuntimeError if a fit has left the finite numbers."""
         if not finite:
-            raise RuntimeError(f"a DIP fit is not finite after {self.steps} iterations with Adam's "
-                               f"rate {self.cfg.dip_lr:g}")
+            raise RuntimeError(f"a fit is not finite after {self.steps} iterations")
+
+    def mend(self, y, share):
+        """What a look does to members that went astray."""
+
+    def save(self, which):
+        """Remember the members `which` (bool [K]) for `mend`."""
+
+
+class DIPGroup(Group):
+    """K DIPs: z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at every iteration and shared.
+    With Adam; members can go back to where they were saved."""
+
+    def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
+        self.Cz = min(cfg.dip_width, 32)
+        make = Grouped(numbers, cfg.seed)
+        net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True,
+                                          capturable=numbers.is_cuda)
+        self.z = 0.1 * kernels.uniform((len(numbers), self.Cz, H, W), cfg.seed, numbers, 0,
+                                       kernels.DIP_CODE, numbers.device)
+        x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
+        super().__init__(cfg, numbers, net, [self.optimizer], x)
+        self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
+        self.saved = None
+
+    def iterate(self, y, share, A):
+        """One step to y from z under fresh jitter, see `learn`."""
+        jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
+                                kernels.DIP_JITTER, self.z.device)
+        z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
+        self.learn(self.net(z).view_as(self.average), y, share, A)
+
+    def mend(self, y, share):
+        """Members that have collapsed go back."""
+        self.rewind(self.collapsed(self.losses, y, share))
 
     def collapsed(self, losses, y, share):
         """Members whose loss has jumped back half of the way to that of a flat output, bool [K]: at
@@ -874,12 +897,6 @@ class DIPGroup:
             for key, beta in zip(("exp_avg", "exp_avg_sq"), self.optimizer.defaults["betas"]):
                 scale = (1 - beta**self.steps.to(self.age)) / (1 - beta**self.saved_at)
                 memory[key].view(self.K, -1).mul_(torch.where(which, scale, 1)[:, None])
-
-    def begin_rung(self, which):
-        """Members `which` go on from what was saved, to another target: with new averages."""
-        self.rewind(which)
-        self.age.masked_fill_(which, 0)
-        self.low.masked_fill_(which, math.inf)
 
 
 def untracked(steps, *_):
@@ -1147,8 +1164,9 @@ def generate(cfg, run, nets, fitted, pixels, judge):
 # ================================================================== 9 method 2: guide
 #
 # A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
-# what it is fitted to must not be the judge: y = A x + sigma n is split once; the rungs of a ladder
-# add noise to the half that is fitted; the other half judges. Only `Follow` is given the truth.
+# what it is fitted to must not be the judge: y = A x + sigma n is split once; one half is fitted,
+# the other half judges. Only `Follow` is given the truth. What is fitted is a DIP, or, where there
+# are pixels enough to learn from, a `Denoiser`.
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
@@ -1178,20 +1196,14 @@ def noise_level(y):
 
 
 class Halves(NamedTuple):
-    """What n images' replicas are fitted to, `targets` [rungs, n M, ...], and judged by, y_minus
-    [n M, ...]; the weights of either's values, which sum to 1 over each; and the variance of
-    y_minus's noise."""
+    """What n images' replicas are fitted to and judged by, y_plus and y_minus [n M, ...]; the
+    weights of either's values, which sum to 1 over each; and the variance of y_minus's noise."""
 
-    targets: torch.Tensor
+    y_plus: torch.Tensor
     fitted: torch.Tensor
     y_minus: torch.Tensor
     judged: torch.Tensor
     variance: float
-
-    def target(self, rung, M):
-        """What is fitted by images that stand on `rung` int64 [n]: [n M, ...]."""
-        return self.targets[rung.repeat_interleave(M),
-                            torch.arange(len(self.fitted), device=rung.device)]
 
     def risk(self, A_x, M):
         """Estimates without bias the mean error of an image's M replicas A x_m, `A_x`
@@ -1213,35 +1225,23 @@ class Halves(NamedTuple):
         return torch.where(risk <= least, 1, torch.exp((least - risk) / scale))
 
 
-def rung_levels(rungs):
-    """The rungs' noise in units of the last one's: from 4 down to 1, geometrically."""
-    return [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)] if rungs > 1 else [1.0]
-
-
 def replicas_of(numbers, M):
     """The numbers of n images' M replicas each: [n M]."""
     return (numbers[:, None] * M + torch.arange(M, device=numbers.device)).flatten()
 
 
-def halves(cfg, known, numbers, rungs):
-    """y with noise, `split`: rung k's target is y_plus + sqrt(s_k^2 - s^2) eps_k, s^2 = sigma^2
-    (1 + alpha^2) the variance of y_plus's noise and s_k = s times `rung_levels`. y_minus judges,
-    whose noise has the variance sigma^2 (1 + 1/alpha^2). numbers int64 [n M]: `replicas_of`."""
-    y, sigma, M, alpha = known.y, known.sigma, cfg.replicas, cfg.alpha
-    given = known.given()
-    y_plus, y_minus = split(y, given, sigma, alpha, numbers, M, cfg.seed)
-    given = given.repeat_interleave(M, 0)
-    targets = torch.stack([
-        y_plus + given * sigma * math.sqrt((1 + alpha**2) * (level**2 - 1)) * kernels.normal(
-            given.shape, cfg.seed, numbers, RUNG_DRAW + k, kernels.CORRUPTION, y.device)
-        for k, level in enumerate(rung_levels(rungs))])
-    weights = given / given.sum(dim=(1, 2, 3), keepdim=True)
-    return Halves(targets, weights, y_minus, weights, sigma**2 * (1 + 1 / alpha**2))
+def halves(cfg, known, numbers):
+    """y with noise, `split`: the noises' variances are sigma^2 (1 + alpha^2) in y_plus and sigma^2
+    (1 + 1/alpha^2) in y_minus, which judges. numbers int64 [n M]: `replicas_of`."""
+    sigma, M, given = known.sigma, cfg.replicas, known.given()
+    y_plus, y_minus = split(known.y, given, sigma, cfg.alpha, numbers, M, cfg.seed)
+    weights = (given / given.sum(dim=(1, 2, 3), keepdim=True)).repeat_interleave(M, 0)
+    return Halves(y_plus, weights, y_minus, weights, sigma**2 * (1 + 1 / cfg.alpha**2))
 
 
-def held_out(cfg, known, numbers, rungs):
-    """y without noise cannot be split, and has no rungs: each replica judges by a tenth of the
-    pixels (of M > 10 replicas, one in M) that it alone is not fitted to."""
+def held_out(cfg, known, numbers):
+    """y without noise cannot be split: each replica judges by a tenth of the pixels (of M > 10
+    replicas, one in M) that it alone is not fitted to."""
     y, M = known.y, cfg.replicas
     given = known.given()
     u = kernels.uniform((len(y), 1, *y.shape[2:]), cfg.seed, numbers[::M] // M, HELD_DRAW,
@@ -1251,7 +1251,7 @@ def held_out(cfg, known, numbers, rungs):
     y, given = y.repeat_interleave(M, 0), given.repeat_interleave(M, 0)
     fitted, judged = (v / v.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
                       for v in (given * ~held, given * held))
-    return Halves(y[None], fitted, y, judged, 0.0)
+    return Halves(y, fitted, y, judged, 0.0)
 
 
 class LikelyMean:
@@ -1273,61 +1273,124 @@ class LikelyMean:
         self.weight, self.least = before + now, least
 
 
-def fit_guided(cfg, known, numbers, rungs, track=untracked, look=unseen):
-    """The nested split ladder: n images x M replicas as one grouped network. Each rung is fitted
-    until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    `patience` iterations; then weights, Adam's memory and output go back to the rung's best, as
-    does a replica that has collapsed to a flat output. One rung is an early stop alone.
+def fit_guided(cfg, known, numbers, track=untracked, look=unseen, make=DIPGroup):
+    """The stop by the other half: n images x M replicas as one grouped network, which `make` makes,
+    fitted until the risk of the replicas' outputs, averaged over iterations, has not fallen for
+    `patience` iterations. A replica that has collapsed to a flat output goes back to where the risk
+    was least.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `look` is called at each look with the iteration and the outputs; of images
     that have ended, with their results. RuntimeError where a fit leaves the finite numbers."""
     n, C, (H, W), M = len(known.y), known.y.shape[1], known.mask.shape[2:], cfg.replicas
     numbers = replicas_of(numbers, M)
-    half = (halves if known.sigma else held_out)(cfg, known, numbers, rungs)
-    group = DIPGroup(cfg, numbers, C, H, W, known.y.dtype)
+    half = (halves if known.sigma else held_out)(cfg, known, numbers)
+    group = make(cfg, numbers, C, H, W, known.y.dtype)
     result = LikelyMean(torch.zeros_like(group.average[::M]))
-    target = half.targets[0].clone()
-    A = known.part(torch.arange(n, device=target.device).repeat_interleave(M)).A
-    best, last = torch.full_like(result.weight, math.inf).repeat(2, 1)  # risks, two rungs'
-    rung, since = torch.zeros_like(numbers[::M]).repeat(2, 1)
-    took, fitting = torch.zeros_like(rung), torch.ones_like(rung, dtype=torch.bool)
-    advance = Graphed(lambda: group.iterate(target, half.fitted, A), target.device, cfg.dip_iters)
-    for i in track(range(1, cfg.dip_iters + 1), f"{rungs} rung{'s' * (rungs > 1)}", n * M):
+    A = known.part(torch.arange(n, device=numbers.device).repeat_interleave(M)).A
+    best, since = torch.full_like(result.weight, math.inf), torch.zeros_like(numbers[::M])
+    took, fitting = torch.zeros_like(since), torch.ones_like(since, dtype=torch.bool)
+    advance = Graphed(lambda: group.iterate(half.y_plus, half.fitted, A), numbers.device,
+                      cfg.dip_iters)
+    for i in track(range(1, cfg.dip_iters + 1), "fit", n * M):
         advance()
         if i % CHECK and i < cfg.dip_iters:
             continue
         # a look at what the replicas' mean is worth
-        group.rewind(group.collapsed(group.losses, target, half.fitted))
+        group.mend(half.y_plus, half.fitted)
         x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
         result.add(fitting, x, risk, half, M)
         group.save((risk < best).repeat_interleave(M))
         since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
-        # a rung ends without a lower risk; the ladder, where a rung was no better than the last
-        ends = fitting & (since >= cfg.patience)
-        climbs = ends & (rung < len(half.targets) - 1) & (best < last)
-        fitting = fitting & (climbs | ~ends)
-        took = torch.where(ends & ~climbs, i, took)
+        ends = fitting & (since >= cfg.patience)  # without a lower risk
+        fitting, took = fitting & ~ends, torch.where(ends, i, took)
         finite = (~(fitting | ends) | risk.isfinite()).all()
         finite, goes_on = torch.stack([finite, fitting.any()]).tolist()  # the host waits
         group.require(finite)
         look(i, torch.where(fitting.view(n, 1, 1, 1), x, result.x))
         if not goes_on:
             break
-        # to the next rung, from this one's best; its first look will be the lowest there
-        rung = rung + climbs
-        last, best = torch.where(climbs, best, last), best.masked_fill(climbs, math.inf)
-        group.begin_rung(climbs.repeat_interleave(M))
-        target.copy_(half.target(rung, M))
     # `track` may end before all have ended, and even before the first look
     early = (result.weight == 0).view(n, 1, 1, 1)
     x = torch.where(early, group.average.view(n, M, C, H, W).mean(1), result.x)
     return x, torch.where(fitting, i, took)
 
 
-def fit_plain(cfg, known, numbers, rungs, track=untracked, look=unseen):
-    """A DIP for each image that nothing stops, called as `fit_guided`; it has one rung."""
+class Denoiser(nn.Module):
+    """What K networks take for the noise of K pictures: six 3x3 convolutions, 32 channels wide.
+    [K, C, H, W] -> [K, C, H, W]."""
+
+    def __init__(self, make, channels, width=32):
+        super().__init__()
+        sizes = [channels, *[width] * 5, channels]
+        self.layers = nn.ModuleList(make.conv(a, b, 3) for a, b in zip(sizes, sizes[1:]))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, u):
+        h = u.flatten(0, 1)[None]  # [1, K C, H, W]
+        for layer in self.layers[:-1]:
+            h = F.leaky_relu(layer(h), 0.1)
+        return self.layers[-1](h).view_as(u)
+
+
+DENOISER_ITERS, DENOISER_RATE, INNER = 300, 1e-2, 0.5  # INNER is a, below
+
+
+def denoises(cfg, sigma, H, W):
+    """Whether networks can learn from a picture: they cannot fill nor enlarge, and need more pixels
+    than a digit has."""
+    return cfg.task == "denoise" and bool(sigma) and max(H, W) > 64
+
+
+class Denoisers(Group):
+    """K networks, each of which learns from its one picture as a DDPM does, by noise that is drawn
+    for it, afresh in every iteration. y_plus = x + s e is noised as it was split: u = y_plus + a s
+    e' is what the network sees and v = y_plus - s e' / a what it should say, whose noises are
+    independent: E[(e + a e')(e - e' / a)] = 1 - 1 (Pang et al. 2021, Recorrupted-to-Recorrupted).
+    The least squares to v are then, but for a constant, those to x. Half of the time the picture is
+    mirrored, in either direction. With Muon and Adam, half a cosine."""
+
+    def __init__(self, cfg, numbers, C, H, W, dtype, level):
+        self.level = level  # s, the noise of y_plus
+        net = Denoiser(Grouped(numbers, cfg.seed), C).to(dtype)
+        self.rate = torch.zeros((), device=numbers.device)
+        inner = [layer.weight for layer in net.layers[1:-1]]
+        rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
+        optimizers = [Muon(inner, self.rate, len(numbers)), torch.optim.Adam(
+            rest, self.rate, fused=True, capturable=numbers.is_cuda)]
+        x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
+        super().__init__(cfg, numbers, net, optimizers, x)
+
+    def iterate(self, y, share, A):
+        """One step from u to v, see `learn`."""
+        eps = self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, self.steps,
+                                          kernels.DIP_JITTER, y.device).to(y.dtype)
+        flips = kernels.uniform((1, 2), self.cfg.seed, 0, self.steps, kernels.DIP_CODE,
+                                y.device)[0] < 0.5
+
+        def mirrored(x):
+            for flip, axis in zip(flips, (2, 3)):
+                x = torch.where(flip, x.flip(axis), x)
+            return x
+
+        self.rate.copy_(0.5 * DENOISER_RATE * (1 + torch.cos(
+            math.pi * self.steps / self.cfg.dip_iters)))
+        u = y + INNER * eps
+        self.learn(u - mirrored(self.net(mirrored(u))), y - eps / INNER, share, A)
+
+
+def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
+    """`fit_guided` of `Denoisers`; beside other arms of fewer iterations than these have."""
+    iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, DENOISER_ITERS)
+    cfg = replace(cfg, dip_iters=iters, window=0.97)
+    make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
+    return fit_guided(cfg, known, numbers, track, look, make)
+
+
+def fit_plain(cfg, known, numbers, track=untracked, look=unseen):
+    """A DIP for each image that nothing stops, called as `fit_guided`."""
     took = torch.zeros_like(numbers)
 
     def seldom(i, _, average):
@@ -1424,7 +1487,7 @@ def observe(cfg, run):
                          {"name": images.name, "train": 0, "test": n, "sha256": images.sha256})
 
 
-def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
+def fit_in_groups(cfg, seen, run, fit, replicas, follow=None):
     """`fit` of any number of images, as many together as dip_group has networks for: outputs
     [n, C, H, W] in [0, 1] and iterations [n]. `follow` is called with the iteration, the rows that
     are fitted and the outputs. After a wish to stop what is not yet fitted stays as it was."""
@@ -1433,19 +1496,22 @@ def fit_in_groups(cfg, seen, run, fit, rungs, replicas, follow=None):
         look = (lambda i, x, rows=rows: follow(i, rows, x)) if follow else unseen
         if not run.stop:
             track = functools.partial(run.track, keeps=True)
-            x[rows], took[rows] = fit(cfg, seen.known.part(rows), rows, rungs, track, look)
+            x[rows], took[rows] = fit(cfg, seen.known.part(rows), rows, track, look)
     return x.clamp(0, 1), took
 
 
-FITS = {"dip": {"dip": (fit_guided, False)},  # of each mode {arm: (how it is fitted, on a ladder?)}
-        "guide": {"plain": (fit_plain, False), "split": (fit_guided, False),
-                  "ladder": (fit_guided, True)}}
+def fits_of(cfg, known):
+    """{arm: how it is fitted} of --mode guide, or the one of --mode dip."""
+    fits = {"plain": fit_plain, "split": fit_guided}
+    if denoises(cfg, known.sigma, *known.mask.shape[2:]):
+        fits["denoiser"] = fit_denoisers
+    return fits if cfg.mode == "guide" else {"dip": [*fits.values()][-1]}
 
 
 def run_fits(cfg, run):
-    """--mode dip: each image fitted and stopped by its risk. --mode guide: that, called `split`,
-    and the `ladder` (where there is noise for rungs) beside a DIP that nothing stops, `plain`, and
-    its best moment, `oracle`. Where the truth is known PSNR is followed: it rises, peaks, and falls
+    """--mode guide: `split`, DIPs that are stopped by their risk, and `denoiser`, of noise in
+    photos, beside a DIP that nothing stops, `plain`, and its best moment, `oracle`. --mode dip: the
+    last of them alone. Where the truth is known PSNR is followed: it rises, peaks, and falls
     back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
     cfg, seen = observe(cfg, run)
     truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
@@ -1459,14 +1525,13 @@ def run_fits(cfg, run):
 
     add("corrupted", corrupted)
     bound = None  # PSNR of each image at the best moment of a plain DIP
-    for name, (fit, ladder) in FITS[cfg.mode].items():
-        if run.stop or ladder and not seen.known.sigma:
+    for name, fit in fits_of(cfg, seen.known).items():
+        if run.stop:
             continue
         follow = None if truth is None else Follow(truth)
         networks = 1 if fit is fit_plain else cfg.replicas
         with run.timed("dip", keeps=True) as took:
-            x, iterations = fit_in_groups(cfg, seen, run, fit, cfg.rungs if ladder else 1,
-                                          networks, follow)
+            x, iterations = fit_in_groups(cfg, seen, run, fit, networks, follow)
         if cfg.mask and not seen.known.sigma:  # what is given exactly is kept
             x = torch.where(seen.known.mask > 0, seen.known.y, x)
         cost = steps_taken(iterations, networks) | {"seconds": took.seconds}
@@ -1694,9 +1759,11 @@ def resolve(cfg, shape=None):
     short = fitting and on_cpu and not small and cfg.dip_iters is None
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
+    learns = cfg.mode == "dip" and denoises(cfg, cfg.sigma, H, W)
+    iters = 60 if not fitting else DENOISER_ITERS if learns else 1000 if small else 3000
     return given(replace(cfg, samples=min(cfg.samples, N)), minutes=10.0 if short else None,
-                 dip_iters=60 if not fitting else 1000 if small else 3000, dip_lr=rate,
-                 dip_width=16 if small or on_cpu else 128, patience=50 if small else 200,
+                 dip_iters=iters, dip_lr=rate, patience=50 if small else 200,
+                 dip_width=16 if small or on_cpu else 128,
                  dip_group=64 if small or not fitting else 1)
 
 

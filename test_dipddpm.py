@@ -1936,11 +1936,12 @@ def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_ended()
     assert follow.when.tolist() == [(10, 50, 60)[k] for k in best.indices]
 
 
-@pytest.mark.parametrize("fit", [dipddpm.fit_plain, dipddpm.fit_guided])
-def test_a_fit_that_leaves_the_finite_numbers_says_so(fit):
+@pytest.mark.parametrize("fit", [dipddpm.fit_plain, dipddpm.fit_guided, dipddpm.fit_denoisers])
+def test_a_fit_that_leaves_the_finite_numbers_says_so(fit, monkeypatch):
     _, known = measured("denoise", 1, 0.1)
-    with pytest.raises(RuntimeError, match="a DIP fit is not finite after .* rate 1e.30"):
-        fit(fit_config(dip_lr=1e30, replicas=2, patience=10), known, torch.arange(1), 1)
+    monkeypatch.setattr(dipddpm, "DENOISER_RATE", 1e30)
+    with pytest.raises(RuntimeError, match="a fit is not finite after [1-9]0? iterations"):
+        fit(fit_config(dip_lr=1e30, replicas=2, patience=10), known, torch.arange(1))
 
 
 @pytest.mark.parametrize("task", dipddpm.TASKS)
@@ -1988,13 +1989,10 @@ def test_a_member_that_goes_back_goes_on_as_if_it_had_never_left():
                                  zip(g.net.parameters(), before)]) for g in (group, other))
     assert (step - expected).norm() < 0.1 * expected.norm()
     assert group.age.tolist() == [31, 131]
-    group.begin_rung(torch.tensor([False, True]))  # goes back as well, to a new average
-    assert group.age.tolist() == [31, 0] and group.low.tolist() == [math.inf] * 2
 
 
 def test_draws_of_one_stream_have_numbers_of_their_own():
-    for names in (("MASK_DRAW", "HELD_DRAW", "SPLIT_DRAW", "RUNG_DRAW"),
-                  ("CENTRE_DRAW", "CODE_DRAW")):
+    for names in ("MASK_DRAW", "HELD_DRAW", "SPLIT_DRAW"), ("CENTRE_DRAW", "CODE_DRAW"):
         assert len({0, *(getattr(dipddpm, name) for name in names)}) == 1 + len(names)
 
 
@@ -2153,8 +2151,8 @@ def test_halves_have_independent_noises_and_replicas_that_average_to_y():
 def test_the_risk_is_the_error_without_the_truth(task):
     truth, known = measured(task, 2000, 0.3)  # 2000 draws
     numbers = dipddpm.replicas_of(torch.arange(2000), 2)
-    half = dipddpm.halves(fit_config(replicas=2), known, numbers, 3)
-    output = 0.7 * half.targets[-1] + 0.1  # made from y_plus, as a fit is
+    half = dipddpm.halves(fit_config(replicas=2), known, numbers)
+    output = 0.7 * half.y_plus + 0.1  # as a fit is made from it
     risk = half.risk(output, 2)
     error = (output - known.A(truth).repeat_interleave(2, 0)).square() * half.judged
     error = error.sum((1, 2, 3)).view(-1, 2).mean(1)
@@ -2165,7 +2163,7 @@ def test_the_risk_is_the_error_without_the_truth(task):
 @pytest.mark.parametrize("task", ["denoise", "inpaint", "sr"])
 def test_outputs_weigh_as_much_as_they_make_the_other_half_likely(task):
     truth, known = measured(task, 5, 0.3)
-    half = dipddpm.halves(fit_config(replicas=1), known, torch.arange(5), 1)
+    half = dipddpm.halves(fit_config(replicas=1), known, torch.arange(5))
     noise = torch.distributions.Normal(0, math.sqrt(half.variance))
     likely, risks = [], []
     for output in (known.A(truth), known.A(0.8 * truth + 0.1)):
@@ -2179,22 +2177,12 @@ def test_outputs_weigh_as_much_as_they_make_the_other_half_likely(task):
     torch.testing.assert_close(four[1] / four[0], ratio**2, rtol=1e-3, atol=1e-30)
 
 
-def test_rungs_fall_from_four_times_the_noise_of_y_plus_to_just_that():
-    assert [dipddpm.rung_levels(n) for n in (1, 2, 3)] == [[1], [4, 1], [4, 2, 1]]
-    y = torch.zeros(50, 1, 16, 16)
-    half = dipddpm.halves(fit_config(alpha=0.5), dipddpm.exact(y)._replace(sigma=0.2),
-                          dipddpm.replicas_of(torch.arange(50), 4), 3)
-    for target, level in zip(half.targets, (4, 2, 1)):  # y is clean: y_plus has alpha sigma alone
-        variance = 0.2**2 * (0.5**2 + 1.25 * (level**2 - 1))
-        assert target.std() == pytest.approx(variance**0.5, rel=0.02)
-
-
 @pytest.mark.parametrize("M", [1, 4, 12])
 def test_without_noise_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitted_to(M):
     x = torch.rand(3, 1, 40, 40)
     known = dipddpm.corrupt(fit_config(), "inpaint", x, 0.0, torch.arange(3))
     half = dipddpm.held_out(fit_config(replicas=M), known,
-                            dipddpm.replicas_of(torch.arange(3), M), 5)
+                            dipddpm.replicas_of(torch.arange(3), M))
     fitted, judged = half.fitted > 0, half.judged > 0
     given = known.given().bool().repeat_interleave(M, 0)
     assert torch.equal(fitted | judged, given) and not (fitted & judged).any()
@@ -2203,22 +2191,22 @@ def test_without_noise_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitte
     assert judged.view(3, M, -1).sum(1).max() == 1  # no two replicas of one image judge by the same
     part = judged.float().sum() / given.float().sum()
     assert part == pytest.approx(1 / max(10, M), rel=0.1) and half.variance == 0
-    assert len(half.targets) == 1 and torch.equal(half.targets[0], half.y_minus)
+    assert torch.equal(half.y_plus, half.y_minus)
     assert torch.equal(half.y_minus, known.y.repeat_interleave(M, 0))
 
 
-def ladder_by_hand(cfg, known, number, rungs):
-    """`fit_guided` of one image in a plain loop: its result, iterations, the rung it ended on."""
+def stopped_by_hand(cfg, known, number):
+    """`fit_guided` of one image in a plain loop: its result and iterations."""
     M = cfg.replicas
     replicas, every = number * M + torch.arange(M), torch.ones(M, dtype=torch.bool)
-    half = (dipddpm.halves if known.sigma else dipddpm.held_out)(cfg, known, replicas, rungs)
+    half = (dipddpm.halves if known.sigma else dipddpm.held_out)(cfg, known, replicas)
     group = dipddpm.DIPGroup(cfg, replicas, 1, *known.mask.shape[2:], known.y.dtype)
-    rung, since, best, last, risks, outputs = 0, 0, math.inf, math.inf, [], []
+    since, best, risks, outputs = 0, math.inf, [], []
     for i in range(1, cfg.dip_iters + 1):
-        group.iterate(half.targets[rung], half.fitted, known.A)
+        group.iterate(half.y_plus, half.fitted, known.A)
         if i % 10 and i < cfg.dip_iters:
             continue
-        group.rewind(group.collapsed(group.losses, half.targets[rung], half.fitted))
+        group.rewind(group.collapsed(group.losses, half.y_plus, half.fitted))
         risks.append(half.risk(known.A(group.average), M))
         outputs.append(group.average.mean(0))
         since += 10
@@ -2226,28 +2214,23 @@ def ladder_by_hand(cfg, known, number, rungs):
             best, since = risks[-1], 0
             group.save(every)
         if since >= cfg.patience:
-            if rung == len(half.targets) - 1 or best >= last:
-                break
-            rung, since, best, last = rung + 1, 0, math.inf, best
-            group.begin_rung(every)
+            break
     weights = torch.stack([half.weights(risk, min(risks), M) for risk in risks])
-    return (weights[..., None, None] * torch.stack(outputs)).sum(0) / weights.sum(), i, rung
+    return (weights[..., None, None] * torch.stack(outputs)).sum(0) / weights.sum(), i
 
 
 @pytest.mark.parametrize("task, sigma", [("denoise", 0.6), ("inpaint", 0.6), ("sr", 0.0)])
-def test_images_climb_and_end_their_ladders_whatever_shares_their_group(task, sigma):
+def test_images_end_when_they_would_alone_whatever_shares_their_group(task, sigma):
     truth, known = measured(task, 4, sigma, dtype=torch.float64)
     cfg = fit_config(seed=1, patience=10, replicas=2, dip_iters=105)
-    x, *ends = zip(*(ladder_by_hand(cfg, known.part([k]), k, 3) for k in range(4)))
-    if sigma:  # at the budget, on the last rung, and on one that is no better than the first
-        assert {(105, 2), (105, 1)} & set(zip(*ends))
-        assert {rung for i, rung in zip(*ends) if i < 105} == {1, 2}
+    x, ends = zip(*(stopped_by_hand(cfg, known.part([k]), k) for k in range(4)))
+    assert len(set(ends)) > 1  # some before others
     seen = dipddpm.Observed(truth, known, torch.arange(4), {}, {})
     run = SimpleNamespace(track=lambda steps, *_, keeps: steps, stop=0)
     for K in (1, 4, 64):  # images one by one, in twos, all together
         ours, took = dipddpm.fit_in_groups(dataclasses.replace(cfg, dip_group=K), seen, run,
-                                           dipddpm.fit_guided, 3, 2)
-        assert took.tolist() == list(ends[0])
+                                           dipddpm.fit_guided, 2)
+        assert took.tolist() == list(ends)
         torch.testing.assert_close(ours, torch.stack(x).clamp(0, 1), rtol=1e-5, atol=1e-7)
 
 
@@ -2260,15 +2243,15 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
 
     monkeypatch.setattr(measures, "measures", lambda x, truth: outputs.append(x) or {})
     for folder in tmp_path / "a", tmp_path / "b":
-        cfg = fit_config(mode="guide", samples=2, sigma=0.3, dip_iters=60, patience=10, rungs=2,
-                         replicas=2, out=str(folder))
+        cfg = fit_config(mode="guide", samples=2, sigma=0.3, dip_iters=60, patience=10, replicas=2,
+                         out=str(folder))
         dipddpm.run_fits(cfg, dipddpm.Run(cfg, []))
         rows += json.loads((folder / "results.json").read_text())["arms"]
         monkeypatch.setattr(dipddpm, "observe", altered)  # the second time
-    for k, name in enumerate(["corrupted", "plain", "oracle", "split", "ladder"]):
+    for k, name in enumerate(["corrupted", "plain", "oracle", "split"]):
         assert rows[k]["name"] == name
-        same = torch.equal(outputs[k], outputs[5 + k])
-        steps = [row.get("iterations") for row in rows[k::5]]
+        same = torch.equal(outputs[k], outputs[4 + k])
+        steps = [row.get("iterations") for row in rows[k::4]]
         assert same == (steps[0] == steps[1]) == (name != "oracle")
 
 
@@ -2277,8 +2260,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     cfg = fit_config(28, dip_width=8, replicas=2, dip_iters=500)
     follow, ended = dipddpm.Follow(truth), dipddpm.Follow(truth)
     rows = torch.arange(2)
-    x, iterations = dipddpm.fit_guided(cfg, known, rows, 1, look=lambda i, x: follow(i, rows, x))
-    end, all_of_them = dipddpm.fit_plain(cfg, known, rows, 1, look=lambda i, x: ended(i, rows, x))
+    x, iterations = dipddpm.fit_guided(cfg, known, rows, look=lambda i, x: follow(i, rows, x))
+    end, all_of_them = dipddpm.fit_plain(cfg, known, rows, look=lambda i, x: ended(i, rows, x))
     psnr = measures.psnr(x.clamp(0, 1), truth)
     assert (follow.psnr - psnr).max() < 1 and (iterations < 500).all()
     assert psnr.mean() > measures.psnr(end.clamp(0, 1), truth).mean() + 1.5
@@ -2287,8 +2270,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     assert (ended.psnr > ended.looks[500] + 1).all() and (ended.when < 400).all()
 
 
-@pytest.mark.parametrize("rungs", [1, 3])
-def test_a_look_waits_for_the_device_three_times_and_an_iteration_never(rungs):
+@pytest.mark.parametrize("fit, waits", [(dipddpm.fit_guided, 1), (dipddpm.fit_denoisers, 0)])
+def test_a_look_waits_for_the_device_twice_and_an_iteration_never(fit, waits):
     (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
     cfg, follow = fit_config(dip_iters=60, replicas=2, patience=20), dipddpm.Follow(truth)
     counts = []
@@ -2299,9 +2282,56 @@ def test_a_look_waits_for_the_device_three_times_and_an_iteration_never(rungs):
                 yield step
             counts.append(done.waits())
 
-    dipddpm.fit_guided(cfg, known, numbers, rungs, track, lambda i, x: follow(i, numbers, x))
-    assert len(counts) >= 30 and max(counts) == 2  # and one tolist, which is no operation here
+    fit(cfg, known, numbers, track, lambda i, x: follow(i, numbers, x))
+    assert len(counts) >= 20 and max(counts) == waits  # and one tolist, which is no operation here
     assert all(count == 0 for i, count in enumerate(counts, 1) if i % dipddpm.CHECK)
+
+
+def test_a_denoisers_input_and_target_are_noised_independently_of_each_other(monkeypatch):
+    x, numbers, seen = random_images(40, 1, 16, 16), torch.arange(40), []
+    level = 0.3 * math.sqrt(1 + 0.35**2)
+    plus, _ = dipddpm.split(x + 0.3 * kernels.normal(x.shape, 9, 0, 0, 0), torch.ones_like(x), 0.3,
+                            0.35, numbers, 1, 0)
+    group = dipddpm.Denoisers(fit_config(dip_iters=100), numbers, 1, 16, 16, x.dtype, level)
+    monkeypatch.setattr(group, "learn", lambda *given: seen.append(given) or group.steps.add_(1))
+    for _ in range(3):
+        group.iterate(plus, None, None)
+    u, v = (torch.stack([given[k] for given in seen]).detach() - x for k in (0, 1))  # net is 0 yet
+    a = dipddpm.INNER
+    assert u.std() == pytest.approx(level * math.sqrt(1 + a**2), rel=0.03)
+    assert v.std() == pytest.approx(level * math.sqrt(1 + 1 / a**2), rel=0.03)
+    each = (u * v).mean(dim=(1, 2, 3, 4)) / (u.std() * v.std())
+    assert each.abs().max() < 0.03  # in every iteration
+    shared = (u + a**2 * v) / (1 + a**2)  # y_plus
+    torch.testing.assert_close(shared[0], shared[2], atol=1e-5, rtol=0)
+    assert not torch.equal(u[0], u[1])
+    assert group.rate == pytest.approx(dipddpm.DENOISER_RATE * dipddpm.half_cosine(2, 100))
+
+
+def test_denoisers_see_their_picture_mirrored_and_answer_as_it_lies(monkeypatch):
+    group = dipddpm.Denoisers(fit_config(dip_iters=100), torch.arange(2), 3, 16, 16, torch.float32,
+                              0.0)
+    y, inputs, outputs = random_images(2, 3, 16, 16), [], []
+    group.net.forward = lambda u: inputs.append(u) or 0.25 * u  # an answer that lies as it was seen
+    monkeypatch.setattr(group, "learn", lambda x, *_: outputs.append(x) or group.steps.add_(1))
+    for _ in range(40):
+        group.iterate(y, None, None)
+    assert all(torch.allclose(x, 0.75 * y) for x in outputs)
+    ways = [sum(torch.equal(u, y.flip(axes)) for u in inputs)
+            for axes in ((), (2,), (3,), (2, 3))]
+    assert sum(ways) == 40 and min(ways) > 3
+
+
+def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
+    x = torch.linspace(0, 40, 64, dtype=torch.float64)  # in which rounding stays small
+    x = 0.5 + 0.3 * torch.sin(x) * torch.cos(x[:, None] / 2) * torch.ones(2, 1, 1, 1)
+    known = dipddpm.corrupt(fit_config(), "denoise", x, 0.2, torch.arange(2))
+    cfg = fit_config(64, replicas=2, dip_iters=60)
+    made, took = dipddpm.fit_denoisers(cfg, known, torch.arange(2))
+    gain = measures.psnr(made.clamp(0, 1), x) - measures.psnr(known.y.clamp(0, 1), x)
+    assert (gain > 6).all() and took.tolist() == [60, 60]
+    alone, _ = dipddpm.fit_denoisers(cfg, known.part([1]), torch.arange(1, 2))
+    torch.testing.assert_close(alone, made[1:], atol=1e-6, rtol=0)
 
 
 def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs():
@@ -2326,7 +2356,7 @@ def test_a_collapsed_replica_goes_back_to_where_it_was_best():
                 p.data.view(4, -1)[2] = 0
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(forget)
-    whole, mended = (measures.psnr(dipddpm.fit_guided(cfg, known, torch.arange(2), 1)[0], truth)
+    whole, mended = (measures.psnr(dipddpm.fit_guided(cfg, known, torch.arange(2))[0], truth)
                      for _ in range(2))
     hook.remove()
     assert not torch.equal(whole, mended) and (mended > whole - 1).all()
@@ -2460,17 +2490,18 @@ def test_the_newest_run_is_sampled_without_data_whatever_the_batch(whole_run, tm
     assert all(np.abs(np.asarray(sheet, float) - want).max() <= 1 for sheet in sheets)
 
 
-@pytest.mark.parametrize("task, sigma, arms", [
-    ("denoise", 0.3, ["corrupted", "plain", "oracle", "split", "ladder"]),
-    ("inpaint", 0, ["corrupted", "plain", "oracle", "split"])])  # no noise to make rungs of
-def test_guide_compares_its_arms(task, sigma, arms, tmp_path):
-    result = run("guide", tmp_path / "g", task=task, sigma=sigma, **FIT)
+@pytest.mark.parametrize("task, sigma, size, arms", [
+    ("denoise", 0.3, 28, ["corrupted", "plain", "oracle", "split"]),
+    ("denoise", 0.3, 65, ["corrupted", "plain", "oracle", "split", "denoiser"]),
+    ("inpaint", 0, 65, ["corrupted", "plain", "oracle", "split"])])
+def test_guide_compares_its_arms(task, sigma, size, arms, tmp_path):
+    result = run("guide", tmp_path / "g", task=task, sigma=sigma, size=size, **FIT)
     rows = {row["name"]: row for row in result["arms"]}
     assert list(rows) == arms and (result["data"]["train"], result["data"]["test"]) == (0, 1)
     bound = rows["plain"]["psnr_oracle"]
     assert rows["oracle"]["psnr"] == pytest.approx(bound, abs=2e-3)
     assert rows["plain"]["iterations"] == 60 >= rows["oracle"]["iterations"]
-    for name, networks in ("plain", 1), ("split", 2), ("ladder", 2):
+    for name, networks in ("plain", 1), ("split", 2), ("denoiser", 2):
         if row := rows.get(name):
             assert row["network_steps"] == networks * row["iterations"]
             assert row["gap"] == pytest.approx(bound - row["psnr"], abs=2e-3)
@@ -2826,10 +2857,10 @@ GOLDEN = {
     "a DIP after 20 iterations": 0.1261,
     "codes: decoded, noise, new": (0.1627, 0.505, 0.4003),
     "noise level": (0.1863, 0.1977),
-    "y+ of each rung, y-": (1.042, 0.8168, 0.6972, 0.9161),
+    "y+, y-": (0.6972, 0.9161),
     "risk of a flat output": (0.1537, 0.09205),
     "split, and iterations": (0.09638, 30, 100),
-    "ladder, and iterations": (0.09949, 120, 90),
+    "denoiser, and iterations": (0.1299, 30, 80),
     "t_start": (600, 600, 600, 600),
     "samples": (1000, 16, 16, 64),
     "dip_width": (16, 16, 16, 16),
@@ -2850,7 +2881,7 @@ def rms(x):
 def golden():
     """What the method gives for little images, waves and noise: {what: number or numbers}."""
     cfg = config(width=8, batch=20, epochs=4, timesteps=40, dip_width=4, dip_lr=0.05, patience=10,
-                 dip_iters=150, rungs=3, replicas=2, code_epochs=20)
+                 dip_iters=150, replicas=2, code_epochs=20)
     i, y, x = torch.meshgrid(torch.arange(40), torch.arange(12), torch.arange(12), indexing="ij")
     noise = kernels.uniform((40, 12, 12), 0, 0, 0, kernels.INIT_NOISE)
     wave = 0.5 + 0.5 * torch.sin((x * (1 + i % 4) + y * (1 + i // 4)) / 5)
@@ -2877,12 +2908,12 @@ def golden():
         rms(decoder(codes) - pixels / 255), rms(coding.noise), rms(coding.new(0, 40))]
     # halves of noisy images, and the fits that they stop
     known = dipddpm.corrupt(cfg, "denoise", x, 0.2, numbers)
-    half = dipddpm.halves(cfg, known, dipddpm.replicas_of(numbers, 2), 3)
+    half = dipddpm.halves(cfg, known, dipddpm.replicas_of(numbers, 2))
     found["noise level"] = dipddpm.noise_level(known.y).tolist()
-    found["y+ of each rung, y-"] = [*map(rms, half.targets), rms(half.y_minus)]
+    found["y+, y-"] = [rms(half.y_plus), rms(half.y_minus)]
     found["risk of a flat output"] = half.risk(torch.full_like(half.y_minus, 0.5), 2).tolist()
-    for name, rungs in ("split", 1), ("ladder", 3):
-        end, took = dipddpm.fit_guided(cfg, known, numbers, rungs)
+    for name, fit in ("split", dipddpm.fit_guided), ("denoiser", dipddpm.fit_denoisers):
+        end, took = fit(cfg, known, numbers)
         found[f"{name}, and iterations"] = [rms(end - x), *took.tolist()]
     # what a run takes where nothing is said
     given = [dipddpm.resolve(config(mode=mode), (5000, 1, size, size)) for mode, size in RUNS]
@@ -3508,7 +3539,7 @@ TEXTS = {name: (HERE / name).read_text() for name in ("README.md", "studies/RESU
 def commands_in(text, folder):
     """The commands of a text's blocks and inline code as lists of words, each as a shell expands
     it: bash runs them in an empty folder where no program is found, and is asked what it missed."""
-    pieces = re.findall(r"(?ms)^```\n(?!# at 006ea6a)(.*?)^```", text)
+    pieces = re.findall(r"(?ms)^```\n(?!# at [0-9a-f]{7}\n)(.*?)^```", text)
     shell = "command_not_found_handle() { printf '%s\\037' \"$@\"; printf '\\036'; }\n"
     for piece in [*pieces, *re.findall(r"`([^`\n]+)`", text)]:
         if re.search(r"(?m)(^ *|[\"=])(python|torchrun|make) ", piece):

@@ -4,7 +4,7 @@
     python -m studies.arms prior --train full,smoothed --snapshots 6     a second network, curves
 
 Flags are those of `dipddpm.py --mode guide` and `--mode prior`, and the few of `parser` below;
-`--set rungs=3` changes a setting of Config that has no flag.
+`--set alpha=0.5` changes a setting of Config that has no flag.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def fit_plain(cfg, seen, run, M, targets):
     `dipddpm.Follow` of their PSNR."""
     follow, stops = dipddpm.Follow(seen.truth), []
 
-    def fit(cfg, known, rows, rungs, track, look):
+    def fit(cfg, known, rows, track, look):
         stops.append(WindowedVariance(*((30, 300) if max(known.mask.shape[2:]) <= 32
                                         else (100, 1000))))
 
@@ -104,31 +104,32 @@ def fit_plain(cfg, seen, run, M, targets):
         x = fit_targets(cfg, known, each, dipddpm.replicas_of(rows, M), cfg.dip_iters, track, watch)
         return mean(x), torch.full((len(rows),), cfg.dip_iters, device=rows.device)
 
-    x, took = dipddpm.fit_in_groups(cfg, seen, run, fit, 1, M, follow)
+    x, took = dipddpm.fit_in_groups(cfg, seen, run, fit, M, follow)
     early = torch.cat([stop.x for stop in stops])
     stopped = torch.cat([stop.stopped for stop in stops]).clamp(max=cfg.dip_iters)
     return {"plain": (x, took), "oracle": (follow.best, follow.when),
             "es-wmv": (early, stopped)}, follow
 
 
-def leaking_rungs(cfg, known, truth, numbers):
-    """What `literal` is fitted to: the clean image under the noise of each rung, drawn afresh; and
-    the mean of these by their precisions, which is all that they tell of it. -> a list of y's shape
-    for each rung, and y's shape."""
-    clean, given, levels = known.A(truth), known.given(), dipddpm.rung_levels(cfg.rungs)
-    rungs = [clean + given * (known.sigma * level) * kernels.normal(
-        clean.shape, cfg.seed, numbers, dipddpm.RUNG_DRAW + cfg.rungs + k, kernels.CORRUPTION,
-        clean.device) for k, level in enumerate(levels)]
+def leaking_rungs(cfg, known, truth, numbers, rungs):
+    """What `literal` is fitted to: the clean image under noise of 4 sigma down to sigma, drawn
+    afresh for each rung; and the mean of these by their precisions, which is all that they tell of
+    it. -> a list of y's shape for each rung, and y's shape."""
+    clean, given = known.A(truth), known.given()
+    levels = [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)]
+    noised = [clean + given * (known.sigma * level) * kernels.normal(
+        clean.shape, cfg.seed, numbers, 4 + rungs + k, kernels.CORRUPTION, clean.device)
+        for k, level in enumerate(levels)]
     weights = [level**-2 for level in levels]
-    return rungs, sum(w * y for w, y in zip(weights, rungs)) / sum(weights)
+    return noised, sum(w * y for w, y in zip(weights, noised)) / sum(weights)
 
 
-GUIDE_ARMS = ("plain", "mean", "split", "ladder", "literal")
+GUIDE_ARMS = ("plain", "mean", "split", "literal")
 
 
 def run_guide(own, cfg, run):
     """As `dipddpm.run_fits`, with more arms. `es-wmv` is a third look at the fit of `plain` and
-    `oracle`; `-mean` is the same of as many networks, averaged, as `split` and `ladder` have.
+    `oracle`; `-mean` is the same of as many networks, averaged, as `split` has.
     `literal` fits noised copies of the *clean* image and `literal-mean` one DIP to their
     precision-weighted mean: both are handed the truth, and say so."""
     cfg, seen = dipddpm.observe(with_settings(cfg, own.set), run)
@@ -156,20 +157,17 @@ def run_guide(own, cfg, run):
             share = iterations.double().mean().item() / cfg.dip_iters  # of the fit's seconds
             add(look + suffix, x, iterations, each,
                 **({} if look == "oracle" else {"seconds": share * took.seconds}))
-    # the method's own
-    for arm, rungs in (("split", 1), ("ladder", cfg.rungs))[:2 if known.sigma else 1]:
-        if arm not in own.arms:
-            continue
+    if "split" in own.arms:  # the method's own
         follow = dipddpm.Follow(truth)
         with run.timed("dip") as took:
-            x, iterations = dipddpm.fit_in_groups(cfg, seen, run, dipddpm.fit_guided, rungs, M,
-                                                  follow)
+            x, iterations = dipddpm.fit_in_groups(cfg, seen, run, dipddpm.fit_guided, M, follow)
         gap = (follow.psnr - measure.psnr(x, truth)).clamp(min=0)
-        curves[f"psnr/{arm}"] = follow.curve()
-        add(arm, x, iterations, M, seconds=took.seconds, **dipddpm.lack("own_gap", gap))
+        curves["psnr/split"] = follow.curve()
+        add("split", x, iterations, M, seconds=took.seconds, **dipddpm.lack("own_gap", gap))
     # what leaks
     leaks = known.sigma > 0 and "literal" in own.arms
-    leaking, mean = leaking_rungs(cfg, known, truth, seen.numbers) if leaks else (None, None)
+    leaking, mean = (leaking_rungs(cfg, known, truth, seen.numbers, own.rungs) if leaks
+                     else (None, None))
     for arm, targets in (("literal", leaking), ("literal-mean", [mean])) if leaks else ():
         with run.timed("dip") as took:
             looks, follow = fit_plain(cfg, seen, run, 1, targets)
@@ -391,13 +389,20 @@ def positive(text):
     return int(text)
 
 
+def several(text):
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2")
+    return int(text)
+
+
 def parser():
     p = dipddpm.OneLineParser(
         prog="python -m studies.arms", allow_abbrev=False, description=__doc__.split("\n")[0],
         epilog="Other flags are those of dipddpm.py.")
     p.add_argument("mode", choices=("guide", "prior"))
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                   help="a setting of Config without a flag: rungs, alpha, dip_lr, arch, ...")
+                   help="a setting of Config without a flag: alpha, dip_lr, arch, ...")
+    p.add_argument("--rungs", type=several, default=5, help="guide: levels of noise of literal")
     p.add_argument("--arms", type=some_of(GUIDE_ARMS), default=GUIDE_ARMS,
                    help=f"guide: a list of {', '.join(GUIDE_ARMS)}")
     p.add_argument("--train", type=some_of(("full", "smoothed")), default=("full", "smoothed"),

@@ -426,9 +426,9 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
                 (10 * best.indices + 10).tolist()))))
     guide = [results for _, results in run(
         home / "guide", seeds, GUIDE, "--data", where(pictures), "--size", pixels, "--crop", pixels,
-        "--samples", 1, "--sigma", sigma, "--set", f"rungs={rungs}", "--dip-iters", guide_iters)]
-    for name in ("plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "split", "ladder",
-                 "literal", "literal-mean"):
+        "--samples", 1, "--sigma", sigma, "--rungs", rungs, "--dip-iters", guide_iters)]
+    for name in ("plain", "oracle", "es-wmv", "plain-mean", "oracle-mean", "split", "literal",
+                 "literal-mean"):
         found = [row_of(results, name) for results in guide]
         rows.append((f"noise {sigma:g}, `{name}`: PSNR, SSIM", "–",
                      each([(row["psnr"], row["ssim"]) for row in found])))

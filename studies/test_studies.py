@@ -436,7 +436,8 @@ def test_a_restoration_has_a_folder_of_its_own_and_every_arm(trained, tmp_path, 
     (arms.main, "dip", "invalid choice: 'dip'"),
     (arms.main, "guide --arms best", "best is none of plain, mean"),
     (arms.main, "guide --set windows=2", "--set windows=2: want NAME=VALUE, NAME one of order"),
-    (arms.main, "guide --set rungs=two", "--set rungs=two: want NAME=VALUE"),
+    (arms.main, "guide --set alpha=two", "--set alpha=two: want NAME=VALUE"),
+    (arms.main, "guide --rungs 1", "must be at least 2"),
     (arms.main, "guide --set arch=unet", "--set arch=unet: none of skip, conv2"),
     (arms.main, "prior --data digits --dip-source codes", "smoothed needs --dip-source"),
     (arms.main, "prior --network-width 0", "must be at least 1"),
@@ -512,7 +513,7 @@ def test_plain_fits_do_not_depend_on_their_group():
 def test_what_leaks_has_the_precision_of_all_its_rungs():
     truth = random_images(200, 1, 8, 8)
     known = corrupted(truth, "inpaint", 0.2)
-    leaking, mean = arms.leaking_rungs(config(rungs=3), known, truth, torch.arange(200))
+    leaking, mean = arms.leaking_rungs(config(), known, truth, torch.arange(200), 3)
     seen, best = known.mask.bool(), sum(level**-2 for level in (0.8, 0.4, 0.2)) ** -0.5
     levels = [(y - truth)[seen].std().item() for y in (*leaking, mean)]
     assert levels == pytest.approx([0.8, 0.4, 0.2, best], rel=0.04)
@@ -520,16 +521,16 @@ def test_what_leaks_has_the_precision_of_all_its_rungs():
 
 
 GUIDE = ("--data digits --samples 2 --dip-iters 40 --dip-width 4 --replicas 2 --set patience=20 "
-         "--set rungs=2").split()
+         "--rungs 2").split()
 THREE = ["plain", "oracle", "es-wmv"]
 MEANS = [f"{name}-mean" for name in THREE]
 
 
 @pytest.mark.parametrize("flags, names", [
-    ("--sigma 0.3", [*THREE, *MEANS, "split", "ladder", "literal", "literal-mean"]),
+    ("--sigma 0.3", [*THREE, *MEANS, "split", "literal", "literal-mean"]),
     ("--sigma 0.3 --arms split,mean", [*MEANS, "split"]),
     ("--sigma 0.3 --replicas 1 --arms plain,mean", THREE),
-    ("--task inpaint", [*THREE, *MEANS, "split"])])  # without noise nothing climbs, nothing leaks
+    ("--task inpaint", [*THREE, *MEANS, "split"])])  # without noise nothing leaks
 def test_guide_compares_its_arms_and_marks_what_leaks(flags, names, tmp_path, capsys):
     status, _, err = run_main(arms.main, ["guide", *GUIDE, *flags.split(), "--out", tmp_path / "g"],
                               capsys)
@@ -541,7 +542,7 @@ def test_guide_compares_its_arms_and_marks_what_leaks(flags, names, tmp_path, ca
         name for name in names if "literal" in name}
     assert ("they leak it" in (tmp_path / "g" / "report.html").read_text()) == ("literal" in names)
     for name, row in rows.items():
-        assert row["networks"] == (2 if name in (*MEANS, "split", "ladder") else 1)
+        assert row["networks"] == (2 if name in (*MEANS, "split") else 1)
         assert row["network_steps"] == pytest.approx(row["networks"] * row["iterations"])
         assert ("seconds" in row) == ("oracle" not in name)
         assert ("gap" in row) == ("plain" in names)  # to the oracle of one network
