@@ -58,9 +58,11 @@ def one_thread():
 
 @pytest.fixture(scope="module", autouse=True)
 def few_digits():
-    """Drawing 12,000 takes half a minute; of fewer each is the same."""
+    """Drawing 12,000 takes half a minute; of fewer each is the same. And no run in this process may
+    change how it frees memory, which one test measures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "DIGITS", {"train": 1000, "test": 1000})
+        patch.setattr(dipddpm, "keep_freed_memory", lambda: None)
         yield
 
 

@@ -39,6 +39,7 @@ def small_things(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "DIGITS", {"train": 200, "test": 200})
         patch.setattr(measures, "LENET_STEPS", 20)
+        patch.setattr(dipddpm, "keep_freed_memory", lambda: None)  # for the whole process
         for name in "XDG_CACHE_HOME", "DIPDDPM_DATA":
             patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
