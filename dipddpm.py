@@ -1326,7 +1326,7 @@ class Follow:
         self.when[rows] = torch.where(up, i, self.when[rows])
 
     def curve(self):
-        """[[iteration, mean PSNR]]; an image that has left stays where it was."""
+        """[[iteration, mean PSNR]]; an image that has ended stays where it was."""
         points, last = [], None
         for i, psnr in sorted(self.looks.items()):
             last = psnr if last is None else torch.where(psnr.isnan(), last, psnr)

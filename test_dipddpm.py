@@ -2453,12 +2453,12 @@ def test_guide_compares_its_arms(task, sigma, tmp_path):
     assert rows["oracle"]["psnr"] == pytest.approx(bound, abs=2e-3)
     assert rows["plain"]["iterations"] == 60 >= rows["oracle"]["iterations"]
     for name, networks in ("plain", 1), ("split", 2):
-        if row := rows.get(name):
-            assert row["network_steps"] == networks * row["iterations"]
-            assert row["gap"] == pytest.approx(bound - row["psnr"], abs=2e-3)
-            # of one image the best look can be read off the curve
-            best = max(psnr for _, psnr in result["curves"][f"psnr/{name}"])
-            assert row["own_gap"] == pytest.approx(max(0, best - row["psnr"]), abs=2e-3)
+        row = rows[name]
+        assert row["network_steps"] == networks * row["iterations"]
+        assert row["gap"] == pytest.approx(bound - row["psnr"], abs=2e-3)
+        # of one image the best look can be read off the curve
+        best = max(psnr for _, psnr in result["curves"][f"psnr/{name}"])
+        assert row["own_gap"] == pytest.approx(max(0, best - row["psnr"]), abs=2e-3)
 
 
 @pytest.fixture
@@ -3185,7 +3185,7 @@ def test_floor_takes_images_from_the_whole_split(striped):
     assert measures.floor(net, pixels, real, real[::2], 40) == pytest.approx({
         "fid_lenet": np.mean(each), "std": np.std(each, ddof=1), "precision": np.mean(precision),
         "recall": np.mean(recall), "samples": 40})
-    for count in (1, 81):
+    for count in (3, 81):
         error_line(ValueError, lambda n=count: measures.floor(net, pixels, real, real, n),
                    f"{count} images from a split of 80")
 
@@ -3322,7 +3322,7 @@ def written(seed=0, **changes):
     return {
         "mode": "prior", "config": {"epochs": 3, "seed": seed, "out": f"<i>{seed}"},
         "data": {"name": "digits & <b>", "train": 100, "test": 50}, "device": "cpu",
-        "floor": {"fid_lenet": 6.25, "samples": 100},
+        "floor": {"fid_lenet": 6.25, "recall": 0.5, "samples": 100},
         "arms": [{"name": "<dip>", "seed": seed, "nfe": n, "seconds": n / 10,
                   "fid_lenet": 100 / n + seed} for n in (10, 5)],
         "curves": {"loss/l": [], "loss/train": [[i, 1 / (i + 1)] for i in range(1000)],
@@ -3381,6 +3381,9 @@ def test_tables_of_runs_that_differ_in_their_seed_are_of_means(tmp_path):
              "|-------------|---------------------:|-------------------:|",
              "| <dip>       | 20.5 ± 0.707 (0.5 s) | 10.5 ± 0.707 (1 s) |"]
     assert measures.text_tables(folders).splitlines() == ["", *table]
+    recalled = written(arms=[{"name": "a", "seed": 0, "nfe": 2, "recall": 0.4}])
+    assert [title for title, _ in measures.tables([(tmp_path, recalled)], ["recall"])] == [
+        "recall, real images 0.5, one seed"]
     assert "±" not in measures.text_tables([folders[0]] * 2)  # a seed that comes twice counts once
     runs_of(tmp_path, written(0, arms=[{"name": "<dip>", "nfe": 5, "fid_lenet": None}]))
     assert measures.text_tables(folders).splitlines()[-1] == "| <dip>       | – | 11 (1 s) |"

@@ -118,7 +118,8 @@ def leaking_rungs(cfg, known, truth, numbers, rungs):
     clean, given = known.A(truth), known.given()
     levels = [4.0 ** (1 - k / (rungs - 1)) for k in range(rungs)]
     noised = [clean + given * (known.sigma * level) * kernels.normal(
-        clean.shape, cfg.seed, numbers, 4 + rungs + k, kernels.CORRUPTION, clean.device)
+        clean.shape, cfg.seed, numbers, dipddpm.SPLIT_DRAW + 1 + rungs + k, kernels.CORRUPTION,
+        clean.device)  # a draw that nothing else in this stream has
         for k, level in enumerate(levels)]
     weights = [level**-2 for level in levels]
     return noised, sum(w * y for w, y in zip(weights, noised)) / sum(weights)

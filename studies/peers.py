@@ -179,7 +179,8 @@ PEERS = {"diffusers": diffusers_peer, "lucidrains": lucidrains_peer,
 
 def train_peer(peer, pixels, minutes):
     """Train for minutes[-1] of this core; whenever so many have passed, yield the network with its
-    averaged weights, steps, seconds. What happens to it between two of these is not counted."""
+    averaged weights, steps, seconds. What happens to it between two of these is not counted, but
+    draws from the same stream of random numbers."""
     optimizer = torch.optim.AdamW(peer.net.parameters(), peer.lr)
     average = AveragedModel(peer.net, use_buffers=True, avg_fn=lambda kept, now, n: (
         kept.lerp(now, 1 - peer.decay(int(n))) if now.is_floating_point() else now))
@@ -228,8 +229,9 @@ def quality(args):
         net, sample = peer.net, lambda nfe: torch.cat([peer.sample(100, nfe) for _ in range(10)])
         points = lambda: train_peer(peer, train.pixels, args.minutes)  # noqa: E731
     for point, steps, seconds in points():
-        row = {"peer": args.train, "seed": args.seed, "steps": steps, "seconds": seconds,
-               "of": args.minutes[-1]}
+        row = {"peer": args.train, "seed": args.seed, "steps": steps, "seconds": seconds}
+        row |= ({"epochs": point} if args.train == "dipddpm"
+                else {"minutes": point, "of": args.minutes[-1]})
         net.eval()
         for nfe in args.nfe:
             began = time.process_time()
@@ -237,7 +239,7 @@ def quality(args):
                 x = sample(nfe).clamp(-1, 1)
             row[f"sampling seconds at {nfe}"] = time.process_time() - began
             row |= {f"{key} at {nfe}": value for key, value in judge(x).items()}
-            name = f"{args.train}-{point:g}-{args.seed}"
+            name = f"{args.train}-{point:g}of{row.get('of', point):g}-{args.seed}"
             measure.write_json(row, args.out / f"{name}.json")
             measure.draw(args.out / f"{name}-nfe{nfe}.png", name, {name: (x[:16] + 1) / 2})
         print(row, flush=True)
@@ -332,6 +334,8 @@ def main():
     p.add_argument("--data", default="mnist")
     p.add_argument("--out", type=Path, default=Path("runs/peers"))
     args = p.parse_args()
+    if list(args.minutes) != sorted(set(args.minutes)):
+        p.error("--minutes must rise")
     if args.train:
         return quality(args)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {ROUNDS}\n")

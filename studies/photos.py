@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from skimage.restoration import denoise_nl_means  # of the tests' packages
 
 import data
 import dipddpm
@@ -48,11 +49,12 @@ class Denoiser(nn.Module):
 
 
 class Denoisers(dipddpm.DIPGroup):
-    """K networks, each of which learns from its one picture. Half of the time this is mirrored, in
-    either direction. `level` is s; Muon and Adam, half a cosine over cfg.dip_iters."""
+    """K networks, each of which learns from its one picture: to denoise alone, and on a CPU. The
+    pictures are mirrored half of the time in each direction, all K alike. `level` is s; Muon and
+    Adam, half a cosine over cfg.dip_iters."""
 
     def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32, *, level):
-        super().__init__(replace(cfg, dip_width=1), numbers, C, H, W, dtype)
+        super().__init__(replace(cfg, dip_width=1), numbers, C, H, W, dtype)  # its DIPs are unused
         self.level, self.rate = level, torch.zeros((), device=numbers.device)
         self.net = Denoiser(dipddpm.Grouped(numbers, cfg.seed), C).to(dtype)
         inner = [layer.weight for layer in self.net.layers[1:-1]]
@@ -90,8 +92,6 @@ def fit_denoisers(cfg, known, numbers):
 
 def nlm(cfg, known, numbers):
     """Non-local means with what scikit-image's documentation recommends for a known sigma."""
-    from skimage.restoration import denoise_nl_means  # of the tests' packages
-
     made = [denoise_nl_means(y.permute(1, 2, 0).numpy(), h=0.6 * known.sigma, sigma=known.sigma,
                              patch_size=5, patch_distance=6, channel_axis=-1) for y in known.y]
     return torch.stack([torch.tensor(x).permute(2, 0, 1) for x in made]), torch.zeros(len(made))
@@ -106,19 +106,21 @@ def rows_of(args):
     for path in args.photos:
         x = data.load(str(path), split="all", limit=1, crop=args.crop).pixels.float() / 255
         for seed in args.seeds:
-            cfg = dipddpm.resolve(dipddpm.Config(
+            cfg = dipddpm.check(dipddpm.resolve(dipddpm.Config(
                 mode="dip", data=str(path), seed=seed, sigma=args.sigma, pictures="test",
-                replicas=args.replicas, dip_width=args.dip_width), x.shape)
+                dip_iters=args.iters, replicas=args.replicas, dip_width=args.dip_width), x.shape))
             numbers = torch.arange(1)
             known = dipddpm.corrupt(cfg, "denoise", x, args.sigma, numbers)
             for arm in args.arms:
                 fit, iters = ARMS[arm]
                 began = time.process_time()
                 made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers)
-                row = {"photo": path.stem, "sigma": args.sigma, "seed": seed, "arm": arm,
+                row = {"photo": path.stem, "crop": args.crop, "sigma": args.sigma, "seed": seed,
+                       "arm": arm, "replicas": args.replicas, "dip_width": args.dip_width,
                        "seconds": time.process_time() - began, "iterations": int(took[0])}
                 shown = {"truth": x, "noisy": known.y.clamp(0, 1), arm: made.clamp(0, 1)}
-                measure.draw(args.out.with_name(f"{path.stem}-{seed}-{arm}.png"), arm, shown)
+                measure.draw(args.out.with_name(f"{args.out.stem}-{path.stem}-{seed}-{arm}.png"),
+                             arm, shown)
                 yield row | measure.measures(made.clamp(0, 1), x)
 
 
@@ -134,6 +136,8 @@ def main(argv=None):
     p.add_argument("--iters", type=int, help="of each fit (denoiser 300, split 1000)")
     p.add_argument("--dip-width", type=int, default=32)
     args = p.parse_args(argv)
+    if args.sigma <= 0:
+        p.error(f"--sigma must be more than 0, not {args.sigma:g}")
     if unknown := set(args.arms) - set(ARMS):
         p.error(f"--arms: {', '.join(sorted(unknown))}: want some of {', '.join(ARMS)}")
     dipddpm.keep_freed_memory()
@@ -144,7 +148,7 @@ def main(argv=None):
             rows.append(row)
             measure.write_json(rows, args.out)
             print(json.dumps(row), flush=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         p.error(str(error))
 
 

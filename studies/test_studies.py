@@ -944,8 +944,11 @@ def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, capsys
     rows = json.loads((tmp_path / "o" / "rows.json").read_text())
     assert [row["arm"] for row in rows] == ["nlm", "denoiser", "split"]
     assert all(row["seconds"] > 0 and row["psnr"] > 5 and row["ssim"] <= 1 for row in rows)
-    assert rows[1]["iterations"] == 20 and (tmp_path / "o" / "photo-0-denoiser.png").exists()
-    for more, message in (["--arms", "best"], "best: want some of nlm"), ([], "none.png"):
+    assert rows[0]["psnr"] > 25 and rows[1]["psnr"] > 20.5  # which is what noise of 0.1 leaves
+    assert rows[1]["iterations"] == 20 and (tmp_path / "o" / "rows-photo-0-denoiser.png").exists()
+    for more, message in ((["--arms", "best"], "best: want some of nlm"), ([], "none.png"),
+                          (["--sigma", 0], "--sigma must be more than 0"),
+                          (["--replicas", 0], "--replicas must be at least 1")):
         file = [tmp_path / "none.png", *flags[1:]] if not more else flags
         status, out, err = run_main(photos.main, [*file, *more, "--out", tmp_path / "p"], capsys)
         assert status == 2 and message in err and err.count("\n") == 1
