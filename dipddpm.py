@@ -814,7 +814,7 @@ class DIPGroup:
         self.steps, self.saved = torch.zeros_like(numbers[0]), None
 
     def iterate(self, y, share, A):
-        """One step to y from z under fresh jitter, see `learn`."""
+        """One Adam step on |A f_k(z + jitter) - y_k|^2 of every k, by `learn`."""
         jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
                                 kernels.DIP_JITTER, self.z.device)
         z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])

@@ -397,19 +397,18 @@ def subset(N, n, number=0):
 
 
 def floor(net, pixels, real, manifold, samples, subsets=5):
-    """What a perfect generator would score: measures of `samples` training images, each its mean
-    over fixed random subsets, and `std`, the deviation of fid_lenet. `real` are the features
-    [M, 84] of the test split, `manifold` those for precision and recall. fid_lenet falls with the
-    count, so that is the generated ones'. ValueError if the training split is smaller than that."""
+    """What a perfect generator would score: means over random subsets of `samples` training images,
+    and fid_lenet's deviation, `std`. It falls with the count, so that is the generated ones'.
+    `real` [M, 84] are the test split's features, `manifold` those for recall. ValueError if there
+    are fewer training images."""
     if not 4 <= samples <= len(pixels):  # recall needs three neighbours
         raise ValueError(f"a floor of {samples} images from a split of {len(pixels)}")
-    rows = [subset(len(pixels), samples, number).to(pixels.device) for number in range(subsets)]
-    sets = [features(net, pixels[index]) for index in rows]
+    sets = [features(net, pixels[subset(len(pixels), samples, number).to(pixels.device)])
+            for number in range(subsets)]
     distances = [frechet_distance(f, real) for f in sets]
-    precision, recall = zip(*(precision_recall(f, manifold) for f in sets))
+    precision, recall = map(statistics.fmean, zip(*(precision_recall(f, manifold) for f in sets)))
     return {"fid_lenet": statistics.fmean(distances), "std": statistics.stdev(distances),
-            "precision": statistics.fmean(precision), "recall": statistics.fmean(recall),
-            "samples": samples}
+            "samples": samples, "precision": precision, "recall": recall}
 
 
 # ---------------------------------------------------------------- a set's judge

@@ -923,6 +923,14 @@ def test_denoisers_see_their_picture_mirrored_and_answer_as_it_lies(monkeypatch)
     assert sum(ways) == 40 and min(ways) > 3
 
 
+def test_denoisers_are_told_the_noise_of_the_half_that_they_see(monkeypatch):
+    known, told = corrupted(random_images(1, 1, 8, 8), "denoise", 0.2), []
+    monkeypatch.setattr(photos, "Denoisers", lambda *_, level: told.append(level))
+    monkeypatch.setattr(dipddpm, "fit_guided", lambda cfg, known, numbers, make: make())
+    photos.fit_denoisers(config(mode="dip", alpha=0.5), known, torch.arange(1))
+    assert told == [pytest.approx(0.2 * 1.25**0.5)]
+
+
 def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
     x = torch.linspace(0, 40, 64, dtype=torch.float64)  # in which rounding stays small
     x = 0.5 + 0.3 * torch.sin(x) * torch.cos(x[:, None] / 2) * torch.ones(2, 1, 1, 1)
