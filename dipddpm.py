@@ -9,7 +9,8 @@
  7 codes      min_theta,c sum_i |g_theta(c_i) - x_i|^2                    Bojanowski et al. 2018
  8 method 1   a DIP's output p, noised as in section 1 to t_start, is where section 5 begins; the
               bridge: x_t = sqrt(ab_t) (x_0 + kappa_t (p - x_0)) + sqrt(1 - ab_t) eps ends there
- 9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop
+ 9 method 2   y+ = y + alpha sigma e is fitted, y- = y - sigma e / alpha tells when to stop;
+              of a photo a network learns from y+ under fresh noise      Pang et al. 2021
 10 the edge   command line, folders, checkpoints, processes, devices: to be skipped at first
 
     python dipddpm.py --mode prior --epochs 30    train a DDPM, start it from noise and from DIPs
@@ -102,7 +103,7 @@ class Config:
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
                           "128)", low=1)
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (studies: 60; dip, "
-                          "guide: 1000, above 64 pixels 3000)", low=1)
+                          "guide: 1000, above 64 pixels 3000) or denoiser (500)", low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
                          "them, and results compared with them. own: yours, nothing is added or "
                          "compared (default for one image in --mode dip)", choices=("test", "own"))
@@ -114,7 +115,7 @@ class Config:
                         "to denoise, else 0), or the level in own ones (estimated, else 0)", low=0)
     minutes: float = flag(None, "dip, guide", "end each fit after so long (10 above 64 pixels on a "
                           "CPU, unless --dip-iters is given)", low=0.01)
-    replicas: int = flag(4, "dip, guide", "networks for each image", low=1)
+    replicas: int = flag(None, "dip, guide", "networks for each image (4; denoisers: 2)", low=1)
     # settings without a flag
     order: int = 2  # of the sampler where eta is 0
     arch: str = "skip"  # a DIP's network
@@ -718,11 +719,11 @@ class GroupedConv(nn.Module):
         self.bias = nn.Parameter(bias.reshape(K * c_out))
         self.K, self.stride, self.pad = K, stride, (size - 1) // 2
 
-    def forward(self, x):
+    def forward(self, x, turned=lambda weight: weight):
         if self.pad:  # a map that is no larger than the padding has nothing to reflect
             mode = "reflect" if min(x.shape[2:]) > self.pad else "replicate"
             x = F.pad(x, (self.pad,) * 4, mode=mode)
-        return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.K)
+        return F.conv2d(x, turned(self.weight), self.bias, self.stride, groups=self.K)
 
 
 class GroupedNorm(nn.Module):
@@ -794,40 +795,25 @@ class Skip(nn.Module):
 ARCHS = {"skip": Skip}
 
 
-class DIPGroup:
-    """K DIPs as one grouped network, with Adam and each one's averaged output; members can go back
-    to where they were saved. z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at
-    every iteration and shared. With the seed, numbers int64 [K] decide theta and z."""
+class Group:
+    """K networks as one, each fitted to its image by `optimizers`, and the average of each one's
+    outputs over iterations. With the seed, numbers int64 [K] decide all that is random."""
 
-    def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
-        device = numbers.device
-        self.cfg, self.numbers, self.K, self.Cz = cfg, numbers, len(numbers), min(cfg.dip_width, 32)
-        make = Grouped(numbers, cfg.seed)
-        self.net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=cfg.dip_lr, fused=True,
-                                          capturable=numbers.is_cuda)
-        self.z = 0.1 * kernels.uniform((self.K, self.Cz, H, W), cfg.seed, numbers, 0,
-                                       kernels.DIP_CODE, device)
-        self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=device)
-        self.age = torch.zeros(self.K, dtype=dtype, device=device)  # of each average, in iterations
-        self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
-        self.steps, self.saved = torch.zeros_like(numbers[0]), None
-
-    def iterate(self, y, share, A):
-        """One Adam step on |A f_k(z + jitter) - y_k|^2 of every k, by `learn`."""
-        jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
-                                kernels.DIP_JITTER, self.z.device)
-        z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
-        self.learn(self.net(z).view_as(self.average), y, share, A)
+    def __init__(self, cfg, numbers, net, optimizers, x):
+        self.cfg, self.numbers, self.K, self.net = cfg, numbers, len(numbers), net
+        self.optimizers, self.average = optimizers, torch.zeros_like(x)  # [K, C, H, W]
+        self.age = torch.zeros_like(x[:, 0, 0, 0])  # of each average, in iterations
+        self.steps = torch.zeros_like(numbers[0])
 
     def learn(self, x, y, share, A):
         """One step on sum_k sum share_k (A x_k - y_k)^2, so that each member gets the gradient that
         it would get alone. y and share are of A's size, share sums to 1 over each. Leaves the
         outputs x [K, C, H, W] and losses [K] of before the step."""
         losses = ((A(x) - y).square() * share).sum(dim=(1, 2, 3))
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         losses.sum().backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.steps.add_(1)
         decay = ((1 + self.age) / (10 + self.age)).clamp(max=self.cfg.window)
         self.age += 1
@@ -837,8 +823,42 @@ class DIPGroup:
     def require(self, finite):
         """RuntimeError if a fit has left the finite numbers."""
         if not finite:
-            raise RuntimeError(f"a DIP fit is not finite after {self.steps} iterations with Adam's "
-                               f"rate {self.cfg.dip_lr:g}")
+            raise RuntimeError(f"a fit is not finite after {self.steps} iterations")
+
+    def mend(self, y, share):
+        """What a look does to members that went astray."""
+
+    def save(self, which):
+        """Remember the members `which` (bool [K]) for `mend`."""
+
+
+class DIPGroup(Group):
+    """K DIPs: z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at every iteration and shared.
+    With Adam; members can go back to where they were saved."""
+
+    def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
+        self.Cz = min(cfg.dip_width, 32)
+        make = Grouped(numbers, cfg.seed)
+        net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True,
+                                          capturable=numbers.is_cuda)
+        self.z = 0.1 * kernels.uniform((len(numbers), self.Cz, H, W), cfg.seed, numbers, 0,
+                                       kernels.DIP_CODE, numbers.device)
+        x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
+        super().__init__(cfg, numbers, net, [self.optimizer], x)
+        self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
+        self.saved = None
+
+    def iterate(self, y, share, A):
+        """One step to y from z under fresh jitter, see `learn`."""
+        jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
+                                kernels.DIP_JITTER, self.z.device)
+        z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
+        self.learn(self.net(z).view_as(self.average), y, share, A)
+
+    def mend(self, y, share):
+        """Members that have collapsed go back."""
+        self.rewind(self.collapsed(self.losses, y, share))
 
     def collapsed(self, losses, y, share):
         """Members whose loss has jumped back half of the way to that of a flat output, bool [K]: at
@@ -1145,7 +1165,8 @@ def generate(cfg, run, nets, fitted, pixels, judge):
 #
 # A DIP rises to a best output and then learns the noise. What stops it must not see the truth, and
 # what it is fitted to must not be the judge: y = A x + sigma n is split once; one half is fitted,
-# the other half judges. Only `Follow` is given the truth.
+# the other half judges. Only `Follow` is given the truth. What is fitted is a DIP or, to denoise
+# what has pixels enough to learn from, a `Denoiser`.
 
 def split(y, given, sigma, alpha, numbers, replicas, seed):
     """y [n, ...] with noise sigma -> (y_plus, y_minus), [n M, ...]: for each image M replicas
@@ -1172,6 +1193,18 @@ def noise_level(y):
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     d = (y[..., ::2, ::2] - y[..., 1::2, ::2] - y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 2
     return d.flatten(1).abs().median(1).values / 0.6745
+
+
+def noise_correlation(y):
+    """How alike the noise of neighbouring pixels is in y [n, C, H, W]: their covariance over their
+    variance in the tenth of all blocks of 8 x 8 that vary least, float32 [n]. 0 where noise is
+    independent; 0.2 and more after a camera's or JPEG's filters."""
+    blocks = y.unfold(2, 8, 8).unfold(3, 8, 8).flatten(1, 3)  # [n, blocks, 8, 8]
+    blocks = blocks - blocks.mean((2, 3), keepdim=True)
+    variance = blocks.square().mean((2, 3))
+    flat = variance <= variance.kthvalue(-(-variance.shape[1] // 10), 1, keepdim=True).values
+    alike = [(blocks.roll(1, axis) * blocks).narrow(axis, 1, 7).mean((2, 3)) for axis in (2, 3)]
+    return (sum(alike) / 2 * flat).sum(1) / (variance * flat).sum(1).clamp(min=1e-12)
 
 
 class Halves(NamedTuple):
@@ -1276,7 +1309,7 @@ def fit_guided(cfg, known, numbers, track=untracked, look=unseen, make=DIPGroup)
         if i % CHECK and i < cfg.dip_iters:
             continue
         # a look at what the replicas' mean is worth
-        group.rewind(group.collapsed(group.losses, half.y_plus, half.fitted))
+        group.mend(half.y_plus, half.fitted)
         x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
         result.add(fitting, x, risk, half, M)
@@ -1294,6 +1327,82 @@ def fit_guided(cfg, known, numbers, track=untracked, look=unseen, make=DIPGroup)
     early = (result.weight == 0).view(n, 1, 1, 1)
     x = torch.where(early, group.average.view(n, M, C, H, W).mean(1), result.x)
     return x, torch.where(fitting, i, took)
+
+
+class Denoiser(nn.Module):
+    """What K networks take for the noise of K pictures: five 3x3 convolutions, 32 channels wide.
+    More of them, or a wider view, learn a picture's own noise the sooner. [K, C, H, W] -> the
+    same."""
+
+    def __init__(self, make, channels, width=32):
+        super().__init__()
+        sizes = [channels, *[width] * 4, channels]
+        self.layers = nn.ModuleList(make.conv(a, b, 3) for a, b in zip(sizes, sizes[1:]))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, u, turned):
+        h = u.flatten(0, 1)[None].contiguous(memory_format=torch.channels_last)  # [1, K C, H, W]
+        for layer in self.layers[:-1]:
+            h = F.leaky_relu(layer(h, turned), 0.1)
+        return self.layers[-1](h, turned).contiguous().view_as(u)
+
+
+DENOISER_ITERS, DENOISER_RATE, INNER = 500, 1e-2, 0.8  # INNER is a, below
+
+
+def denoises(cfg, sigma, H, W):
+    """Whether networks can learn from a picture: they cannot fill nor enlarge, and need more pixels
+    than a digit has."""
+    return cfg.task == "denoise" and sigma and max(H, W) > 64
+
+
+class Denoisers(Group):
+    """K networks, each of which learns from its one picture as a DDPM does, by noise that is drawn
+    for it, afresh in every iteration. y_plus = x + s e is noised as it was split: u = y_plus + a s
+    e' is what the network sees and v = y_plus - s e' / a what it should say, whose noises are
+    independent: E[(e + a e')(e - e' / a)] = 1 - 1 (Pang et al. 2021, Recorrupted-to-Recorrupted).
+    The least squares to v are then, but for a constant, those to x. The
+    networks' kernels are mirrored and transposed at random, all alike, which is as good as to do
+    that to the pictures. With Muon and Adam, half a cosine over cfg.dip_iters."""
+
+    def __init__(self, cfg, numbers, C, H, W, dtype, level):
+        self.level = level  # s, the noise of y_plus
+        net = Denoiser(Grouped(numbers, cfg.seed), C).to(dtype)
+        self.rate = torch.zeros((), device=numbers.device)
+        inner = [layer.weight for layer in net.layers[1:-1]]
+        rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
+        optimizers = [Muon(inner, self.rate, len(numbers)), torch.optim.Adam(
+            rest, self.rate, fused=True, capturable=numbers.is_cuda)]
+        x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
+        super().__init__(cfg, numbers, net, optimizers, x)
+
+    def iterate(self, y, share, A):
+        """One step from u to v, see `learn`."""
+        eps = self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, self.steps,
+                                          kernels.DIP_JITTER, y.device).to(y.dtype)
+        coins = kernels.uniform((1, 3), self.cfg.seed, 0, self.steps, kernels.DIP_CODE,
+                                y.device)[0] < 0.5
+
+        def turned(weight):  # [K Co, Ci, 3, 3]
+            weight = torch.where(coins[0], weight.flip(2), weight)
+            weight = torch.where(coins[1], weight.flip(3), weight)
+            return torch.where(coins[2], weight.mT, weight)
+
+        self.rate.copy_(0.5 * DENOISER_RATE * (1 + torch.cos(
+            math.pi * self.steps / self.cfg.dip_iters)))
+        u = y + INNER * eps
+        with torch.autocast(y.device.type, torch.bfloat16, self.cfg.precision == "bf16"):
+            noise = self.net(u, turned)
+        self.learn(u - noise, y - eps / INNER, share, A)
+
+
+def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
+    """`fit_guided` of `Denoisers`; beside other arms of fewer iterations than these have."""
+    iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, DENOISER_ITERS)
+    cfg = replace(cfg, dip_iters=iters, window=0.97)
+    make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
+    return fit_guided(cfg, known, numbers, track, look, make)
 
 
 def fit_plain(cfg, known, numbers, track=untracked, look=unseen):
@@ -1367,6 +1476,19 @@ def as_they_came(cfg, y):
     return Measurement(cfg.task, y * mask if cfg.mask else y, mask, sigma)
 
 
+def warn_of_noise(y, estimated):
+    """A line for what sets the noise of one's own pictures y [n, C, H, W] in [0, 1] apart from that
+    which the fit expects, before time is spent."""
+    alike, cut = noise_correlation(y).max(), ((y == 0) | (y == 1)).float().mean()
+    if alike > 0.1:
+        say(f"neighbouring pixels have similar noise (correlation {alike:.2f}), as a camera's and "
+            "JPEG's filters leave it: it will be taken for the picture. To a smaller --size it is "
+            "averaged, and more nearly independent")
+    if cut > 0.1 and estimated:
+        say(f"{cut:.0%} of the values are black or white, where noise is cut off: it is "
+            "underestimated; say --sigma")
+
+
 def observe(cfg, run):
     """Load one's own pictures, or test images and do to them what --task and --sigma say ->
     Config, Observed."""
@@ -1380,11 +1502,14 @@ def observe(cfg, run):
     n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
     cfg = resolve(replace(cfg, sigma=known.sigma), (n, C, H, W))
     networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
-    need = 110 * networks * cfg.dip_width * H * W  # bytes, as measured
+    each = 3100 if denoises(cfg, known.sigma, H, W) else 110 * cfg.dip_width
+    need = each * networks * H * W  # bytes, as measured
     if run.device.type == "cpu" and need > memory():  # where no error would tell
         raise ValueError(f"a fit of {W}x{H} pixels needs about {need / 2**30:.0f} GiB, more than "
                          f"there are here: {LOWER}")
     cfg = run.begin(cfg)
+    if own and denoises(cfg, known.sigma, H, W):
+        warn_of_noise(x, estimated)
     given = f", {known.mask.mean():.0%} given" if cfg.mask else ""
     ends = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
     say(f"data: {images.name}, {n} {cfg.pictures} image{'s' * (n > 1)} of {C}x{H}x{W}; {cfg.task}"
@@ -1407,15 +1532,19 @@ def fit_in_groups(cfg, seen, run, fit, replicas, follow=None):
     return x.clamp(0, 1), took
 
 
-FITS = {"dip": {"dip": fit_guided},  # of each mode {arm: how it is fitted}
-        "guide": {"plain": fit_plain, "split": fit_guided}}
+def fits_of(cfg, known):
+    """{arm: how it is fitted} of --mode guide, or the one of --mode dip."""
+    fits = {"plain": fit_plain, "split": fit_guided}
+    if denoises(cfg, known.sigma, *known.mask.shape[2:]):
+        fits["denoiser"] = fit_denoisers
+    return fits if cfg.mode == "guide" else {"dip": [*fits.values()][-1]}
 
 
 def run_fits(cfg, run):
-    """--mode dip: each image fitted and stopped by its risk. --mode guide: that, called `split`,
-    beside a DIP that nothing stops, `plain`, and its best moment, `oracle`. Where the truth is
-    known PSNR is followed: it rises, peaks, and falls back as a network learns the noise (Ulyanov
-    et al. 2018, section 3)."""
+    """--mode guide: `split`, DIPs that are stopped by their risk, and `denoiser`, of noise in
+    photos, beside a DIP that nothing stops, `plain`, and its best moment, `oracle`. --mode dip: the
+    last of them alone. Where the truth is known PSNR is followed: it rises, peaks, and falls
+    back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
     cfg, seen = observe(cfg, run)
     truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
     rows, curves, shown = [], {}, {} if truth is None else {"truth": truth[:16]}
@@ -1428,7 +1557,7 @@ def run_fits(cfg, run):
 
     add("corrupted", corrupted)
     bound = None  # PSNR of each image at the best moment of a plain DIP
-    for name, fit in FITS[cfg.mode].items():
+    for name, fit in fits_of(cfg, seen.known).items():
         if run.stop:
             continue
         follow = None if truth is None else Follow(truth)
@@ -1659,11 +1788,13 @@ def resolve(cfg, shape=None):
                          "direction")
     small, on_cpu = max(H, W) <= 64, pick_device(cfg.device).type == "cpu"
     # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
-    short = fitting and on_cpu and not small and cfg.dip_iters is None
+    learns = cfg.mode == "dip" and denoises(cfg, cfg.sigma, H, W)
+    short = fitting and on_cpu and not small and not learns and cfg.dip_iters is None
+    iters = 60 if not fitting else DENOISER_ITERS if learns else 1000 if small else 3000
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
     return given(replace(cfg, samples=min(cfg.samples, N)), minutes=10.0 if short else None,
-                 dip_iters=60 if not fitting else 1000 if small else 3000, dip_lr=rate,
+                 dip_iters=iters, dip_lr=rate, replicas=2 if learns else 4,
                  dip_width=16 if small or on_cpu else 128, patience=50 if small else 200,
                  dip_group=64 if small or not fitting else 1)
 

@@ -1938,10 +1938,11 @@ def test_the_oracle_is_each_images_best_look_and_the_curve_keeps_who_has_ended()
     assert follow.when.tolist() == [(10, 50, 60)[k] for k in best.indices]
 
 
-@pytest.mark.parametrize("fit", [dipddpm.fit_plain, dipddpm.fit_guided])
-def test_a_fit_that_leaves_the_finite_numbers_says_so(fit):
+@pytest.mark.parametrize("fit", [dipddpm.fit_plain, dipddpm.fit_guided, dipddpm.fit_denoisers])
+def test_a_fit_that_leaves_the_finite_numbers_says_so(fit, monkeypatch):
     _, known = measured("denoise", 1, 0.1)
-    with pytest.raises(RuntimeError, match="a DIP fit is not finite after .* rate 1e.30"):
+    monkeypatch.setattr(dipddpm, "DENOISER_RATE", 1e30)
+    with pytest.raises(RuntimeError, match="a fit is not finite after [1-9]0? iterations"):
         fit(fit_config(dip_lr=1e30, replicas=2, patience=10), known, torch.arange(1))
 
 
@@ -2271,7 +2272,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     assert (ended.psnr > ended.looks[500] + 1).all() and (ended.when < 400).all()
 
 
-def test_a_look_waits_for_the_device_twice_and_an_iteration_never():
+@pytest.mark.parametrize("fit, waits", [(dipddpm.fit_guided, 1), (dipddpm.fit_denoisers, 0)])
+def test_a_look_waits_for_the_device_twice_and_an_iteration_never(fit, waits):
     (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
     cfg, follow = fit_config(dip_iters=60, replicas=2, patience=20), dipddpm.Follow(truth)
     counts = []
@@ -2282,9 +2284,68 @@ def test_a_look_waits_for_the_device_twice_and_an_iteration_never():
                 yield step
             counts.append(done.waits())
 
-    dipddpm.fit_guided(cfg, known, numbers, track, lambda i, x: follow(i, numbers, x))
-    assert len(counts) >= 20 and max(counts) == 1  # and one tolist, which is no operation here
+    fit(cfg, known, numbers, track, lambda i, x: follow(i, numbers, x))
+    assert len(counts) >= 20 and max(counts) == waits  # and one tolist, which is no operation here
     assert all(count == 0 for i, count in enumerate(counts, 1) if i % dipddpm.CHECK)
+
+
+def test_a_denoisers_input_and_target_are_noised_independently_of_each_other(monkeypatch):
+    x, numbers, seen = random_images(40, 1, 16, 16), torch.arange(40), []
+    level = 0.3 * math.sqrt(1 + 0.35**2)
+    plus, _ = dipddpm.split(x + 0.3 * kernels.normal(x.shape, 9, 0, 0, 0), torch.ones_like(x), 0.3,
+                            0.35, numbers, 1, 0)
+    group = dipddpm.Denoisers(fit_config(dip_iters=100), numbers, 1, 16, 16, x.dtype, level)
+    monkeypatch.setattr(group, "learn", lambda *given: seen.append(given) or group.steps.add_(1))
+    for _ in range(3):
+        group.iterate(plus, None, None)
+    u, v = (torch.stack([given[k] for given in seen]).detach() - x for k in (0, 1))  # net is 0 yet
+    a = dipddpm.INNER
+    assert u.std() == pytest.approx(level * math.sqrt(1 + a**2), rel=0.03)
+    assert v.std() == pytest.approx(level * math.sqrt(1 + 1 / a**2), rel=0.03)
+    each = (u * v).mean(dim=(1, 2, 3, 4)) / (u.std() * v.std())
+    assert each.abs().max() < 0.03  # in every iteration
+    shared = (u + a**2 * v) / (1 + a**2)  # y_plus
+    torch.testing.assert_close(shared[0], shared[2], atol=1e-5, rtol=0)
+    assert not torch.equal(u[0], u[1])
+    assert group.rate == pytest.approx(dipddpm.DENOISER_RATE * dipddpm.half_cosine(2, 100))
+
+
+def test_denoisers_are_turned_in_eight_ways_as_if_their_picture_were(monkeypatch):
+    group = dipddpm.Denoisers(fit_config(dip_iters=100), torch.arange(2), 3, 12, 16, torch.float32,
+                              0.0)
+    torch.nn.init.normal_(group.net.layers[-1].weight)
+    y, outputs = random_images(2, 3, 12, 16), []
+    monkeypatch.setattr(group, "learn", lambda x, *_: outputs.append(x) or group.steps.add_(1))
+    for _ in range(40):
+        group.iterate(y, None, None)
+
+    ways = []
+    for axes, transposed in itertools.product(((), (2,), (3,), (2, 3)), (False, True)):
+        x = (y.mT if transposed else y).flip(axes)
+        noise = group.net(x, lambda weight: weight).flip(axes)
+        want = y - (noise.mT if transposed else noise)
+        ways.append(sum(torch.allclose(x, want, atol=1e-5) for x in outputs))
+    assert sum(ways) == 40 and min(ways) > 0
+
+
+def test_denoisers_are_told_the_noise_of_the_half_that_they_see(monkeypatch):
+    (_, known), told = measured("denoise", 1, 0.2), []
+    monkeypatch.setattr(dipddpm, "Denoisers", lambda *_, level: told.append(level))
+    monkeypatch.setattr(dipddpm, "fit_guided", lambda *given: given[-1]())
+    dipddpm.fit_denoisers(fit_config(alpha=0.5), known, torch.arange(1))
+    assert told == [pytest.approx(0.2 * 1.25**0.5)]
+
+
+def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
+    x = torch.linspace(0, 40, 64, dtype=torch.float64)  # in which rounding stays small
+    x = 0.5 + 0.3 * torch.sin(x) * torch.cos(x[:, None] / 2) * torch.ones(2, 1, 1, 1)
+    known = dipddpm.corrupt(fit_config(), "denoise", x, 0.2, torch.arange(2))
+    cfg = fit_config(64, replicas=2, dip_iters=60)
+    made, took = dipddpm.fit_denoisers(cfg, known, torch.arange(2))
+    gain = measures.psnr(made.clamp(0, 1), x) - measures.psnr(known.y.clamp(0, 1), x)
+    assert (gain > 6).all() and took.tolist() == [60, 60]
+    alone, _ = dipddpm.fit_denoisers(cfg, known.part([1]), torch.arange(1, 2))
+    torch.testing.assert_close(alone, made[1:], atol=1e-6, rtol=0)
 
 
 def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs():
@@ -2332,6 +2393,37 @@ def test_noise_level_is_found_in_flat_images():
     for H, W in ((63, 58), (58, 63)):  # an odd last row or column is left out
         odd, even = noise[..., :H, :W], noise[..., :H // 2 * 2, :W // 2 * 2]
         assert torch.equal(dipddpm.noise_level(odd), dipddpm.noise_level(even))
+
+
+def test_noise_of_neighbours_is_alike_or_not_whatever_the_picture():
+    x = 0.5 + 0.1 * torch.sin(torch.arange(72) / 12)[:, None] * torch.ones(4, 3, 72, 80)
+    x[..., 40:] = random_images(4, 3, 72, 40)  # a part with the noise's own texture
+    noise = kernels.normal((4, 3, 73, 81), 3, torch.arange(4), 0, 0)
+    box = F.avg_pool2d(noise, 2, 1)  # neighbours share half
+    for level in 0.05, 0.2:
+        assert dipddpm.noise_correlation(x + level * noise[..., 1:, 1:]).abs().max() < 0.06
+        alike = dipddpm.noise_correlation(x + level * box)
+        assert ((0.3 < alike) & (alike < 0.5)).all()
+    across = dipddpm.noise_correlation(x + 0.1 * (noise[..., 1:, 1:] + noise[..., 1:, :-1]))
+    assert across.mean() == pytest.approx(0.2, abs=0.05)  # below 0.5 one way, 0 the other
+    assert (dipddpm.noise_correlation(torch.zeros(2, 1, 9, 8)) == 0).all()
+
+
+@pytest.mark.parametrize("shared, cut, sigma, said", [
+    (0.0, 0.0, None, ""), (1.0, 0.0, None, "similar noise (correlation 0.39)"),
+    (0.0, 0.3, None, "30% of the values are black"), (0.0, 0.3, 0.1, "")])
+def test_a_photos_noise_is_doubted_before_it_is_fitted(shared, cut, sigma, said, tmp_path, capsys):
+    noise = torch.randn(1, 3, 81, 81, generator=torch.Generator().manual_seed(0))
+    noise = F.avg_pool2d(noise, 2, 1) * 2 if shared else noise[..., 1:, 1:]
+    x = 0.5 + 0.1 * noise
+    x[..., :round(cut * 80), :] = 0
+    measures.save_png(measures.grid(x.clamp(0, 1), pad=0), tmp_path / "photo.png")
+    more = {} if sigma is None else {"sigma": sigma}
+    run("dip", tmp_path / "r", data=tmp_path / "photo.png", dip_iters=1, **more)
+    out = capsys.readouterr().out
+    doubts = [line for line in out.splitlines() if "similar noise" in line or "black or" in line]
+    assert len(doubts) == bool(said) and all(said in line for line in doubts)
+    assert not doubts or out.index(doubts[0]) < out.index("data: ")
 
 
 # ------------------------------------------------------------------ whole runs
@@ -2443,17 +2535,20 @@ def test_the_newest_run_is_sampled_without_data_whatever_the_batch(whole_run, tm
     assert all(np.abs(np.asarray(sheet, float) - want).max() <= 1 for sheet in sheets)
 
 
-@pytest.mark.parametrize("task, sigma", [("denoise", 0.3), ("inpaint", 0)])
-def test_guide_compares_its_arms(task, sigma, tmp_path):
-    result = run("guide", tmp_path / "g", task=task, sigma=sigma, **FIT)
+@pytest.mark.parametrize("task, sigma, size, arms", [
+    ("denoise", 0.3, 28, ["corrupted", "plain", "oracle", "split"]),
+    ("denoise", 0.3, 65, ["corrupted", "plain", "oracle", "split", "denoiser"]),
+    ("inpaint", 0, 65, ["corrupted", "plain", "oracle", "split"])])
+def test_guide_compares_its_arms(task, sigma, size, arms, tmp_path):
+    result = run("guide", tmp_path / "g", task=task, sigma=sigma, size=size, **FIT)
     rows = {row["name"]: row for row in result["arms"]}
-    assert list(rows) == ["corrupted", "plain", "oracle", "split"]
+    assert list(rows) == arms
     assert (result["data"]["train"], result["data"]["test"]) == (0, 1)
     bound = rows["plain"]["psnr_oracle"]
     assert rows["oracle"]["psnr"] == pytest.approx(bound, abs=2e-3)
     assert rows["plain"]["iterations"] == 60 >= rows["oracle"]["iterations"]
-    for name, networks in ("plain", 1), ("split", 2):
-        row = rows[name]
+    for name, row in list(rows.items())[1:2] + list(rows.items())[3:]:
+        networks = 1 if name == "plain" else 2
         assert row["network_steps"] == networks * row["iterations"]
         assert row["gap"] == pytest.approx(bound - row["psnr"], abs=2e-3)
         # of one image the best look can be read off the curve
@@ -2576,10 +2671,12 @@ def test_a_photo_on_a_cpu_ends_in_minutes_unless_its_iterations_are_said(monkeyp
         cfg = dipddpm.resolve(config(mode="dip", **said), (3, 3, size, size))
         return cfg.minutes, cfg.dip_iters, cfg.dip_width, cfg.dip_group
 
-    assert resolved(64) == (None, 1000, 16, 64) and resolved(65) == (10, 3000, 16, 1)
-    assert resolved(65, dip_iters=70)[:2] == (None, 70) and resolved(65, minutes=3.0)[0] == 3
+    assert resolved(64) == (None, 1000, 16, 64) and resolved(65) == (None, 500, 16, 1)
+    assert resolved(65, task="sr") == (10, 3000, 16, 1)
+    assert resolved(65, task="sr", dip_iters=70)[:2] == (None, 70)
+    assert resolved(65, task="sr", minutes=3.0)[0] == 3
     monkeypatch.setattr(dipddpm, "pick_device", lambda name: torch.device("cuda"))
-    assert resolved(65) == (None, 3000, 128, 1)
+    assert resolved(65, task="sr") == (None, 3000, 128, 1)
 
 
 # ---- misuse and damage ---------------------------------------------------------------------------
@@ -2811,11 +2908,13 @@ GOLDEN = {
     "y+, y-": (0.6972, 0.9161),
     "risk of a flat output": (0.1537, 0.09205),
     "split, and iterations": (0.09638, 30, 100),
+    "denoiser, and iterations": (0.1164, 30, 50),
     "t_start": (600, 600, 600, 600),
     "samples": (1000, 16, 16, 64),
     "dip_width": (16, 16, 16, 16),
     "dip_iters": (60, 1000, 3000, 60),
     "sigma": (0.1, 0.1),
+    "replicas": (4, 4, 4, 4),
     "bridge_start": (600, 600, 600, 600),
     "dip_lr": (0.01, 0.05, 0.01, 0.01),
     "dip_group": (64, 64, 1, 64),
@@ -2862,8 +2961,9 @@ def golden():
     found["noise level"] = dipddpm.noise_level(known.y).tolist()
     found["y+, y-"] = [rms(half.y_plus), rms(half.y_minus)]
     found["risk of a flat output"] = half.risk(torch.full_like(half.y_minus, 0.5), 2).tolist()
-    end, took = dipddpm.fit_guided(cfg, known, numbers)
-    found["split, and iterations"] = [rms(end - x), *took.tolist()]
+    for name, fit in ("split", dipddpm.fit_guided), ("denoiser", dipddpm.fit_denoisers):
+        end, took = fit(cfg, known, numbers)
+        found[f"{name}, and iterations"] = [rms(end - x), *took.tolist()]
     # what a run takes where nothing is said
     given = [dipddpm.resolve(config(mode=mode), (5000, 1, size, size)) for mode, size in RUNS]
     for f in dataclasses.fields(dipddpm.Config):

@@ -1,21 +1,17 @@
-"""Noisy photos: DIPs that are stopped by their risk beside networks that learn from the picture
-itself, as a DDPM learns, and non-local means.
+"""Noisy photos: what --mode dip makes of them, beside DIPs and what people use.
 
-    python -m studies.photos PHOTO... --crop 128 --sigma 0.098 --seeds 0,1,2 --out FILE.json
+    python -m studies.photos PHOTO... --crop 256 --sigma 0.098 --seeds 0,1,2 --out FILE.json
 
-y_plus = x + s e, the half that is fitted, is noised as y was split, afresh in every iteration: the
-network sees u = y_plus + a s e' and is to say v = y_plus - s e' / a, whose noises are independent
-(Pang et al. 2021, Recorrupted-to-Recorrupted). The other half, y_minus, judges, as in the method.
+`split` is a DIP that is stopped by its risk, `plain` a DIP at its best moment, which only the truth
+can tell. CBM3D needs the package bm3d, which is free for research only.
 """
 
-import functools
+import itertools
 import json
-import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -25,69 +21,6 @@ from skimage.restoration import denoise_nl_means  # of the tests' packages
 import data
 import dipddpm
 import eval as measure
-import kernels
-
-ITERS, RATE, INNER = 300, 1e-2, 0.5  # iterations; Muon's peak rate and Adam's; a
-
-
-class Denoiser(nn.Module):
-    """What K networks take for the noise of K pictures: six 3x3 convolutions, 32 channels wide.
-    [K, C, H, W] -> [K, C, H, W]."""
-
-    def __init__(self, make, channels, width=32):
-        super().__init__()
-        sizes = [channels, *[width] * 5, channels]
-        self.layers = nn.ModuleList(make.conv(a, b, 3) for a, b in zip(sizes, sizes[1:]))
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
-
-    def forward(self, u):
-        h = u.flatten(0, 1)[None]  # [1, K C, H, W]
-        for layer in self.layers[:-1]:
-            h = F.leaky_relu(layer(h), 0.1)
-        return self.layers[-1](h).view_as(u)
-
-
-class Denoisers(dipddpm.DIPGroup):
-    """K networks, each of which learns from its one picture: to denoise alone, and on a CPU. The
-    pictures are mirrored half of the time in each direction, all K alike. `level` is s; Muon and
-    Adam, half a cosine over cfg.dip_iters."""
-
-    def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32, *, level):
-        super().__init__(replace(cfg, dip_width=1), numbers, C, H, W, dtype)  # its DIPs are unused
-        self.level, self.rate = level, torch.zeros((), device=numbers.device)
-        self.net = Denoiser(dipddpm.Grouped(numbers, cfg.seed), C).to(dtype)
-        inner = [layer.weight for layer in self.net.layers[1:-1]]
-        rest = [p for p in self.net.parameters() if all(p is not weight for weight in inner)]
-        both = (dipddpm.Muon(inner, self.rate, self.K), torch.optim.Adam(rest, self.rate))
-        self.optimizer = SimpleNamespace(zero_grad=self.net.zero_grad,
-                                         step=lambda: [each.step() for each in both])
-
-    def iterate(self, y, share, A):
-        """One step from u to v, see `dipddpm.DIPGroup.learn`."""
-        eps = self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, self.steps,
-                                          kernels.DIP_JITTER, y.device).to(y.dtype)
-        flips = kernels.uniform((1, 2), self.cfg.seed, 0, self.steps, kernels.DIP_CODE,
-                                y.device)[0] < 0.5
-
-        def mirrored(x):
-            return x.flip([axis for flip, axis in zip(flips, (2, 3)) if flip])
-
-        self.rate.fill_(RATE * dipddpm.half_cosine(self.steps.item(), self.cfg.dip_iters))
-        u = y + INNER * eps
-        self.learn(u - mirrored(self.net(mirrored(u))), y - eps / INNER, share, A)
-
-    def save(self, which):
-        """No network here has forgotten all that it had learned: none goes back."""
-
-    def collapsed(self, losses, y, share):
-        return torch.zeros_like(self.age, dtype=torch.bool)
-
-
-def fit_denoisers(cfg, known, numbers):
-    """`dipddpm.fit_guided` of `Denoisers`: outputs [n, C, H, W] and iterations [n]."""
-    make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
-    return dipddpm.fit_guided(replace(cfg, window=0.97), known, numbers, make=make)
 
 
 def nlm(cfg, known, numbers):
@@ -98,47 +31,98 @@ def nlm(cfg, known, numbers):
     return torch.stack([torch.tensor(x).permute(2, 0, 1) for x in made]), torch.zeros(len(made))
 
 
-ARMS = {"nlm": (nlm, 1), "denoiser": (fit_denoisers, ITERS),
-        "split": (dipddpm.fit_guided, 1000)}  # and iterations, at most
+def cbm3d(cfg, known, numbers):
+    """Block matching and 3D filtering (Dabov et al. 2007), its authors' package."""
+    from bm3d import bm3d_rgb
+    made = [torch.tensor(bm3d_rgb(y.permute(1, 2, 0).double().numpy(), known.sigma))
+            for y in known.y]
+    return torch.stack(made).permute(0, 3, 1, 2).float(), torch.zeros(len(made))
+
+
+def zs_n2n(cfg, known, numbers):
+    """Zero-shot Noise2Noise (Mansour & Heckel 2023): a small network learns one half-sized picture
+    from another, of the other diagonals' means, and to do the same before as after halving."""
+    torch.manual_seed(cfg.seed)
+    C, made = known.y.shape[1], []
+    for y in known.y.contiguous(memory_format=torch.channels_last).split(1):
+        layers = (nn.Conv2d(C, 48, 3, padding=1), nn.LeakyReLU(0.2),
+                  nn.Conv2d(48, 48, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(48, C, 1))
+        net = nn.Sequential(*layers)
+        adam = torch.optim.Adam(net.parameters(), 1e-3)
+        slower = torch.optim.lr_scheduler.StepLR(adam, cfg.dip_iters // 2, 0.5)
+        for _ in range(cfg.dip_iters):
+            halves, ends = diagonals(y), diagonals(y - net(y))
+            guesses = [half - net(half) for half in halves]
+            adam.zero_grad()
+            sum(F.mse_loss(guess, other) + F.mse_loss(guess, end)
+                for guess, other, end in zip(guesses, halves[::-1], ends)).backward()
+            adam.step()
+            slower.step()
+        with torch.no_grad():
+            made.append((y - net(y)).contiguous())
+    return torch.cat(made), torch.full((len(made),), cfg.dip_iters)
+
+
+def diagonals(x):
+    """The means of either diagonal of x's blocks of 2x2 [n, C, H, W]: two of [n, C, H/2, W/2]."""
+    a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
+    return (b + c) / 2, (a + d) / 2
+
+
+def plain(cfg, known, numbers, truth):
+    """Each picture's best look at a DIP that nothing stops."""
+    follow = dipddpm.Follow(truth)
+    dipddpm.fit_plain(cfg, known, numbers, look=lambda i, x: follow(i, numbers, x))
+    return follow.best, follow.when
+
+
+ARMS = {"nlm": (nlm, 1), "cbm3d": (cbm3d, 1), "zs-n2n": (zs_n2n, 2000),  # and iterations, at most
+        "denoiser": (dipddpm.fit_denoisers, dipddpm.DENOISER_ITERS),
+        "split": (dipddpm.fit_guided, 1000), "plain": (plain, 1000)}
 
 
 def rows_of(args):
-    """A row for each photo, seed and arm: dB, SSIM, iterations, seconds of all cores."""
-    for path in args.photos:
+    """A row for each noise, seed, photo and arm: dB, SSIM, iterations, seconds of all cores."""
+    for sigma, seed, path in itertools.product(args.sigma, args.seeds, args.photos):
         x = data.load(str(path), split="all", limit=1, crop=args.crop).pixels.float() / 255
-        for seed in args.seeds:
-            cfg = dipddpm.check(dipddpm.resolve(dipddpm.Config(
-                mode="dip", data=str(path), seed=seed, sigma=args.sigma, pictures="test",
-                dip_iters=args.iters, replicas=args.replicas, dip_width=args.dip_width), x.shape))
-            numbers = torch.arange(1)
-            known = dipddpm.corrupt(cfg, "denoise", x, args.sigma, numbers)
-            for arm in args.arms:
-                fit, iters = ARMS[arm]
-                began = time.process_time()
-                made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers)
-                row = {"photo": path.stem, "crop": args.crop, "sigma": args.sigma, "seed": seed,
-                       "arm": arm, "replicas": args.replicas, "dip_width": args.dip_width,
-                       "seconds": time.process_time() - began, "iterations": int(took[0])}
-                shown = {"truth": x, "noisy": known.y.clamp(0, 1), arm: made.clamp(0, 1)}
-                measure.draw(args.out.with_name(f"{args.out.stem}-{path.stem}-{seed}-{arm}.png"),
-                             arm, shown)
-                yield row | measure.measures(made.clamp(0, 1), x)
+        cfg = dipddpm.check(dipddpm.resolve(dipddpm.Config(
+            mode="dip", data=str(path), seed=seed, sigma=sigma, pictures="test",
+            precision=args.precision, dip_iters=args.iters, replicas=args.replicas,
+            dip_width=args.dip_width), x.shape))
+        numbers = torch.arange(1)
+        known = dipddpm.corrupt(cfg, "denoise", x, sigma, numbers)
+        for arm in args.arms:
+            fit, iters = ARMS[arm]
+            truth = (x,) * (fit is plain)
+            began = time.process_time()
+            made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers, *truth)
+            row = {"photo": path.stem, "crop": args.crop, "sigma": sigma, "seed": seed, "arm": arm,
+                   "replicas": args.replicas, "dip_width": args.dip_width,
+                   "seconds": time.process_time() - began, "iterations": int(took[0])}
+            made = made.clamp(0, 1)
+            name = f"{args.out.stem}-{path.stem}-{sigma:g}-{seed}-{arm}.png"
+            shown = {"noisy": known.y.clamp(0, 1), arm: made, "what is gone": known.y - made + 0.5}
+            measure.draw(args.out.with_name(name), arm, {"truth": x} | {
+                caption: picture.clamp(0, 1) for caption, picture in shown.items()})
+            yield row | measure.measures(made, x)
 
 
 def main(argv=None):
     p = dipddpm.OneLineParser(prog="studies.photos", description=__doc__.splitlines()[0])
     p.add_argument("photos", nargs="+", type=Path)
     p.add_argument("--out", type=Path, required=True, help="a JSON file; pictures beside it")
-    p.add_argument("--arms", type=dipddpm.listed(str), default=tuple(ARMS))
+    p.add_argument("--arms", type=dipddpm.listed(str), default=("nlm", "denoiser"))
     p.add_argument("--crop", type=int)
-    p.add_argument("--sigma", type=float, default=25 / 255)
+    p.add_argument("--sigma", type=dipddpm.listed(float), default=(25 / 255,))
     p.add_argument("--seeds", type=dipddpm.listed(int), default=(0,))
     p.add_argument("--replicas", type=int, default=2)
-    p.add_argument("--iters", type=int, help="of each fit (denoiser 300, split 1000)")
+    p.add_argument("--iters", type=int, help="of each fit, at most (zs-n2n 2000, denoiser 500, "
+                   "DIPs 1000)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     p.add_argument("--dip-width", type=int, default=32)
     args = p.parse_args(argv)
-    if args.sigma <= 0:
-        p.error(f"--sigma must be more than 0, not {args.sigma:g}")
+    if min(args.sigma) <= 0:
+        p.error(f"--sigma must be more than 0, not {min(args.sigma):g}")
     if unknown := set(args.arms) - set(ARMS):
         p.error(f"--arms: {', '.join(sorted(unknown))}: want some of {', '.join(ARMS)}")
     dipddpm.keep_freed_memory()

@@ -889,71 +889,20 @@ def test_candidates_draw_what_they_say():
 # ------------------------------------------------------------------ photos
 
 
-def test_a_denoisers_input_and_target_are_noised_independently_of_each_other(monkeypatch):
-    x, numbers, seen = random_images(40, 1, 16, 16), torch.arange(40), []
-    level = 0.3 * math.sqrt(1 + 0.35**2)
-    plus, _ = dipddpm.split(x + 0.3 * kernels.normal(x.shape, 9, 0, 0, 0), torch.ones_like(x), 0.3,
-                            0.35, numbers, 1, 0)
-    group = photos.Denoisers(config(mode="dip", dip_iters=100), numbers, 1, 16, 16, level=level)
-    monkeypatch.setattr(group, "learn", lambda *given: seen.append(given) or group.steps.add_(1))
-    for _ in range(3):
-        group.iterate(plus, None, None)
-    u, v = (torch.stack([given[k] for given in seen]).detach() - x for k in (0, 1))  # net is 0 yet
-    a = photos.INNER
-    assert u.std() == pytest.approx(level * math.sqrt(1 + a**2), rel=0.03)
-    assert v.std() == pytest.approx(level * math.sqrt(1 + 1 / a**2), rel=0.03)
-    each = (u * v).mean(dim=(1, 2, 3, 4)) / (u.std() * v.std())
-    assert each.abs().max() < 0.03  # in every iteration
-    shared = (u + a**2 * v) / (1 + a**2)  # y_plus
-    torch.testing.assert_close(shared[0], shared[2], atol=1e-5, rtol=0)
-    assert not torch.equal(u[0], u[1])
-    assert group.rate == pytest.approx(photos.RATE * dipddpm.half_cosine(2, 100))
-
-
-def test_denoisers_see_their_picture_mirrored_and_answer_as_it_lies(monkeypatch):
-    group = photos.Denoisers(config(mode="dip", dip_iters=100), torch.arange(2), 3, 16, 16, level=0)
-    y, inputs, outputs = random_images(2, 3, 16, 16), [], []
-    group.net.forward = lambda u: inputs.append(u) or 0.25 * u  # an answer that lies as it was seen
-    monkeypatch.setattr(group, "learn", lambda x, *_: outputs.append(x) or group.steps.add_(1))
-    for _ in range(40):
-        group.iterate(y, None, None)
-    assert all(torch.allclose(x, 0.75 * y) for x in outputs)
-    ways = [sum(torch.equal(u, y.flip(axes)) for u in inputs)
-            for axes in ((), (2,), (3,), (2, 3))]
-    assert sum(ways) == 40 and min(ways) > 3
-
-
-def test_denoisers_are_told_the_noise_of_the_half_that_they_see(monkeypatch):
-    known, told = corrupted(random_images(1, 1, 8, 8), "denoise", 0.2), []
-    monkeypatch.setattr(photos, "Denoisers", lambda *_, level: told.append(level))
-    monkeypatch.setattr(dipddpm, "fit_guided", lambda cfg, known, numbers, make: make())
-    photos.fit_denoisers(config(mode="dip", alpha=0.5), known, torch.arange(1))
-    assert told == [pytest.approx(0.2 * 1.25**0.5)]
-
-
-def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
-    x = torch.linspace(0, 40, 64, dtype=torch.float64)  # in which rounding stays small
-    x = 0.5 + 0.3 * torch.sin(x) * torch.cos(x[:, None] / 2) * torch.ones(2, 1, 1, 1)
-    known = dipddpm.corrupt(config(), "denoise", x, 0.2, torch.arange(2))
-    cfg = config((1, 64, 64), mode="dip", sigma=0.2, replicas=2, dip_iters=60)
-    made, took = photos.fit_denoisers(cfg, known, torch.arange(2))
-    gain = measures.psnr(made.clamp(0, 1), x) - measures.psnr(known.y.clamp(0, 1), x)
-    assert (gain > 6).all() and took.tolist() == [60, 60]
-    alone, _ = photos.fit_denoisers(cfg, known.part([1]), torch.arange(1, 2))
-    torch.testing.assert_close(alone, made[1:], atol=1e-6, rtol=0)
-
-
 def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, capsys):
     x = (torch.linspace(0, 255, 40)[:, None] * torch.ones(3, 40, 40)).to(torch.uint8)
     measures.save_png(measures.grid(x[None].float() / 255, pad=0), tmp_path / "photo.png")
-    flags = [tmp_path / "photo.png", "--iters", 20, "--dip-width", 4, "--sigma", 0.1]
+    flags = [tmp_path / "photo.png", "--iters", 20, "--dip-width", 4, "--sigma", 0.1,
+             "--arms", "nlm,zs-n2n,denoiser,split,plain"]
     status, _, err = run_main(photos.main, [*flags, "--out", tmp_path / "o" / "rows.json"], capsys)
     assert status == 0, err
     rows = json.loads((tmp_path / "o" / "rows.json").read_text())
-    assert [row["arm"] for row in rows] == ["nlm", "denoiser", "split"]
+    assert [row["arm"] for row in rows] == ["nlm", "zs-n2n", "denoiser", "split", "plain"]
     assert all(row["seconds"] > 0 and row["psnr"] > 5 and row["ssim"] <= 1 for row in rows)
-    assert rows[0]["psnr"] > 25 and rows[1]["psnr"] > 20.5  # which is what noise of 0.1 leaves
-    assert rows[1]["iterations"] == 20 and (tmp_path / "o" / "rows-photo-0-denoiser.png").exists()
+    noisy, better = 20.5, [row["psnr"] for row in rows[:3]]
+    assert better[0] > 25 and min(better) > noisy
+    assert rows[2]["iterations"] == 20
+    assert (tmp_path / "o" / "rows-photo-0.1-0-denoiser.png").exists()
     for more, message in ((["--arms", "best"], "best: want some of nlm"), ([], "none.png"),
                           (["--sigma", 0], "--sigma must be more than 0"),
                           (["--replicas", 0], "--replicas must be at least 1")):
