@@ -825,16 +825,10 @@ class Group:
         if not finite:
             raise RuntimeError(f"a fit is not finite after {self.steps} iterations")
 
-    def mend(self, y, share):
-        """What a look does to members that went astray."""
-
-    def save(self, which):
-        """Remember the members `which` (bool [K]) for `mend`."""
-
 
 class DIPGroup(Group):
     """K DIPs: z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at every iteration and shared.
-    With Adam; members can go back to where they were saved."""
+    With Adam."""
 
     def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
         self.Cz = min(cfg.dip_width, 32)
@@ -846,8 +840,6 @@ class DIPGroup(Group):
                                        kernels.DIP_CODE, numbers.device)
         x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
         super().__init__(cfg, numbers, net, [self.optimizer], x)
-        self.low = torch.full_like(self.age, math.inf)  # each one's least loss at a look
-        self.saved = None
 
     def iterate(self, y, share, A):
         """One step to y from z under fresh jitter, see `learn`."""
@@ -855,48 +847,6 @@ class DIPGroup(Group):
                                 kernels.DIP_JITTER, self.z.device)
         z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
         self.learn(self.net(z).view_as(self.average), y, share, A)
-
-    def mend(self, y, share):
-        """Members that have collapsed go back."""
-        self.rewind(self.collapsed(self.losses, y, share))
-
-    def collapsed(self, losses, y, share):
-        """Members whose loss has jumped back half of the way to that of a flat output, bool [K]: at
-        a large rate a network sometimes forgets all that it has learned."""
-        flat = (y * share).sum(dim=(1, 2, 3), keepdim=True)
-        flat = ((y - flat).square() * share).sum(dim=(1, 2, 3))  # a flat output's loss
-        back = (self.low < flat) & (losses > (self.low + flat) / 2)
-        self.low = torch.where(back, self.low, torch.minimum(self.low, losses))
-        return back
-
-    def state(self):
-        """Weights, Adam's memory of them and averages as views [K, ...], a row a member."""
-        memory = self.optimizer.state
-        return [x.view(self.K, -1) for p in self.net.parameters()
-                for x in (p.data, memory[p]["exp_avg"], memory[p]["exp_avg_sq"])] + [
-                    self.average.view(self.K, -1), self.age.view(self.K, -1)]
-
-    def save(self, which):
-        """Remember the members `which` (bool [K]) as they are now; at the first call, all."""
-        if self.saved is None:
-            self.saved = [x.clone() for x in self.state()]
-            self.saved_at = torch.zeros_like(self.age)
-        for kept, now in zip(self.saved, self.state()):
-            torch.where(which[:, None], now, kept, out=kept)
-        self.saved_at = torch.where(which, self.steps, self.saved_at)
-
-    def rewind(self, which):
-        """Go back to what was saved. Adam divides its memory m by 1 - beta^steps, and counts steps
-        for all members together. So m becomes m (1 - beta^steps) / (1 - beta^saved_at): after that
-        division it is what it then was."""
-        if not which.any():
-            return
-        for kept, now in zip(self.saved, self.state()):
-            torch.where(which[:, None], kept, now, out=now)
-        for memory in self.optimizer.state.values():
-            for key, beta in zip(("exp_avg", "exp_avg_sq"), self.optimizer.defaults["betas"]):
-                scale = (1 - beta**self.steps.to(self.age)) / (1 - beta**self.saved_at)
-                memory[key].view(self.K, -1).mul_(torch.where(which, scale, 1)[:, None])
 
 
 def untracked(steps, *_):
@@ -1288,8 +1238,7 @@ class LikelyMean:
 def fit_guided(cfg, known, numbers, track=untracked, look=unseen, make=DIPGroup):
     """The stop by the other half: n images x M replicas as one grouped network, which `make` makes,
     fitted until the risk of the replicas' outputs, averaged over iterations, has not fallen for
-    `patience` iterations. A replica that has collapsed to a flat output goes back to where the risk
-    was least.
+    `patience` iterations.
 
     Returns the `LikelyMean` of the outputs at every look [n, C, H, W] and the iterations that each
     image took [n]. `look` is called at each look with the iteration and the outputs; of images
@@ -1309,11 +1258,9 @@ def fit_guided(cfg, known, numbers, track=untracked, look=unseen, make=DIPGroup)
         if i % CHECK and i < cfg.dip_iters:
             continue
         # a look at what the replicas' mean is worth
-        group.mend(half.y_plus, half.fitted)
         x = group.average.view(n, M, C, H, W).mean(1).nan_to_num()
         risk = half.risk(A(group.average), M).nan_to_num(math.inf, math.inf)
         result.add(fitting, x, risk, half, M)
-        group.save((risk < best).repeat_interleave(M))
         since, best = torch.where(risk < best, 0, since + CHECK), torch.minimum(best, risk)
         ends = fitting & (since >= cfg.patience)  # without a lower risk
         fitting, took = fitting & ~ends, torch.where(ends, i, took)

@@ -1972,27 +1972,6 @@ def test_noise_is_the_streams_and_lies_only_where_something_is_seen():
         dipddpm.corrupt(fit_config(), "sr-4", torch.rand(1, 1, 6, 8), 0.0, numbers[:1])
 
 
-def test_a_member_that_goes_back_goes_on_as_if_it_had_never_left():
-    y = measured("denoise", 2)[0].double()
-    share, same = torch.full_like(y, 1 / 64), lambda x: x
-    group, other = (dipddpm.DIPGroup(fit_config(), torch.arange(2), 1, 8, 8, y.dtype)
-                    for _ in range(2))
-    for _ in range(30):
-        group.iterate(y, share, same), other.iterate(y, share, same)
-    group.save(torch.tensor([True, True]))
-    for _ in range(100):
-        group.iterate(y, share, same)
-    group.rewind(torch.tensor([True, False]))
-    before = [p.view(2, -1)[0].clone() for p in group.net.parameters()]
-    assert all(torch.equal(p, q.view(2, -1)[0]) for p, q in zip(before, other.net.parameters()))
-    group.steps.fill_(30)  # the jitter of then
-    group.iterate(y, share, same), other.iterate(y, share, same)
-    step, expected = (torch.cat([p.view(2, -1)[0] - q for p, q in
-                                 zip(g.net.parameters(), before)]) for g in (group, other))
-    assert (step - expected).norm() < 0.1 * expected.norm()
-    assert group.age.tolist() == [31, 131]
-
-
 def test_draws_of_one_stream_have_numbers_of_their_own():
     for names in ("MASK_DRAW", "HELD_DRAW", "SPLIT_DRAW"), ("CENTRE_DRAW", "CODE_DRAW"):
         assert len({0, *(getattr(dipddpm, name) for name in names)}) == 1 + len(names)
@@ -2200,7 +2179,7 @@ def test_without_noise_each_replica_judges_by_a_tenth_that_it_alone_is_not_fitte
 def stopped_by_hand(cfg, known, number):
     """`fit_guided` of one image in a plain loop: its result and iterations."""
     M = cfg.replicas
-    replicas, every = number * M + torch.arange(M), torch.ones(M, dtype=torch.bool)
+    replicas = number * M + torch.arange(M)
     half = (dipddpm.halves if known.sigma else dipddpm.held_out)(cfg, known, replicas)
     group = dipddpm.DIPGroup(cfg, replicas, 1, *known.mask.shape[2:], known.y.dtype)
     since, best, risks, outputs = 0, math.inf, [], []
@@ -2208,13 +2187,11 @@ def stopped_by_hand(cfg, known, number):
         group.iterate(half.y_plus, half.fitted, known.A)
         if i % 10 and i < cfg.dip_iters:
             continue
-        group.rewind(group.collapsed(group.losses, half.y_plus, half.fitted))
         risks.append(half.risk(known.A(group.average), M))
         outputs.append(group.average.mean(0))
         since += 10
         if risks[-1] < best:
             best, since = risks[-1], 0
-            group.save(every)
         if since >= cfg.patience:
             break
     weights = torch.stack([half.weights(risk, min(risks), M) for risk in risks])
@@ -2272,8 +2249,8 @@ def test_a_guided_stop_is_near_its_own_oracle_and_far_above_the_end():
     assert (ended.psnr > ended.looks[500] + 1).all() and (ended.when < 400).all()
 
 
-@pytest.mark.parametrize("fit, waits", [(dipddpm.fit_guided, 1), (dipddpm.fit_denoisers, 0)])
-def test_a_look_waits_for_the_device_twice_and_an_iteration_never(fit, waits):
+@pytest.mark.parametrize("fit", [dipddpm.fit_guided, dipddpm.fit_denoisers])
+def test_a_look_waits_for_the_device_once_and_an_iteration_never(fit):
     (truth, known), numbers = measured("denoise", 2, 0.2), torch.arange(2)
     cfg, follow = fit_config(dip_iters=60, replicas=2, patience=20), dipddpm.Follow(truth)
     counts = []
@@ -2285,8 +2262,7 @@ def test_a_look_waits_for_the_device_twice_and_an_iteration_never(fit, waits):
             counts.append(done.waits())
 
     fit(cfg, known, numbers, track, lambda i, x: follow(i, numbers, x))
-    assert len(counts) >= 20 and max(counts) == waits  # and one tolist, which is no operation here
-    assert all(count == 0 for i, count in enumerate(counts, 1) if i % dipddpm.CHECK)
+    assert len(counts) >= 20 and max(counts) == 0  # but for one tolist, which is no operation here
 
 
 def test_a_denoisers_input_and_target_are_noised_independently_of_each_other(monkeypatch):
@@ -2348,32 +2324,24 @@ def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
     torch.testing.assert_close(alone, made[1:], atol=1e-6, rtol=0)
 
 
-def test_a_collapse_is_a_loss_that_jumps_half_of_the_way_to_a_flat_outputs():
-    y = random_images(3, 1, 8, 8)
-    share, flat = torch.full_like(y, 1 / 64), y.var((1, 2, 3), unbiased=False)
-    group = dipddpm.DIPGroup(fit_config(), torch.arange(3), 1, 8, 8)
-    least, part = torch.tensor([0.0, 0.1, 0.1]) * flat, torch.tensor([0.0, 0.45, 0.55])
-    assert not group.collapsed(2 * flat, y, share).any()  # none has been lower
-    assert not group.collapsed(least, y, share).any()
-    collapsed = group.collapsed(least + part * (flat - least), y, share)
-    assert collapsed.tolist() == [False, False, True]
-    torch.testing.assert_close(group.low, least)
-
-
-def test_a_collapsed_replica_goes_back_to_where_it_was_best():
+def test_a_replica_that_forgets_everything_costs_only_what_was_still_to_come():
     (truth, known), calls = measured("denoise", 2, 0.1, size=28), itertools.count(1)
     cfg = fit_config(28, dip_width=8, replicas=2, dip_iters=120)
 
-    def forget(net, _):  # one replica of the second image forgets everything
-        if isinstance(net, dipddpm.Skip) and next(calls) == 200:  # at the second fit's 80th step
+    def forget(net, _):  # one replica of the second image, at the 81st step
+        if isinstance(net, dipddpm.Skip) and next(calls) == 81:
             for p in net.parameters():
                 p.data.view(4, -1)[2] = 0
 
+    def psnr(cfg):
+        return measures.psnr(dipddpm.fit_guided(cfg, known, torch.arange(2))[0], truth)
+
+    until_then, whole = psnr(dataclasses.replace(cfg, dip_iters=80)), psnr(cfg)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(forget)
-    whole, mended = (measures.psnr(dipddpm.fit_guided(cfg, known, torch.arange(2))[0], truth)
-                     for _ in range(2))
+    made = psnr(cfg)
     hook.remove()
-    assert not torch.equal(whole, mended) and (mended > whole - 1).all()
+    assert made[0] == pytest.approx(whole[0], abs=0.5) and made[1] != whole[1]
+    assert made[1] == pytest.approx(until_then[1], abs=1e-6) and until_then[1] < whole[1]
 
 
 def test_observing_takes_the_middle_and_adds_the_noise_asked_for(tmp_path):
