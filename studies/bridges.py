@@ -4,10 +4,11 @@ the fit of their codes included, can be made the same.
     python -m studies.bridges --out FOLDER --seeds 0,1,2 --arms ddpm:6,dip-bridge:4,pca-bridge:5
 
 `ddpm` is the noise start, and, of the same network, every coding's new images noised to each
---t-start; `pca-bridge` is `dip-bridge` with principal components, decoded linearly, in the codes'
-place: what a DIP's decoder must beat. `distilled:3` teaches FOLDER's `ddpm`, in 3 more epochs, to
-do with 8, 4, 2 and 1 evaluations. One process and one thread; FOLDER/ARM-EPOCHS-SEED.json as each
-ends, with the core's seconds, and its network: those that are there are not made again.
+--t-start, and copies (`handed_over`); `pca-bridge` is `dip-bridge` with principal components,
+decoded linearly, in the codes' place: what a DIP's decoder must beat. `distilled:3` teaches
+FOLDER's `ddpm`, in 3 more epochs, to do with 8, 4, 2 and 1 evaluations. One process and one thread;
+FOLDER/ARM-EPOCHS-SEED.json as each ends, with the core's seconds, and its network: those that are
+there are not made again.
 """
 
 import argparse
@@ -121,7 +122,24 @@ def arms(cfg, arm, pixels, args):
         coding = dipddpm.CODINGS[name](cfg, pixels)
         found += [(start(name, net, coding, t), [nfe for nfe in args.nfe if nfe <= 10])
                   for t in args.t_start]  # more gain nothing
+    if args.t_start:
+        copies, t = handed_over(cfg, pixels, n)
+        found += [(dipddpm.Start(name, net, x_t, t), [nfe for nfe in args.nfe if nfe <= min(10, t)])
+                  for name, x_t in copies.items()]
     return trains, 0.0, found
+
+
+def handed_over(cfg, pixels, n):
+    """n training images noised to step T / 10 as they are, and by the DIPs that were fitted to
+    these, as in a public report: a truncated diffusion, whose samples are copies. -> {name: x_t},
+    t."""
+    t, numbers = max(1, cfg.timesteps // 10), torch.arange(n)
+    index = dipddpm.epoch_order(cfg, len(pixels), 0, "cpu")[numbers % len(pixels)]
+    x_t = kernels.q_sample(pixels, index, torch.full((n,), t - 1), dipddpm.forward_table(cfg),
+                           cfg.seed, numbers, 0)
+    dips = [dipddpm.fit_dips(cfg, dipddpm.exact((x_t[rows] + 1) / 2), rows, cfg.dip_iters)
+            for rows in numbers.split(cfg.dip_group)]
+    return {"noised": x_t, "dip-noised": 2 * torch.cat(dips) - 1}, t
 
 
 def nearest(x, pixels):

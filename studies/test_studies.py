@@ -796,6 +796,9 @@ def test_bridges_are_trained_once_and_measured_beside_the_noise_start(tmp_path, 
              for arm in ("ddpm-1", "dip-bridge-1", "pca-bridge-2", "distilled-4")]
     rows = [[(row["name"], row["nfe"], row["t_start"]) for row in each["arms"]] for each in found]
     starts = [(name, 1, 600) for name in dipddpm.CODINGS]  # up to 10 evaluations
+    starts += [("noised", 1, 100), ("dip-noised", 1, 100)]
+    near = [row["nearest"] for row in found[0]["arms"]]
+    assert near[-2] < 0.5 * min(near[:-2])  # a copy
     assert rows == [[("ddpm", 1, 1000), ("ddpm", 12, 1000), *starts],
                     *([(arm, 1, 600), (arm, 12, 600)] for arm in bridges.BRIDGES),
                     [("distilled", nfe, 1000) for nfe in (8, 4, 2, 1)]]
