@@ -1134,15 +1134,15 @@ def split(y, given, sigma, alpha, numbers, replicas, seed):
 
 
 def noise_level(y):
-    """sigma of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients| / 0.6745
-    (Donoho & Johnstone 1994): float32 [n]. Flat images have no other diagonal detail. Clipped
-    pixels, as in a black background, make it too low."""
+    """sigma of each channel of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients|
+    / 0.6745 (Donoho & Johnstone 1994): float32 [n, C]. Flat images have no other diagonal detail.
+    Clipped pixels, as in a black background, make it too low."""
     if min(y.shape[2:]) < 2:
         raise ValueError(f"noise cannot be estimated in {y.shape[3]}x{y.shape[2]} pixels: say "
                          "--sigma")
     y = y[..., :y.shape[-2] // 2 * 2, :y.shape[-1] // 2 * 2]
     d = (y[..., ::2, ::2] - y[..., 1::2, ::2] - y[..., ::2, 1::2] + y[..., 1::2, 1::2]) / 2
-    return d.flatten(1).abs().median(1).values / 0.6745
+    return d.flatten(2).abs().median(2).values / 0.6745
 
 
 def noise_correlation(y):
@@ -1345,11 +1345,19 @@ class Denoisers(Group):
 
 
 def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
-    """`fit_guided` of `Denoisers`; beside other arms of fewer iterations than these have."""
+    """`fit_guided` of `Denoisers`; beside other arms of fewer iterations than these have. Where the
+    channels' noises differ plainly, all are brought to one level first."""
     iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, DENOISER_ITERS)
     cfg = replace(cfg, dip_iters=iters, window=0.97)
+    levels = noise_level(known.y)
+    whole = levels.square().mean(1, keepdim=True).sqrt()  # what sigma is, and so all become
+    levels = levels.maximum(whole / 4)
+    scale = torch.where(levels.amax(1, True) > 1.3 * levels.amin(1, True), whole / levels, 1)
+    scale = scale.to(known.y.dtype)[..., None, None]
     make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
-    return fit_guided(cfg, known, numbers, track, look, make)
+    x, took = fit_guided(cfg, known._replace(y=known.y * scale), numbers, track,
+                         lambda i, x: look(i, x / scale), make)
+    return x / scale, took
 
 
 def fit_plain(cfg, known, numbers, track=untracked, look=unseen):
@@ -1419,7 +1427,8 @@ def as_they_came(cfg, y):
             raise ValueError(f"--mask {cfg.mask} is all {'white' if mask.any() else 'dark'}: "
                              "white is given, what is darker is filled")
     if sigma is None:
-        sigma = round(noise_level(y).median().item(), 6) if cfg.task == "denoise" else 0.0
+        levels = noise_level(y).square().mean(1).sqrt() if cfg.task == "denoise" else y.new_zeros(1)
+        sigma = round(levels.median().item(), 6)
     return Measurement(cfg.task, y * mask if cfg.mask else y, mask, sigma)
 
 

@@ -2307,9 +2307,35 @@ def test_denoisers_are_turned_in_eight_ways_as_if_their_picture_were(monkeypatch
 def test_denoisers_are_told_the_noise_of_the_half_that_they_see(monkeypatch):
     (_, known), told = measured("denoise", 1, 0.2), []
     monkeypatch.setattr(dipddpm, "Denoisers", lambda *_, level: told.append(level))
-    monkeypatch.setattr(dipddpm, "fit_guided", lambda *given: given[-1]())
+    monkeypatch.setattr(dipddpm, "fit_guided", lambda *given: given[-1]() or (known.y, None))
     dipddpm.fit_denoisers(fit_config(alpha=0.5), known, torch.arange(1))
     assert told == [pytest.approx(0.2 * 1.25**0.5)]
+
+
+@pytest.mark.parametrize("levels, evened", [((0.1, 0.2, 0.3), True), ((0.2, 0.2, 0.22), False),
+                                            ((0.2, 0.2, 0.0), True), ((0.0, 0.0, 0.0), False)])
+def test_denoisers_are_given_channels_of_one_noise_and_give_the_picture_back(levels, evened,
+                                                                            monkeypatch):
+    given, seen = [], []
+
+    def fit(cfg, known, numbers, track, look, make):
+        given.append(known.y)
+        look(10, known.y)
+        return known.y, torch.tensor([10])
+
+    monkeypatch.setattr(dipddpm, "fit_guided", fit)
+    noise = kernels.normal((1, 3, 80, 80), 3, torch.arange(1), 0, 0).double()
+    y = 0.5 + torch.tensor(levels).view(3, 1, 1) * noise
+    known = dipddpm.exact(y)._replace(sigma=0.2)
+    made, _ = dipddpm.fit_denoisers(fit_config(), known, torch.arange(1),
+                                    look=lambda i, x: seen.append(x))
+    for x in made, *seen:
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+    assert torch.equal(given[0], y) != evened
+    now, whole = dipddpm.noise_level(given[0])[0], dipddpm.noise_level(y).square().mean().sqrt()
+    if evened:
+        assert (now[:2] - whole).abs().max() < 1e-6
+        assert now[2] == pytest.approx(whole.item() if levels[2] else 0)
 
 
 def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
@@ -2357,7 +2383,9 @@ def test_noise_level_is_found_in_flat_images():
     x = data.load("digits", limit=20).pixels.float() / 255
     noise = 0.2 * kernels.normal((20, 3, 64, 64), 3, torch.arange(20), 0, 0)
     assert dipddpm.noise_level(x + noise[:, :1, :28, :28]).mean() == pytest.approx(0.2, rel=0.1)
-    assert dipddpm.noise_level(0.5 + noise).mean() == pytest.approx(0.2, rel=0.02)
+    each = torch.tensor([0.5, 1, 2]).view(3, 1, 1)
+    levels = dipddpm.noise_level(0.5 + noise * each).mean(0)
+    torch.testing.assert_close(levels, 0.2 * each.flatten(), rtol=0.02, atol=0)
     for H, W in ((63, 58), (58, 63)):  # an odd last row or column is left out
         odd, even = noise[..., :H, :W], noise[..., :H // 2 * 2, :W // 2 * 2]
         assert torch.equal(dipddpm.noise_level(odd), dipddpm.noise_level(even))
@@ -2926,7 +2954,7 @@ def golden():
     # halves of noisy images, and the fits that they stop
     known = dipddpm.corrupt(cfg, "denoise", x, 0.2, numbers)
     half = dipddpm.halves(cfg, known, dipddpm.replicas_of(numbers, 2))
-    found["noise level"] = dipddpm.noise_level(known.y).tolist()
+    found["noise level"] = dipddpm.noise_level(known.y).flatten().tolist()
     found["y+, y-"] = [rms(half.y_plus), rms(half.y_minus)]
     found["risk of a flat output"] = half.risk(torch.full_like(half.y_minus, 0.5), 2).tolist()
     for name, fit in ("split", dipddpm.fit_guided), ("denoiser", dipddpm.fit_denoisers):
