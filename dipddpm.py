@@ -1277,9 +1277,9 @@ def fit_guided(cfg, known, numbers, track=untracked, look=unseen, make=DIPGroup)
 
 
 class Denoiser(nn.Module):
-    """What K networks take for the noise of K pictures: five 3x3 convolutions, 32 channels wide.
-    More of them, or a wider view, learn a picture's own noise the sooner. [K, C, H, W] -> the
-    same."""
+    """What K networks take for the noise of K pictures, [K, C, H, W] -> the same: five 3x3
+    convolutions, 32 channels wide. A wider view knows each place again by what surrounds it, and
+    learns its noise the sooner. `turned` is done to every kernel."""
 
     def __init__(self, make, channels, width=32):
         super().__init__()
@@ -1309,9 +1309,9 @@ class Denoisers(Group):
     for it, afresh in every iteration. y_plus = x + s e is noised as it was split: u = y_plus + a s
     e' is what the network sees and v = y_plus - s e' / a what it should say, whose noises are
     independent: E[(e + a e')(e - e' / a)] = 1 - 1 (Pang et al. 2021, Recorrupted-to-Recorrupted).
-    The least squares to v are then, but for a constant, those to x. The
-    networks' kernels are mirrored and transposed at random, all alike, which is as good as to do
-    that to the pictures. With Muon and Adam, half a cosine over cfg.dip_iters."""
+    The least squares to v are then, but for a constant, those to x. Kernels are mirrored and
+    transposed at random, all alike, which is as good as to do that to the pictures. With Muon and
+    Adam, half a cosine over cfg.dip_iters."""
 
     def __init__(self, cfg, numbers, C, H, W, dtype, level):
         self.level = level  # s, the noise of y_plus

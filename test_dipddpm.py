@@ -2304,12 +2304,16 @@ def test_denoisers_are_turned_in_eight_ways_as_if_their_picture_were(monkeypatch
     assert sum(ways) == 40 and min(ways) > 0
 
 
-def test_denoisers_are_told_the_noise_of_the_half_that_they_see(monkeypatch):
+def test_denoisers_are_told_the_noise_that_they_see_and_have_iterations_of_their_own(monkeypatch):
     (_, known), told = measured("denoise", 1, 0.2), []
     monkeypatch.setattr(dipddpm, "Denoisers", lambda *_, level: told.append(level))
-    monkeypatch.setattr(dipddpm, "fit_guided", lambda *given: given[-1]() or (known.y, None))
-    dipddpm.fit_denoisers(fit_config(alpha=0.5), known, torch.arange(1))
-    assert told == [pytest.approx(0.2 * 1.25**0.5)]
+    monkeypatch.setattr(dipddpm, "fit_guided", lambda cfg, *given: (
+        told.append((cfg.dip_iters, cfg.window)), given[-1](), (known.y, None))[-1])
+    for mode, iters in ("dip", 700), ("guide", 700), ("guide", 70):
+        cfg = fit_config(mode=mode, alpha=0.5, dip_iters=iters)
+        dipddpm.fit_denoisers(cfg, known, torch.arange(1))
+    level = pytest.approx(0.2 * 1.25**0.5)
+    assert told == [(700, 0.97), level, (500, 0.97), level, (70, 0.97), level]
 
 
 @pytest.mark.parametrize("levels, evened", [((0.1, 0.2, 0.3), True), ((0.2, 0.2, 0.22), False),
