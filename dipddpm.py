@@ -114,8 +114,9 @@ class Config:
     sigma: float = flag(None, "dip, guide", "noise, where white is 1: added to test pictures (0.1 "
                         "to denoise, else 0), or the level in own ones (estimated, else 0)", low=0)
     minutes: float = flag(None, "dip, guide", "end each fit after so long (10 above 64 pixels on a "
-                          "CPU, unless --dip-iters is given)", low=0.01)
-    replicas: int = flag(None, "dip, guide", "networks for each image (4; denoisers: 2)", low=1)
+                          "CPU, unless --dip-iters is given or a photo denoised)", low=0.01)
+    replicas: int = flag(None, "dip, guide", "networks for each image (4; of a noisy photo: 2)",
+                         low=1)
     # settings without a flag
     order: int = 2  # of the sampler where eta is 0
     arch: str = "skip"  # a DIP's network
@@ -740,7 +741,7 @@ class GroupedNorm(nn.Module):
 
 
 class Grouped:
-    """What a DIP's network is made of, for K fits together, each to its image: every layer K times
+    """What a network is made of, for K fits together, each to its image: every layer K times
     as wide, in K groups. Each layer draws its weights under a number of its own."""
 
     def __init__(self, numbers, seed):
@@ -795,7 +796,7 @@ class Skip(nn.Module):
 ARCHS = {"skip": Skip}
 
 
-class Group:
+class Fits:
     """K networks as one, each fitted to its image by `optimizers`, and the average of each one's
     outputs over iterations. With the seed, numbers int64 [K] decide all that is random."""
 
@@ -826,7 +827,7 @@ class Group:
             raise RuntimeError(f"a fit is not finite after {self.steps} iterations")
 
 
-class DIPGroup(Group):
+class DIPGroup(Fits):
     """K DIPs: z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at every iteration and shared.
     With Adam."""
 
@@ -1135,8 +1136,8 @@ def split(y, given, sigma, alpha, numbers, replicas, seed):
 
 def noise_level(y):
     """sigma of each channel of y [n, C, H, W], robustly: the median of |diagonal Haar coefficients|
-    / 0.6745 (Donoho & Johnstone 1994): float32 [n, C]. Flat images have no other diagonal detail.
-    Clipped pixels, as in a black background, make it too low."""
+    / 0.6745 (Donoho & Johnstone 1994): [n, C]. Flat images have no other diagonal detail. Clipped
+    pixels, as in a black background, make it too low."""
     if min(y.shape[2:]) < 2:
         raise ValueError(f"noise cannot be estimated in {y.shape[3]}x{y.shape[2]} pixels: say "
                          "--sigma")
@@ -1145,14 +1146,21 @@ def noise_level(y):
     return d.flatten(2).abs().median(2).values / 0.6745
 
 
+def cut_off(y):
+    """The share of each channel's values in y [n, C, H, W] that are black or white: [n, C]."""
+    return ((y == 0) | (y == 1)).to(y.dtype).mean((2, 3))
+
+
 def noise_correlation(y):
     """How alike the noise of neighbouring pixels is in y [n, C, H, W]: their covariance over their
-    variance in the tenth of all blocks of 8 x 8 that vary least, float32 [n]. 0 where noise is
-    independent; 0.2 and more after a camera's or JPEG's filters."""
+    variance in the tenth of all blocks of 8 x 8 without black and white that vary least, [n]. 0
+    where noise is independent; 0.2 and more after a camera's or JPEG's filters."""
     blocks = y.unfold(2, 8, 8).unfold(3, 8, 8).flatten(1, 3)  # [n, blocks, 8, 8]
+    whole = ((blocks != 0) & (blocks != 1)).flatten(2).all(2)
     blocks = blocks - blocks.mean((2, 3), keepdim=True)
     variance = blocks.square().mean((2, 3))
-    flat = variance <= variance.kthvalue(-(-variance.shape[1] // 10), 1, keepdim=True).values
+    flat = variance <= variance.where(whole, math.nan).nanquantile(0.1, 1, keepdim=True)
+    flat &= whole
     alike = [(blocks.roll(1, axis) * blocks).narrow(axis, 1, 7).mean((2, 3)) for axis in (2, 3)]
     return (sum(alike) / 2 * flat).sum(1) / (variance * flat).sum(1).clamp(min=1e-12)
 
@@ -1295,20 +1303,20 @@ class Denoiser(nn.Module):
         return self.layers[-1](h, turned).contiguous().view_as(u)
 
 
-DENOISER_ITERS, DENOISER_RATE, INNER = 500, 1e-2, 0.8  # INNER is a, below
+DENOISER_ITERS, DENOISER_RATE, DENOISER_WINDOW = 500, 1e-2, 0.97
+INNER = 0.8  # a, below
 
 
-def denoises(cfg, sigma, H, W):
-    """Whether networks can learn from a picture: they cannot fill nor enlarge, and need more pixels
-    than a digit has."""
-    return cfg.task == "denoise" and sigma and max(H, W) > 64
+def learns_from_picture(cfg, sigma, H, W):
+    """Whether `Denoisers` are fitted: they cannot fill nor enlarge, and need many pixels."""
+    return bool(cfg.task == "denoise" and sigma and H * W > 64**2 and min(H, W) >= 8)
 
 
-class Denoisers(Group):
+class Denoisers(Fits):
     """K networks, each of which learns from its one picture as a DDPM does, by noise that is drawn
-    for it, afresh in every iteration. y_plus = x + s e is noised as it was split: u = y_plus + a s
-    e' is what the network sees and v = y_plus - s e' / a what it should say, whose noises are
-    independent: E[(e + a e')(e - e' / a)] = 1 - 1 (Pang et al. 2021, Recorrupted-to-Recorrupted).
+    for it, afresh in every iteration. y_plus, whose noise has the level s, is split again: u =
+    y_plus + a s e' is what the network sees and v = y_plus - s e' / a what it should say. Their
+    noises are independent, as those of `split` (Pang et al. 2021, Recorrupted-to-Recorrupted).
     The least squares to v are then, but for a constant, those to x. Kernels are mirrored and
     transposed at random, all alike, which is as good as to do that to the pictures. With Muon and
     Adam, half a cosine over cfg.dip_iters."""
@@ -1345,15 +1353,18 @@ class Denoisers(Group):
 
 
 def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
-    """`fit_guided` of `Denoisers`; beside other arms of fewer iterations than these have. Where the
-    channels' noises differ plainly, all are brought to one level first."""
+    """`fit_guided` of `Denoisers`, in --mode guide of at most DENOISER_ITERS. Channels of one's own
+    pictures whose noises differ plainly, and are not cut off, are brought to one level first."""
     iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, DENOISER_ITERS)
-    cfg = replace(cfg, dip_iters=iters, window=0.97)
-    levels = noise_level(known.y)
-    whole = levels.square().mean(1, keepdim=True).sqrt()  # what sigma is, and so all become
-    levels = levels.maximum(whole / 4)
-    scale = torch.where(levels.amax(1, True) > 1.3 * levels.amin(1, True), whole / levels, 1)
-    scale = scale.to(known.y.dtype)[..., None, None]
+    cfg = replace(cfg, dip_iters=iters, window=DENOISER_WINDOW)
+    scale = known.y.new_ones(known.y.shape[:2])
+    if cfg.pictures == "own":
+        levels = noise_level(known.y)
+        uneven = levels.amax(1) > 1.3 * levels.amin(1)
+        uneven &= (cut_off(known.y).amax(1) < 0.1) & (levels.amin(1) > 0)
+        whole = levels.square().mean(1, keepdim=True).sqrt()
+        scale = torch.where(uneven[:, None], whole / levels, scale)
+    scale = scale[..., None, None]
     make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
     x, took = fit_guided(cfg, known._replace(y=known.y * scale), numbers, track,
                          lambda i, x: look(i, x / scale), make)
@@ -1435,7 +1446,7 @@ def as_they_came(cfg, y):
 def warn_of_noise(y, estimated):
     """A line for what sets the noise of one's own pictures y [n, C, H, W] in [0, 1] apart from that
     which the fit expects, before time is spent."""
-    alike, cut = noise_correlation(y).max(), ((y == 0) | (y == 1)).float().mean()
+    alike, cut = noise_correlation(y).max(), cut_off(y).mean()
     if alike > 0.1:
         say(f"neighbouring pixels have similar noise (correlation {alike:.2f}), as a camera's and "
             "JPEG's filters leave it: it will be taken for the picture. To a smaller --size it is "
@@ -1451,20 +1462,23 @@ def observe(cfg, run):
     own = cfg.pictures == "own"
     images = load_images(cfg, "all" if own else "test", limit=cfg.samples)
     x = images.pixels.to(run.device).float() / 255
+    if own and (x == x[:, :1]).all():  # grey, kept as colour: its noise would be there three times
+        x = x[:, :1]
     numbers = torch.arange(len(x), device=run.device)
     known = as_they_came(cfg, x) if own else corrupt(cfg, cfg.task, x, cfg.sigma, numbers)
     estimated = cfg.sigma is None and cfg.task == "denoise"
     about = {"seed": cfg.seed, "task": cfg.task, "sigma" + "_estimate" * estimated: known.sigma}
     n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
-    cfg = resolve(replace(cfg, sigma=known.sigma), (n, C, H, W))
+    cfg = resolve(replace(cfg, sigma=known.sigma, precision=run.precision), (n, C, H, W))
     networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
-    each = 3100 if denoises(cfg, known.sigma, H, W) else 110 * cfg.dip_width
+    learns = learns_from_picture(cfg, known.sigma, H, W)
+    each = max(3100 * learns, 110 * cfg.dip_width * (cfg.mode == "guide" or not learns))
     need = each * networks * H * W  # bytes, as measured
     if run.device.type == "cpu" and need > memory():  # where no error would tell
         raise ValueError(f"a fit of {W}x{H} pixels needs about {need / 2**30:.0f} GiB, more than "
                          f"there are here: {LOWER}")
     cfg = run.begin(cfg)
-    if own and denoises(cfg, known.sigma, H, W):
+    if own and learns:
         warn_of_noise(x, estimated)
     given = f", {known.mask.mean():.0%} given" if cfg.mask else ""
     ends = f" or {cfg.minutes:g} minutes" if cfg.minutes else ""
@@ -1490,17 +1504,18 @@ def fit_in_groups(cfg, seen, run, fit, replicas, follow=None):
 
 def fits_of(cfg, known):
     """{arm: how it is fitted} of --mode guide, or the one of --mode dip."""
+    learns = learns_from_picture(cfg, known.sigma, *known.mask.shape[2:])
+    if cfg.mode == "dip":
+        return {"dip": fit_denoisers if learns else fit_guided}
     fits = {"plain": fit_plain, "split": fit_guided}
-    if denoises(cfg, known.sigma, *known.mask.shape[2:]):
-        fits["denoiser"] = fit_denoisers
-    return fits if cfg.mode == "guide" else {"dip": [*fits.values()][-1]}
+    return fits | {"denoiser": fit_denoisers} if learns else fits
 
 
 def run_fits(cfg, run):
     """--mode guide: `split`, DIPs that are stopped by their risk, and `denoiser`, of noise in
-    photos, beside a DIP that nothing stops, `plain`, and its best moment, `oracle`. --mode dip: the
-    last of them alone. Where the truth is known PSNR is followed: it rises, peaks, and falls
-    back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
+    photos, beside a DIP that nothing stops, `plain`, and its best moment, `oracle`. --mode dip:
+    `denoiser` where it applies, else `split`. Where the truth is known PSNR is followed: it rises,
+    peaks, and falls back as a network learns the noise (Ulyanov et al. 2018, section 3)."""
     cfg, seen = observe(cfg, run)
     truth, corrupted = seen.truth, seen.known.back(seen.known.y).clamp(0, 1)
     rows, curves, shown = [], {}, {} if truth is None else {"truth": truth[:16]}
@@ -1744,7 +1759,7 @@ def resolve(cfg, shape=None):
                          "direction")
     small, on_cpu = max(H, W) <= 64, pick_device(cfg.device).type == "cpu"
     # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
-    learns = cfg.mode == "dip" and denoises(cfg, cfg.sigma, H, W)
+    learns = cfg.mode == "dip" and learns_from_picture(cfg, cfg.sigma, H, W)
     short = fitting and on_cpu and not small and not learns and cfg.dip_iters is None
     iters = 60 if not fitting else DENOISER_ITERS if learns else 1000 if small else 3000
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
