@@ -32,8 +32,12 @@ def nlm(cfg, known, numbers):
 
 
 def cbm3d(cfg, known, numbers):
-    """Block matching and 3D filtering (Dabov et al. 2007), its authors' package."""
-    from bm3d import bm3d_rgb
+    """Block matching and 3D filtering of colour pictures (Dabov et al. 2007), its authors'
+    package."""
+    try:
+        from bm3d import bm3d_rgb
+    except ImportError as error:
+        raise ValueError("cbm3d needs the package bm3d: pip install bm3d") from error
     made = [torch.tensor(bm3d_rgb(y.permute(1, 2, 0).double().numpy(), known.sigma))
             for y in known.y]
     return torch.stack(made).permute(0, 3, 1, 2).float(), torch.zeros(len(made))
@@ -49,7 +53,7 @@ def zs_n2n(cfg, known, numbers):
                   nn.Conv2d(48, 48, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(48, C, 1))
         net = nn.Sequential(*layers)
         adam = torch.optim.Adam(net.parameters(), 1e-3)
-        slower = torch.optim.lr_scheduler.StepLR(adam, cfg.dip_iters // 2, 0.5)
+        slower = torch.optim.lr_scheduler.StepLR(adam, -(-cfg.dip_iters // 2), 0.5)
         for _ in range(cfg.dip_iters):
             halves, ends = diagonals(y), diagonals(y - net(y))
             guesses = [half - net(half) for half in halves]
@@ -64,7 +68,9 @@ def zs_n2n(cfg, known, numbers):
 
 
 def diagonals(x):
-    """The means of either diagonal of x's blocks of 2x2 [n, C, H, W]: two of [n, C, H/2, W/2]."""
+    """The means of either diagonal of x's blocks of 2x2 [n, C, H, W]: two of [n, C, H/2, W/2]. An
+    odd last row or column is left out."""
+    x = x[..., :x.shape[-2] // 2 * 2, :x.shape[-1] // 2 * 2]
     a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
     return (b + c) / 2, (a + d) / 2
 
@@ -85,11 +91,11 @@ def rows_of(args):
     """A row for each noise, seed, photo and arm: dB, SSIM, iterations, seconds of all cores."""
     for sigma, seed, path in itertools.product(args.sigma, args.seeds, args.photos):
         x = data.load(str(path), split="all", limit=1, crop=args.crop).pixels.float() / 255
+        numbers = torch.arange(1)
         cfg = dipddpm.check(dipddpm.resolve(dipddpm.Config(
             mode="dip", data=str(path), seed=seed, sigma=sigma, pictures="test",
-            precision=args.precision, dip_iters=args.iters, replicas=args.replicas,
-            dip_width=args.dip_width), x.shape))
-        numbers = torch.arange(1)
+            precision=dipddpm.pick_precision(args.precision, numbers.device), dip_iters=args.iters,
+            replicas=args.replicas, dip_width=args.dip_width), x.shape))
         known = dipddpm.corrupt(cfg, "denoise", x, sigma, numbers)
         for arm in args.arms:
             fit, iters = ARMS[arm]
@@ -98,6 +104,7 @@ def rows_of(args):
             made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers, *truth)
             row = {"photo": path.stem, "crop": args.crop, "sigma": sigma, "seed": seed, "arm": arm,
                    "replicas": args.replicas, "dip_width": args.dip_width,
+                   "precision": cfg.precision,
                    "seconds": time.process_time() - began, "iterations": int(took[0])}
             made = made.clamp(0, 1)
             name = f"{args.out.stem}-{path.stem}-{sigma:g}-{seed}-{arm}.png"

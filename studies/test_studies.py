@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -892,8 +893,8 @@ def test_candidates_draw_what_they_say():
 # ------------------------------------------------------------------ photos
 
 
-def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, capsys):
-    x = (torch.linspace(0, 255, 40)[:, None] * torch.ones(3, 40, 40)).to(torch.uint8)
+def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, monkeypatch, capsys):
+    x = (torch.linspace(0, 255, 41)[:, None] * torch.ones(3, 41, 40)).to(torch.uint8)
     measures.save_png(measures.grid(x[None].float() / 255, pad=0), tmp_path / "photo.png")
     flags = [tmp_path / "photo.png", "--iters", 20, "--dip-width", 4, "--sigma", 0.1,
              "--arms", "nlm,zs-n2n,denoiser,split,plain"]
@@ -906,7 +907,9 @@ def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, capsys
     assert better[0] > 25 and min(better) > noisy
     assert rows[2]["iterations"] == 20
     assert (tmp_path / "o" / "rows-photo-0.1-0-denoiser.png").exists()
+    monkeypatch.setitem(sys.modules, "bm3d", None)  # as if it were not installed
     for more, message in ((["--arms", "best"], "best: want some of nlm"), ([], "none.png"),
+                          (["--arms", "cbm3d"], "cbm3d needs the package bm3d"),
                           (["--sigma", 0], "--sigma must be more than 0"),
                           (["--replicas", 0], "--replicas must be at least 1")):
         file = [tmp_path / "none.png", *flags[1:]] if not more else flags
