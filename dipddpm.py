@@ -115,7 +115,7 @@ class Config:
                         "to denoise, else 0), or the level in own ones (estimated, else 0)", low=0)
     minutes: float = flag(None, "dip, guide", "end each fit after so long (10 above 64 pixels on a "
                           "CPU, unless --dip-iters is given or a photo denoised)", low=0.01)
-    replicas: int = flag(None, "dip, guide", "networks for each image (4; of a noisy photo: 2)",
+    replicas: int = flag(None, "dip, guide", "networks for each image (4; dip of a noisy photo: 2)",
                          low=1)
     # settings without a flag
     order: int = 2  # of the sampler where eta is 0
@@ -443,7 +443,9 @@ def denoising_loss(cfg, net, pixels, index, numbers, B, table, step, autocast, p
 
 
 def half_cosine(step, steps):
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+    """From 1 down to 0; step is a number or a tensor."""
+    cos = torch.cos if isinstance(step, torch.Tensor) else math.cos
+    return 0.5 * (1 + cos(math.pi * step / steps))
 
 
 def learning_rate(cfg, step, steps):
@@ -1344,8 +1346,7 @@ class Denoisers(Fits):
             weight = torch.where(coins[1], weight.flip(3), weight)
             return torch.where(coins[2], weight.mT, weight)
 
-        self.rate.copy_(0.5 * DENOISER_RATE * (1 + torch.cos(
-            math.pi * self.steps / self.cfg.dip_iters)))
+        self.rate.copy_(DENOISER_RATE * half_cosine(self.steps, self.cfg.dip_iters))
         u = y + INNER * eps
         with torch.autocast(y.device.type, torch.bfloat16, self.cfg.precision == "bf16"):
             noise = self.net(u, turned)

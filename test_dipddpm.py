@@ -2230,7 +2230,8 @@ def test_images_end_when_they_would_alone_whatever_shares_their_group(task, sigm
         torch.testing.assert_close(ours, torch.stack(x).clamp(0, 1), rtol=1e-5, atol=1e-7)
 
 
-def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [28, 65])
+def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(size, tmp_path, monkeypatch):
     observe, outputs, rows = dipddpm.observe, [], []
 
     def altered(cfg, run):
@@ -2239,15 +2240,16 @@ def test_nothing_that_an_honest_arm_returns_depends_on_the_truth(tmp_path, monke
 
     monkeypatch.setattr(measures, "measures", lambda x, truth: outputs.append(x) or {})
     for folder in tmp_path / "a", tmp_path / "b":
-        cfg = fit_config(mode="guide", samples=2, sigma=0.3, dip_iters=60, patience=10, replicas=2,
-                         out=str(folder))
+        cfg = dataclasses.replace(fit_config(mode="guide", samples=2, sigma=0.3, dip_iters=60,
+                                             patience=10, replicas=2, out=str(folder)), size=size)
         dipddpm.run_fits(cfg, dipddpm.Run(cfg, []))
         rows += json.loads((folder / "results.json").read_text())["arms"]
         monkeypatch.setattr(dipddpm, "observe", altered)  # the second time
-    for k, name in enumerate(["corrupted", "plain", "oracle", "split"]):
+    names = ["corrupted", "plain", "oracle", "split", *["denoiser"] * (size > 64)]
+    for k, name in enumerate(names):
         assert rows[k]["name"] == name
-        same = torch.equal(outputs[k], outputs[4 + k])
-        steps = [row.get("iterations") for row in rows[k::4]]
+        same = torch.equal(outputs[k], outputs[len(names) + k])
+        steps = [row.get("iterations") for row in rows[k::len(names)]]
         assert same == (steps[0] == steps[1]) == (name != "oracle")
 
 
@@ -2370,6 +2372,11 @@ def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
     assert (gain > 6).all() and took.tolist() == [60, 60]
     alone, _ = dipddpm.fit_denoisers(cfg, known.part([1]), torch.arange(1, 2))
     torch.testing.assert_close(alone, made[1:], atol=1e-6, rtol=0)
+    known = known.part([0])._replace(y=known.y[:1].float())
+    short, long = (dipddpm.fit_denoisers(dataclasses.replace(cfg, precision=precision), known,
+                                         torch.arange(1))[0] for precision in ("bf16", "fp32"))
+    assert 1e-4 < (short - long).abs().max() < 0.05  # another arithmetic, the same picture
+    assert short.dtype == torch.float32
 
 
 def test_a_replica_that_forgets_everything_costs_only_what_was_still_to_come():
@@ -2472,6 +2479,7 @@ def run(mode, out, **flags):
     assert set(result["data"]) == {"name", "train", "test", "sha256"}
     # config.json says what ran: null is only what was not used
     assert result["config"] == json.loads((out / "config.json").read_text())
+    assert mode not in ("dip", "guide") or result["config"]["precision"] == result["precision"]
     unused = UNUSED | (set() if mode in ("dip", "guide") else FITS_OWN)
     assert {name for name, value in result["config"].items() if value is None} <= unused
     # seconds add up, every file is whole

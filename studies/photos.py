@@ -24,8 +24,8 @@ import eval as measure
 
 
 def nlm(cfg, known, numbers):
-    """Non-local means of scikit-image. Of 0.6 and 0.8 sigma, which its examples have for h, 0.6 is
-    the better one at 25/255."""
+    """Non-local means of scikit-image (Buades et al. 2005). Of h = 0.5 to 0.9 sigma 0.6 is the best
+    at 25/255, and nearly so at 15 and 50."""
     made = [denoise_nl_means(y.permute(1, 2, 0).numpy(), h=0.6 * known.sigma, sigma=known.sigma,
                              patch_size=5, patch_distance=6, channel_axis=-1) for y in known.y]
     return torch.stack([torch.tensor(x).permute(2, 0, 1) for x in made]), torch.zeros(len(made))
