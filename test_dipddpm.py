@@ -1164,7 +1164,7 @@ def test_a_photo_that_memory_cannot_hold_is_refused_before_it_is_begun(tmp_path,
 
 
 @pytest.mark.parametrize("pixel, flags", [
-    (3100 * 2, {}), (4 * 110 * 2 * 4, dict(dip_width=2, task="sr")),
+    (3100 * 2, {}), (3100 * 2, dict(dip_width=99)), (4 * 110 * 2 * 4, dict(dip_width=2, task="sr")),
     (3100 * 4, dict(mode="guide")), (110 * 99 * 4, dict(mode="guide", dip_width=99))])
 def test_memory_is_what_the_largest_arm_needs(pixel, flags, tmp_path, monkeypatch, capsys):
     Image.new("L", (65, 65), 9).save(tmp_path / "large.png")
