@@ -2389,7 +2389,7 @@ def test_a_replica_that_forgets_everything_costs_only_what_was_still_to_come():
                 p.data.view(4, -1)[2] = 0
 
     def psnr(cfg):
-        return measures.psnr(dipddpm.fit_guided(cfg, known, torch.arange(2))[0], truth)
+        return measures.psnr(dipddpm.fit_guided(cfg, known, torch.arange(2))[0], truth).tolist()
 
     until_then, whole = psnr(dataclasses.replace(cfg, dip_iters=80)), psnr(cfg)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(forget)
