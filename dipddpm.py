@@ -122,11 +122,12 @@ class Config:
     arch: str = "skip"  # a DIP's network
     decoder_width: int = 32  # channels of the codes' decoder
     bridge_start: int = None  # steps of noise at a bridge's end (0.6 T)
-    dip_lr: float = None  # Adam's rate in an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
+    dip_lr: float = None  # rate of an image's DIP: 0.01; dip, guide up to 64 pixels: 0.05
+    muon: bool = None  # Muon fits an image's DIP: dip, guide above 64 pixels. Digits want Adam
     dip_group: int = None  # DIPs that are fitted together: 64; dip, guide above 64 pixels: 1
     window: float = 0.95  # decay of the average of a DIP's outputs
     alpha: float = 0.35  # noise that is added to the half that is fitted, in sigma
-    patience: int = None  # iterations without a lower risk that end a fit: 50, above 64 pixels 200
+    patience: int = None  # iterations without a lower risk that end a fit: 50, above 64 pixels 100
     code_epochs: int = 3  # the decoder's passes over the training images
 
 
@@ -808,6 +809,12 @@ class Fits:
         self.age = torch.zeros_like(x[:, 0, 0, 0])  # of each average, in iterations
         self.steps = torch.zeros_like(numbers[0])
 
+    def outputs(self, *inputs):
+        """What the networks make [K, C, H, W], in bf16 inside if the precision says so."""
+        bf16 = self.cfg.precision == "bf16"
+        with torch.autocast(self.average.device.type, torch.bfloat16, bf16):
+            return self.net(*inputs).to(self.average.dtype).view_as(self.average)
+
     def learn(self, x, y, share, A):
         """One step on sum_k sum share_k (A x_k - y_k)^2, so that each member gets the gradient that
         it would get alone. y and share are of A's size, share sums to 1 over each. Leaves the
@@ -829,27 +836,36 @@ class Fits:
             raise RuntimeError(f"a fit is not finite after {self.steps} iterations")
 
 
+def optimizers_of_fits(net, inner, rate, K):
+    """What fits K networks in one: Muon the weights `inner`, Adam the rest; rate is a number, or a
+    tensor that both read."""
+    rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
+    adam = torch.optim.Adam(rest, rate, fused=True, capturable=rest[0].is_cuda)
+    return [adam, Muon(inner, rate, K)] if inner else [adam]
+
+
 class DIPGroup(Fits):
     """K DIPs: z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at every iteration and shared.
-    With Adam."""
+    With Adam or, where cfg.muon says so, Muon for the convolutions of more than one pixel."""
 
     def __init__(self, cfg, numbers, C, H, W, dtype=torch.float32):
         self.Cz = min(cfg.dip_width, 32)
         make = Grouped(numbers, cfg.seed)
         net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=cfg.dip_lr, fused=True,
-                                          capturable=numbers.is_cuda)
+        inner = [layer.weight for layer in net.modules()
+                 if cfg.muon and isinstance(layer, GroupedConv) and layer.pad]
+        optimizers = optimizers_of_fits(net, inner, cfg.dip_lr, len(numbers))
         self.z = 0.1 * kernels.uniform((len(numbers), self.Cz, H, W), cfg.seed, numbers, 0,
                                        kernels.DIP_CODE, numbers.device)
         x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
-        super().__init__(cfg, numbers, net, [self.optimizer], x)
+        super().__init__(cfg, numbers, net, optimizers, x)
 
     def iterate(self, y, share, A):
         """One step to y from z under fresh jitter, see `learn`."""
         jitter = kernels.normal((1, *self.z.shape[1:]), self.cfg.seed, 0, self.steps,
                                 kernels.DIP_JITTER, self.z.device)
         z = (self.z + jitter / 30).to(self.average.dtype).view(1, -1, *jitter.shape[2:])
-        self.learn(self.net(z).view_as(self.average), y, share, A)
+        self.learn(self.outputs(z), y, share, A)
 
 
 def untracked(steps, *_):
@@ -1328,9 +1344,7 @@ class Denoisers(Fits):
         net = Denoiser(Grouped(numbers, cfg.seed), C).to(dtype)
         self.rate = torch.zeros((), device=numbers.device)
         inner = [layer.weight for layer in net.layers[1:-1]]
-        rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
-        optimizers = [Muon(inner, self.rate, len(numbers)), torch.optim.Adam(
-            rest, self.rate, fused=True, capturable=numbers.is_cuda)]
+        optimizers = optimizers_of_fits(net, inner, self.rate, len(numbers))
         x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
         super().__init__(cfg, numbers, net, optimizers, x)
 
@@ -1348,9 +1362,7 @@ class Denoisers(Fits):
 
         self.rate.copy_(DENOISER_RATE * half_cosine(self.steps, self.cfg.dip_iters))
         u = y + INNER * eps
-        with torch.autocast(y.device.type, torch.bfloat16, self.cfg.precision == "bf16"):
-            noise = self.net(u, turned)
-        self.learn(u - noise, y - eps / INNER, share, A)
+        self.learn(u - self.outputs(u, turned), y - eps / INNER, share, A)
 
 
 def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
@@ -1767,7 +1779,8 @@ def resolve(cfg, shape=None):
     rate = 0.05 if small and fitting else 0.01
     return given(replace(cfg, samples=min(cfg.samples, N)), minutes=10.0 if short else None,
                  dip_iters=iters, dip_lr=rate, replicas=2 if learns else 4,
-                 dip_width=16 if small or on_cpu else 128, patience=50 if small else 200,
+                 dip_width=16 if small or on_cpu else 128, patience=50 if small else 100,
+                 muon=fitting and not small,
                  dip_group=64 if small or not fitting else 1)
 
 

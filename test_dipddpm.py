@@ -1818,7 +1818,8 @@ def test_recorded_steps_equal_the_eager_ones_and_neither_waits(monkeypatch):
         known = dipddpm.exact(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0),
                                          dtype=torch.float64).to(DEVICE))
         return (dipddpm.sample(cfg, net, x, 50, 20, 1.0, numbers), losses.view(4, 25).mean(1),
-                dipddpm.fit_dips(fit_config(), known, numbers[:2], 25),
+                *(dipddpm.fit_dips(fit_config(muon=muon), known, numbers[:2], 25)
+                  for muon in (False, True)),
                 *(dipddpm.fit_denoisers(fit_config(dip_iters=25, replicas=1, precision=precision),
                                         known._replace(sigma=0.1), numbers[:2])[0]
                   for precision in ("fp32", "bf16")))
@@ -1849,10 +1850,11 @@ def measured(task, n=3, sigma=0.0, size=8, dtype=torch.float32):
     return truth, dipddpm.corrupt(fit_config(size), task, truth, sigma, torch.arange(n))
 
 
-@pytest.mark.parametrize("task", dipddpm.TASKS)
-def test_batched_dips_equal_separate_fits_to_what_is_given(task):
+@pytest.mark.parametrize("task, muon", [*((task, False) for task in dipddpm.TASKS),
+                                        ("inpaint", True)])
+def test_batched_dips_equal_separate_fits_to_what_is_given(task, muon):
     _, known = measured(task, 4, dtype=torch.float64)
-    cfg, numbers = fit_config(), torch.tensor([0, 1, 2, 17])
+    cfg, numbers = fit_config(muon=muon), torch.tensor([0, 1, 2, 17])
     together = dipddpm.fit_dips(cfg, known, numbers, 5)
     for k in range(4):
         alone = dipddpm.fit_dips(cfg, known.part(slice(k, k + 1)), numbers[k:k + 1], 5)
@@ -1863,8 +1865,28 @@ def test_batched_dips_equal_separate_fits_to_what_is_given(task):
     other = dipddpm.fit_dips(cfg, known._replace(y=other), numbers, 5)
     assert torch.equal(other[0], together[0]) and not torch.allclose(other[1], together[1])
     for seed, number in (0, 5), (1, 0):  # but its number and the seed have
-        other = dipddpm.fit_dips(fit_config(seed=seed), known.part([0]), torch.tensor([number]), 5)
+        other = dipddpm.fit_dips(dataclasses.replace(cfg, seed=seed), known.part([0]),
+                                 torch.tensor([number]), 5)
         assert not torch.allclose(other, together[:1])
+
+
+def test_muon_fits_a_dips_convolutions_of_3x3_and_adam_the_rest():
+    group = dipddpm.DIPGroup(fit_config(muon=True), torch.arange(2), 1, 8, 8)
+    adam, muon = group.optimizers
+    theirs, inner = ([p for part in optimizer.param_groups for p in part["params"]]
+                     for optimizer in (adam, muon))
+    assert sorted(map(id, theirs + inner)) == sorted(map(id, group.net.parameters()))
+    assert {p.shape[-1] for p in inner} == {3} and len(inner) == 3 * group.net.scales
+    assert all(p.dim() == 1 or p.shape[-1] == 1 for p in theirs) and muon.groups == 2
+    assert all(part["lr"] == 0.01 for part in adam.param_groups + muon.param_groups)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_fit_in_bf16_calculates_in_it_and_is_the_same_picture(muon):
+    _, known = measured("inpaint", 1)
+    short, long = (dipddpm.fit_dips(fit_config(muon=muon, precision=precision), known,
+                                    torch.arange(1), 10) for precision in ("bf16", "fp32"))
+    assert 1e-5 < (short - long).abs().max() < 0.1 and short.dtype == torch.float32
 
 
 def test_a_dips_input_is_its_code_and_a_thirtieth_of_fresh_noise_that_all_share():
@@ -2952,6 +2974,7 @@ GOLDEN = {
     "v: DDIM, 2M, DDPM": (0.6674, 0.6827, 0.739),
     "x0: DDIM, 2M, DDPM": (0.5651, 0.5799, 0.6127),
     "a DIP after 20 iterations": 0.1261,
+    "one by Muon": 0.1113,
     "codes: decoded, noise, new": (0.1627, 0.505, 0.4003),
     "noise level": (0.1863, 0.1977),
     "y+, y-": (0.6972, 0.9161),
@@ -2966,8 +2989,9 @@ GOLDEN = {
     "replicas": (4, 4, 4, 4),
     "bridge_start": (600, 600, 600, 600),
     "dip_lr": (0.01, 0.05, 0.01, 0.01),
+    "muon": (False, False, True, False),
     "dip_group": (64, 64, 1, 64),
-    "patience": (50, 50, 200, 50),
+    "patience": (50, 50, 100, 50),
 }
 RUNS = (("prior", 28), ("dip", 28), ("guide", 100), ("sample", 28))  # modes and sizes of images
 
@@ -3000,6 +3024,8 @@ def golden():
     # a DIP, codes, and new ones
     end = dipddpm.fit_dips(cfg, dipddpm.exact(x), numbers, 20)
     found["a DIP after 20 iterations"] = rms(end - x)
+    muon = dataclasses.replace(cfg, muon=True)
+    found["one by Muon"] = rms(dipddpm.fit_dips(muon, dipddpm.exact(x), numbers, 20) - x)
     coding = dipddpm.fit_codes(cfg, pixels)
     decoder, codes, _ = coding
     found["codes: decoded, noise, new"] = [
@@ -3016,7 +3042,7 @@ def golden():
     # what a run takes where nothing is said
     given = [dipddpm.resolve(config(mode=mode), (5000, 1, size, size)) for mode, size in RUNS]
     for f in dataclasses.fields(dipddpm.Config):
-        values = [v for cfg in given if (v := getattr(cfg, f.name))]
+        values = [v for cfg in given if (v := getattr(cfg, f.name)) is not None]
         if f.default is None and f.type is not str and len(values) > 1:
             found[f.name] = [v[0] if isinstance(v, tuple) else v for v in values]
     return found

@@ -1,9 +1,13 @@
-"""Noisy photos: what --mode dip makes of them, beside DIPs and what people use.
+"""Noisy photos, and photos with holes or of half the size: what --mode dip makes of them, beside
+DIPs and what people use.
 
     python -m studies.photos PHOTO... --crop 256 --sigma 0.098 --seeds 0,1,2 --out FILE.json
+    python -m studies.photos PHOTO... --crop 128 --task sr --arms split,plain --out FILE.json
 
-`split` is a DIP that is stopped by its risk, `plain` a DIP at its best moment, which only the truth
-can tell. CBM3D needs the package bm3d, which is free for research only.
+`split` is a DIP that is stopped by its risk, `plain` a DIP that nothing stops and `adam` one that
+Adam alone fits, as in its paper; psnr_oracle is of an arm's best moment, which only the truth can
+tell. CBM3D needs the package bm3d, which is free for research only. It and non-local means see
+holes filled (biharmonic) and are enlarged (bicubic); without noise they are only that.
 """
 
 import itertools
@@ -16,34 +20,46 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from skimage.restoration import denoise_nl_means  # of the tests' packages
+from skimage.restoration import denoise_nl_means, inpaint_biharmonic  # of the tests' packages
 
 import data
 import dipddpm
 import eval as measure
 
 
-def nlm(cfg, known, numbers):
+def nlm(y, sigma):
     """Non-local means of scikit-image (Buades et al. 2005). Of h = 0.5 to 0.9 sigma 0.6 is the best
     at 25/255, and nearly so at 15 and 50."""
-    made = [denoise_nl_means(y.permute(1, 2, 0).numpy(), h=0.6 * known.sigma, sigma=known.sigma,
-                             patch_size=5, patch_distance=6, channel_axis=-1) for y in known.y]
-    return torch.stack([torch.tensor(x).permute(2, 0, 1) for x in made]), torch.zeros(len(made))
+    return denoise_nl_means(y, h=0.6 * sigma, sigma=sigma, patch_size=5, patch_distance=6,
+                            channel_axis=-1)
 
 
-def cbm3d(cfg, known, numbers):
+def cbm3d(y, sigma):
     """Block matching and 3D filtering of colour pictures (Dabov et al. 2007), its authors'
     package."""
     try:
         from bm3d import bm3d_rgb
     except ImportError as error:
         raise ValueError("cbm3d needs the package bm3d: pip install bm3d") from error
-    made = [torch.tensor(bm3d_rgb(y.permute(1, 2, 0).double().numpy(), known.sigma))
-            for y in known.y]
-    return torch.stack(made).permute(0, 3, 1, 2).float(), torch.zeros(len(made))
+    return bm3d_rgb(y, sigma)
 
 
-def zs_n2n(cfg, known, numbers):
+def as_people_do(denoise):
+    """An arm: holes filled, noise taken off by `denoise`(y [H, W, C], sigma), enlarged."""
+    def arm(cfg, known, numbers, look):
+        made = []
+        for y, mask in zip(known.y.double(), known.mask[:, 0]):
+            x = y.permute(1, 2, 0).numpy()
+            if not mask.all():
+                x = inpaint_biharmonic(x, (mask == 0).numpy(), channel_axis=-1)
+            x = torch.as_tensor(denoise(x, known.sigma) if known.sigma else x)
+            x = x.permute(2, 0, 1)[None].float()
+            made.append(F.interpolate(x, size=mask.shape, mode="bicubic"))
+        return torch.cat(made), torch.zeros(len(made))
+    return arm
+
+
+def zs_n2n(cfg, known, numbers, look):
     """Zero-shot Noise2Noise (Mansour & Heckel 2023): a small network learns one half-sized picture
     from another, of the other diagonals' means, and to do the same before as after halving."""
     torch.manual_seed(cfg.seed)
@@ -75,40 +91,45 @@ def diagonals(x):
     return (b + c) / 2, (a + d) / 2
 
 
-def plain(cfg, known, numbers, truth):
-    """Each picture's best look at a DIP that nothing stops."""
-    follow = dipddpm.Follow(truth)
-    dipddpm.fit_plain(cfg, known, numbers, look=lambda i, x: follow(i, numbers, x))
-    return follow.best, follow.when
+def fitted(fit, **settings):
+    """An arm: one of dipddpm's ways to fit, under other settings."""
+    def arm(cfg, known, numbers, look):
+        return fit(replace(cfg, **settings), known, numbers, look=look)
+    return arm
 
 
-ARMS = {"nlm": (nlm, 1), "cbm3d": (cbm3d, 1), "zs-n2n": (zs_n2n, 2000),  # and iterations, at most
-        "denoiser": (dipddpm.fit_denoisers, dipddpm.DENOISER_ITERS),
-        "split": (dipddpm.fit_guided, 1000), "plain": (plain, 1000)}
+ARMS = {"nlm": (as_people_do(nlm), 1), "cbm3d": (as_people_do(cbm3d), 1),  # and most iterations
+        "zs-n2n": (zs_n2n, 2000),
+        "denoiser": (fitted(dipddpm.fit_denoisers), dipddpm.DENOISER_ITERS),
+        "split": (fitted(dipddpm.fit_guided), 1000), "plain": (fitted(dipddpm.fit_plain), 1000),
+        "adam": (fitted(dipddpm.fit_plain, muon=False), 1000)}
 
 
 def rows_of(args):
     """A row for each noise, seed, photo and arm: dB, SSIM, iterations, seconds of all cores."""
+    numbers = torch.arange(1)
     for sigma, seed, path in itertools.product(args.sigma, args.seeds, args.photos):
         x = data.load(str(path), split="all", limit=1, crop=args.crop).pixels.float() / 255
-        numbers = torch.arange(1)
         cfg = dipddpm.check(dipddpm.resolve(dipddpm.Config(
-            mode="dip", data=str(path), seed=seed, sigma=sigma, pictures="test",
+            mode="dip", data=str(path), seed=seed, sigma=sigma, task=args.task, pictures="test",
             precision=dipddpm.pick_precision(args.precision, numbers.device), dip_iters=args.iters,
             replicas=args.replicas, dip_width=args.dip_width), x.shape))
-        known = dipddpm.corrupt(cfg, "denoise", x, sigma, numbers)
+        known = dipddpm.corrupt(cfg, args.task, x, sigma, numbers)
         for arm in args.arms:
             fit, iters = ARMS[arm]
-            truth = (x,) * (fit is plain)
-            began = time.process_time()
-            made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers, *truth)
-            row = {"photo": path.stem, "crop": args.crop, "sigma": sigma, "seed": seed, "arm": arm,
-                   "replicas": args.replicas, "dip_width": args.dip_width,
-                   "precision": cfg.precision,
-                   "seconds": time.process_time() - began, "iterations": int(took[0])}
+            began, follow = time.process_time(), dipddpm.Follow(x)
+            made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers,
+                             lambda i, x, follow=follow: follow(i, numbers, x))
+            row = {"photo": path.stem, "crop": args.crop, "task": args.task, "sigma": sigma,
+                   "seed": seed, "arm": arm, "replicas": args.replicas, "precision": cfg.precision,
+                   "dip_width": args.dip_width, "seconds": time.process_time() - began,
+                   "iterations": int(took[0])}
+            if follow.looks:
+                row |= {"psnr_oracle": follow.psnr.item(), "best_at": int(follow.when[0])}
             made = made.clamp(0, 1)
             name = f"{args.out.stem}-{path.stem}-{sigma:g}-{seed}-{arm}.png"
-            shown = {"noisy": known.y.clamp(0, 1), arm: made, "what is gone": known.y - made + 0.5}
+            given = known.back(known.y)
+            shown = {"given": given, arm: made, "what is gone": given - made + 0.5}
             measure.draw(args.out.with_name(name), arm, {"truth": x} | {
                 caption: picture.clamp(0, 1) for caption, picture in shown.items()})
             yield row | measure.measures(made, x)
@@ -120,6 +141,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, required=True, help="a JSON file; pictures beside it")
     p.add_argument("--arms", type=dipddpm.listed(str), default=("nlm", "denoiser"))
     p.add_argument("--crop", type=int)
+    p.add_argument("--task", choices=dipddpm.TASKS, default="denoise")
     p.add_argument("--sigma", type=dipddpm.listed(float), default=(25 / 255,))
     p.add_argument("--seeds", type=dipddpm.listed(int), default=(0,))
     p.add_argument("--replicas", type=int, default=2)
@@ -128,8 +150,10 @@ def main(argv=None):
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     p.add_argument("--dip-width", type=int, default=32)
     args = p.parse_args(argv)
-    if min(args.sigma) <= 0:
+    if min(args.sigma) < 0 or args.task == "denoise" and not min(args.sigma):
         p.error(f"--sigma must be more than 0, not {min(args.sigma):g}")
+    if args.task != "denoise" and {"denoiser", "zs-n2n"} & set(args.arms):
+        p.error(f"--task {args.task}: denoiser and zs-n2n only denoise")
     if unknown := set(args.arms) - set(ARMS):
         p.error(f"--arms: {', '.join(sorted(unknown))}: want some of {', '.join(ARMS)}")
     dipddpm.keep_freed_memory()

@@ -415,7 +415,7 @@ def study_d(home, seeds, pictures, pixels, rates, rungs, steps, guide_iters, sig
             ("plain DIP on the last rung", "–", fresh[-1:]))
     rows = []
     for rate in rates:
-        cfg = dip_settings(truth, "guide", dip_lr=rate)
+        cfg = dip_settings(truth, "guide", dip_lr=rate, muon=False)  # as the report had it
         for name, reported, y in fits:
             curve = looks(cfg, y, members, rungs * steps, 10, lambda x: torch.stack(
                 [measure.psnr(x, truth), measure.ssim(x, truth)], 1))

@@ -907,10 +907,21 @@ def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, monkey
     assert better[0] > 25 and min(better) > noisy
     assert rows[2]["iterations"] == 20
     assert (tmp_path / "o" / "rows-photo-0.1-0-denoiser.png").exists()
+    assert all("psnr_oracle" in row for row in rows[2:]) and "psnr_oracle" not in rows[0]
+
+    file, more = tmp_path / "o" / "holes.json", ("--crop", 40, "--arms", "nlm,split,adam,plain")
+    for task, without in (("inpaint", 9), ("sr", 21)):  # what is given, as it is, has about this
+        status, _, err = run_main(photos.main, [*flags, "--task", task, *more, "--out", file],
+                                  capsys)
+        assert status == 0, err
+        rows = json.loads(file.read_text())
+        assert all(row["task"] == task for row in rows) and rows[0]["psnr"] > without
+        assert rows[2]["psnr"] == rows[3]["psnr"]  # Adam fits so few pixels anyway
     monkeypatch.setitem(sys.modules, "bm3d", None)  # as if it were not installed
     for more, message in ((["--arms", "best"], "best: want some of nlm"), ([], "none.png"),
                           (["--arms", "cbm3d"], "cbm3d needs the package bm3d"),
                           (["--sigma", 0], "--sigma must be more than 0"),
+                          (["--task", "sr"], "denoiser and zs-n2n only denoise"),
                           (["--replicas", 0], "--replicas must be at least 1")):
         file = [tmp_path / "none.png", *flags[1:]] if not more else flags
         status, out, err = run_main(photos.main, [*file, *more, "--out", tmp_path / "p"], capsys)
