@@ -4,10 +4,11 @@ DIPs and what people use.
     python -m studies.photos PHOTO... --crop 256 --sigma 0.098 --seeds 0,1,2 --out FILE.json
     python -m studies.photos PHOTO... --crop 128 --task sr --arms split,plain --out FILE.json
 
-`split` is a DIP that is stopped by its risk, `plain` a DIP that nothing stops and `adam` one that
-Adam alone fits, as in its paper; psnr_oracle is of an arm's best moment, which only the truth can
-tell. CBM3D needs the package bm3d, which is free for research only. It and non-local means see
-holes filled (biharmonic) and are enlarged (bicubic); without noise they are only that.
+`split` is a DIP that is stopped by its risk, `plain` a DIP that nothing stops; Adam alone fits, as
+in a DIP's paper, those of `split-adam` and `adam`. psnr_oracle is of an arm's best moment, which
+only the truth can tell. CBM3D needs the package bm3d, which is free for research only. It and
+non-local means see holes filled (biharmonic) and are enlarged (bicubic); without noise they are
+only that.
 """
 
 import itertools
@@ -102,7 +103,8 @@ ARMS = {"nlm": (as_people_do(nlm), 1), "cbm3d": (as_people_do(cbm3d), 1),  # and
         "zs-n2n": (zs_n2n, 2000),
         "denoiser": (fitted(dipddpm.fit_denoisers), dipddpm.DENOISER_ITERS),
         "split": (fitted(dipddpm.fit_guided), 1000), "plain": (fitted(dipddpm.fit_plain), 1000),
-        "adam": (fitted(dipddpm.fit_plain, muon=False), 1000)}
+        "adam": (fitted(dipddpm.fit_plain, muon=False), 1000),
+        "split-adam": (fitted(dipddpm.fit_guided, muon=False, patience=200), 1000)}
 
 
 def rows_of(args):
