@@ -803,10 +803,11 @@ class Fits:
     """K networks as one, each fitted to its image by `optimizers`, and the average of each one's
     outputs over iterations. With the seed, numbers int64 [K] decide all that is random."""
 
-    def __init__(self, cfg, numbers, net, optimizers, x):
+    def __init__(self, cfg, numbers, net, optimizers, C, H, W, dtype):
         self.cfg, self.numbers, self.K, self.net = cfg, numbers, len(numbers), net
-        self.optimizers, self.average = optimizers, torch.zeros_like(x)  # [K, C, H, W]
-        self.age = torch.zeros_like(x[:, 0, 0, 0])  # of each average, in iterations
+        self.optimizers = optimizers
+        self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=numbers.device)
+        self.age = torch.zeros_like(self.average[:, 0, 0, 0])  # of each average, in iterations
         self.steps = torch.zeros_like(numbers[0])
 
     def outputs(self, *inputs):
@@ -857,8 +858,7 @@ class DIPGroup(Fits):
         optimizers = optimizers_of_fits(net, inner, cfg.dip_lr, len(numbers))
         self.z = 0.1 * kernels.uniform((len(numbers), self.Cz, H, W), cfg.seed, numbers, 0,
                                        kernels.DIP_CODE, numbers.device)
-        x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
-        super().__init__(cfg, numbers, net, optimizers, x)
+        super().__init__(cfg, numbers, net, optimizers, C, H, W, dtype)
 
     def iterate(self, y, share, A):
         """One step to y from z under fresh jitter, see `learn`."""
@@ -1345,8 +1345,7 @@ class Denoisers(Fits):
         self.rate = torch.zeros((), device=numbers.device)
         inner = [layer.weight for layer in net.layers[1:-1]]
         optimizers = optimizers_of_fits(net, inner, self.rate, len(numbers))
-        x = torch.zeros(len(numbers), C, H, W, dtype=dtype, device=numbers.device)
-        super().__init__(cfg, numbers, net, optimizers, x)
+        super().__init__(cfg, numbers, net, optimizers, C, H, W, dtype)
 
     def iterate(self, y, share, A):
         """One step from u to v, see `learn`."""
