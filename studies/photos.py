@@ -3,16 +3,18 @@ DIPs and what people use.
 
     python -m studies.photos PHOTO... --crop 256 --sigma 0.098 --seeds 0,1,2 --out FILE.json
     python -m studies.photos PHOTO... --crop 128 --task sr --arms split,plain --out FILE.json
+    python -m studies.photos PHOTO... --crop 128 --task inpaint --holes 0.9 --out FILE.json
 
 `split` is a DIP that is stopped by its risk, `plain` a DIP that nothing stops; Adam alone fits, as
-in a DIP's paper, those of `split-adam` and `adam`. psnr_oracle is of an arm's best moment, which
-only the truth can tell. CBM3D needs the package bm3d, which is free for research only. It and
-non-local means see holes filled (biharmonic) and are enlarged (bicubic); without noise they are
-only that.
+in a DIP's paper, those of `split-adam`, `adam`, `es-wmv` and `aseq-dip`. psnr_oracle is of an arm's
+best moment, which only the truth can tell, psnr_end of its last. CBM3D needs the package bm3d,
+which is free for research only. It and non-local means see holes filled (biharmonic) and are
+enlarged (bicubic); without noise they are only that.
 """
 
 import itertools
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -26,6 +28,8 @@ from skimage.restoration import denoise_nl_means, inpaint_biharmonic  # of the t
 import data
 import dipddpm
 import eval as measure
+import kernels
+from studies.arms import WindowedVariance
 
 
 def nlm(y, sigma):
@@ -92,6 +96,37 @@ def diagonals(x):
     return (b + c) / 2, (a + d) / 2
 
 
+def es_wmv(cfg, known, numbers, look):
+    """A DIP by Adam of which the moment is taken when its outputs vary least (Wang, Li et al. 2023,
+    window of 100); the whole of cfg.dip_iters is waited for a lesser one."""
+    cfg, stop = replace(cfg, muon=False), WindowedVariance(100, math.inf)
+
+    def each(i, x, average):
+        stop(i, x, average)
+        if i % dipddpm.CHECK == 0:
+            look(i, average)
+    dipddpm.fit_dips(cfg, known, numbers, cfg.dip_iters, look=each)
+    return stop.x, stop.best
+
+
+def aseq_dip(cfg, known, numbers, look, every=2, weight=1):
+    """aSeqDIP (Alkhouri et al. 2024, algorithm 1): a network sees its own last output, first the
+    measurement, is fitted to the measurement and to what it sees, and sees anew every so often."""
+    C, (H, W), z = known.y.shape[1], known.mask.shape[2:], known.back(known.y)
+    net = dipddpm.Skip(dipddpm.Grouped(numbers, cfg.seed), C, C, H, W, cfg.dip_width)
+    adam = torch.optim.Adam(net.parameters(), cfg.dip_lr)
+    for i in range(1, cfg.dip_iters + 1):
+        with torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"):
+            x = net(z).float()
+        adam.zero_grad()
+        ((known.A(x) - known.y).square().sum() + weight * (x - z).square().sum()).backward()
+        adam.step()
+        z = x.detach() if i % every == 0 else z
+        if i % dipddpm.CHECK == 0:
+            look(i, x.detach())
+    return x.detach(), torch.full((1,), cfg.dip_iters)
+
+
 def fitted(fit, **settings):
     """An arm: one of dipddpm's ways to fit, under other settings."""
     def arm(cfg, known, numbers, look):
@@ -104,7 +139,25 @@ ARMS = {"nlm": (as_people_do(nlm), 1), "cbm3d": (as_people_do(cbm3d), 1),  # and
         "denoiser": (fitted(dipddpm.fit_denoisers), dipddpm.DENOISER_ITERS),
         "split": (fitted(dipddpm.fit_guided), 1000), "plain": (fitted(dipddpm.fit_plain), 1000),
         "adam": (fitted(dipddpm.fit_plain, muon=False), 1000),
+        "es-wmv": (es_wmv, 1000), "aseq-dip": (aseq_dip, 1000),
         "split-adam": (fitted(dipddpm.fit_guided, muon=False, patience=200), 1000)}
+
+
+def with_holes(holes, cfg, x, sigma, numbers, crop):
+    """`dipddpm.corrupt` to inpaint, where `holes` is the share of the pixels that is gone, or the
+    file of a mask, dark where they are."""
+    known = dipddpm.corrupt(cfg, "denoise", x, sigma, numbers)
+    try:
+        u = kernels.uniform(known.mask.shape, cfg.seed, numbers, dipddpm.MASK_DRAW,
+                            kernels.CORRUPTION, x.device)
+        mask = (u < 1 - float(holes)).float()
+    except ValueError:  # no number
+        white = data.load(holes, split="all", limit=1, crop=crop).pixels[:, :1] > 0.95 * 255
+        mask = white.float()
+    if mask.shape != known.mask.shape or mask.mean() in (0, 1):
+        raise ValueError(f"--holes {holes}: want a share between 0 and 1, or a mask of the photo's "
+                         "size with white and dark")
+    return known._replace(task="inpaint", mask=mask, y=known.y * mask)
 
 
 def rows_of(args):
@@ -116,18 +169,20 @@ def rows_of(args):
             mode="dip", data=str(path), seed=seed, sigma=sigma, task=args.task, pictures="test",
             precision=dipddpm.pick_precision(args.precision, numbers.device), dip_iters=args.iters,
             replicas=args.replicas, dip_width=args.dip_width), x.shape))
-        known = dipddpm.corrupt(cfg, args.task, x, sigma, numbers)
+        known = (with_holes(args.holes, cfg, x, sigma, numbers, args.crop) if args.holes
+                 else dipddpm.corrupt(cfg, args.task, x, sigma, numbers))
         for arm in args.arms:
             fit, iters = ARMS[arm]
             began, follow = time.process_time(), dipddpm.Follow(x)
             made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers,
                              lambda i, x, follow=follow: follow(i, numbers, x))
-            row = {"photo": path.stem, "crop": args.crop, "task": args.task, "sigma": sigma,
-                   "seed": seed, "arm": arm, "replicas": args.replicas, "precision": cfg.precision,
-                   "dip_width": args.dip_width, "seconds": time.process_time() - began,
-                   "iterations": int(took[0])}
+            row = {"photo": path.stem, "crop": args.crop, "task": args.task, "holes": args.holes,
+                   "sigma": sigma, "seed": seed, "arm": arm, "replicas": args.replicas,
+                   "precision": cfg.precision, "dip_width": args.dip_width,
+                   "seconds": time.process_time() - began, "iterations": int(took[0])}
             if follow.looks:
-                row |= {"psnr_oracle": follow.psnr.item(), "best_at": int(follow.when[0])}
+                row |= {"psnr_oracle": follow.psnr.item(), "best_at": int(follow.when[0]),
+                        "psnr_end": follow.curve()[-1][1]}
             made = made.clamp(0, 1)
             name = f"{args.out.stem}-{path.stem}-{sigma:g}-{seed}-{arm}.png"
             given = known.back(known.y)
@@ -144,6 +199,8 @@ def main(argv=None):
     p.add_argument("--arms", type=dipddpm.listed(str), default=("nlm", "denoiser"))
     p.add_argument("--crop", type=int)
     p.add_argument("--task", choices=dipddpm.TASKS, default="denoise")
+    p.add_argument("--holes", help="inpaint: the share of the pixels that is gone (one half), or "
+                   "a mask")
     p.add_argument("--sigma", type=dipddpm.listed(float), default=(25 / 255,))
     p.add_argument("--seeds", type=dipddpm.listed(int), default=(0,))
     p.add_argument("--replicas", type=int, default=2)
@@ -156,6 +213,8 @@ def main(argv=None):
         p.error(f"--sigma must be more than 0, not {min(args.sigma):g}")
     if args.task != "denoise" and {"denoiser", "zs-n2n"} & set(args.arms):
         p.error(f"--task {args.task}: denoiser and zs-n2n only denoise")
+    if args.holes and args.task != "inpaint":
+        p.error("--holes needs --task inpaint")
     if unknown := set(args.arms) - set(ARMS):
         p.error(f"--arms: {', '.join(sorted(unknown))}: want some of {', '.join(ARMS)}")
     dipddpm.keep_freed_memory()

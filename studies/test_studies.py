@@ -917,12 +917,39 @@ def test_photos_are_denoised_by_each_arm_and_misuse_is_one_line(tmp_path, monkey
         rows = json.loads(file.read_text())
         assert all(row["task"] == task for row in rows) and rows[0]["psnr"] > without
         assert rows[2]["psnr"] == rows[3]["psnr"]  # Adam fits so few pixels anyway
+        assert rows[1]["psnr_end"] <= rows[1]["psnr_oracle"] and "psnr_end" not in rows[0]
+    mask = torch.zeros(1, 1, 41, 40)
+    mask[..., :20] = 1
+    measures.save_png(measures.grid(mask, pad=0), tmp_path / "mask.png")
+    inpaint, rows = ["--task", "inpaint", "--crop", 40, "--arms", "nlm", "--out", file], {}
+    for holes in (), ("--holes", 0.5), ("--holes", 0.9), ("--holes", tmp_path / "mask.png"):
+        status, _, err = run_main(photos.main, [*flags, *inpaint, *holes], capsys)
+        assert status == 0, err
+        rows[holes[1:]] = json.loads(file.read_text())[0]
+    whole, half, most, masked = rows.values()
+    assert whole["psnr"] == half["psnr"] > most["psnr"] and masked["holes"].endswith("mask.png")
     monkeypatch.setitem(sys.modules, "bm3d", None)  # as if it were not installed
     for more, message in ((["--arms", "best"], "best: want some of nlm"), ([], "none.png"),
                           (["--arms", "cbm3d"], "cbm3d needs the package bm3d"),
                           (["--sigma", 0], "--sigma must be more than 0"),
                           (["--task", "sr"], "denoiser and zs-n2n only denoise"),
+                          (["--holes", 0.5], "--holes needs --task inpaint"),
+                          ([*inpaint, "--holes", 1], "want a share between 0 and 1, or a mask"),
+                          ([*inpaint, "--holes", "0,5"], "0,5"),
                           (["--replicas", 0], "--replicas must be at least 1")):
         file = [tmp_path / "none.png", *flags[1:]] if not more else flags
         status, out, err = run_main(photos.main, [*file, *more, "--out", tmp_path / "p"], capsys)
         assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_photo_at_its_least_variance_and_from_its_own_last_output():
+    x = torch.linspace(0, 1, 16)[:, None].expand(1, 3, 16, 16).contiguous()
+    cfg = dipddpm.Config(mode="dip", dip_iters=120, dip_width=8, dip_lr=0.01, muon=True)
+    known, numbers = dipddpm.corrupt(cfg, "denoise", x, 0.2, torch.arange(1)), torch.arange(1)
+    arms, looks = (photos.es_wmv, photos.aseq_dip), {}
+    made = {arm: arm(cfg, known, numbers, lambda i, x, arm=arm: looks.setdefault((arm, i), x))
+            for arm in arms}
+    assert {i for _, i in looks} == {*range(10, 121, 10)}
+    for (x_hat, took), least in zip(made.values(), (100, 120)):
+        assert least <= took <= 120 and (x_hat - x).square().mean() < 0.04 / 4
+    assert torch.equal(made[photos.aseq_dip][0], looks[photos.aseq_dip, 120])
