@@ -814,7 +814,8 @@ class Fits:
         """What the networks make [K, C, H, W], in bf16 inside if the precision says so."""
         bf16 = self.cfg.precision == "bf16"
         with torch.autocast(self.average.device.type, torch.bfloat16, bf16):
-            return self.net(*inputs).to(self.average.dtype).view_as(self.average)
+            x = self.net(*inputs).to(self.average.dtype)
+        return x.view(self.K, -1, *x.shape[2:])
 
     def learn(self, x, y, share, A):
         """One step on sum_k sum share_k (A x_k - y_k)^2, so that each member gets the gradient that
@@ -1314,15 +1315,21 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, u, turned):
+    def forward(self, u, *turned):
         h = u.flatten(0, 1)[None].contiguous(memory_format=torch.channels_last)  # [1, K C, H, W]
         for layer in self.layers[:-1]:
-            h = F.leaky_relu(layer(h, turned), 0.1)
-        return self.layers[-1](h, turned).contiguous().view_as(u)
+            h = F.leaky_relu(layer(h, *turned), 0.1)
+        return self.layers[-1](h, *turned).contiguous().view_as(u)
 
 
 DENOISER_ITERS, DENOISER_RATE, DENOISER_WINDOW = 500, 1e-2, 0.97
 INNER = 0.8  # a, below
+SIDE = 256  # of the windows through which they see pictures of more than two such
+
+
+def seen_by_windows(H, W):
+    """Whether a picture is too large for `Denoisers` to see it whole."""
+    return H * W > 2 * SIDE**2
 
 
 def learns_from_picture(cfg, sigma, H, W):
@@ -1363,10 +1370,26 @@ class Denoisers(Fits):
         u = y + INNER * eps
         self.learn(u - self.outputs(u, turned), y - eps / INNER, share, A)
 
+    @torch.no_grad()
+    def whole(self, y, draw):
+        """What the networks make of y [K, C, H, W] of any size under noise of this draw, strip by
+        strip: a pixel depends on no further ones than its network has layers."""
+        eps = self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, draw,
+                                          kernels.DIP_JITTER, y.device).to(y.dtype)
+        u, margin = y + INNER * eps, len(self.net.layers)
+        x = torch.empty_like(u)
+        for top in range(0, y.shape[2], SIDE):
+            first = max(0, top - margin)
+            seen = u[:, :, first:top + SIDE + margin]
+            made = seen - self.outputs(seen)
+            x[:, :, top:top + SIDE] = made[:, :, top - first:top - first + SIDE]
+        return x
+
 
 def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
-    """`fit_guided` of `Denoisers`, in --mode guide of at most DENOISER_ITERS. Channels of one's own
-    pictures whose noises differ plainly, and are not cut off, are brought to one level first."""
+    """`fit_guided` of `Denoisers`, or `fit_by_windows`, in --mode guide of at most DENOISER_ITERS.
+    Channels of one's own pictures whose noises differ plainly, and are not cut off, are brought to
+    one level first."""
     iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, DENOISER_ITERS)
     cfg = replace(cfg, dip_iters=iters, window=DENOISER_WINDOW)
     scale = known.y.new_ones(known.y.shape[:2])
@@ -1378,9 +1401,41 @@ def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
         scale = torch.where(uneven[:, None], whole / levels, scale)
     scale = scale[..., None, None]
     make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
-    x, took = fit_guided(cfg, known._replace(y=known.y * scale), numbers, track,
-                         lambda i, x: look(i, x / scale), make)
+    fit = (fit_by_windows if seen_by_windows(*known.y.shape[2:]) else
+           functools.partial(fit_guided, make=make))
+    x, took = fit(cfg, known._replace(y=known.y * scale), numbers, track,
+                  lambda i, x: look(i, x / scale))
     return x / scale, took
+
+
+def fit_by_windows(cfg, known, numbers, track=untracked, look=unseen):
+    """Large pictures: each iteration of `Denoisers` is about one window, at a place that is drawn
+    for it. y is not split: so much of it cannot be learned by heart, and nothing has to judge.
+    Called as `fit_guided`; the result is the mean of what the networks make of the whole at each
+    look in the last third, each time under noise of its own."""
+    n, M, (H, W) = len(known.y), cfg.replicas, known.y.shape[2:]
+    numbers, y = replicas_of(numbers, M), known.y.repeat_interleave(M, 0)
+    h, w = min(SIDE, H), min(SIDE, W)
+    group = Denoisers(cfg, numbers, y.shape[1], h, w, y.dtype, known.sigma)
+    share = torch.full_like(group.average, 1 / group.average[0].numel())
+    x, looks = torch.zeros_like(known.y), 0
+
+    def look_at_all():
+        nonlocal looks
+        made, looks = group.whole(y, cfg.dip_iters + i), looks + 1
+        x.lerp_(made.unflatten(0, (n, M)).mean(1), 1 / looks)
+        group.require(x.isfinite().all())
+        look(i, x)
+
+    for i in track(range(1, cfg.dip_iters + 1), "fit", n * M):
+        place = kernels.uniform((1, 2), cfg.seed, 1, i, kernels.DIP_CODE, "cpu")[0].tolist()
+        top, left = int(place[0] * (H - h + 1)), int(place[1] * (W - w + 1))
+        group.iterate(y[..., top:top + h, left:left + w], share, known.A)
+        if i % CHECK == 0 and 3 * i > 2 * cfg.dip_iters:
+            look_at_all()
+    if not looks:  # it was so short
+        look_at_all()
+    return x, torch.full_like(numbers[::M], i)
 
 
 def fit_plain(cfg, known, numbers, track=untracked, look=unseen):
@@ -1484,8 +1539,8 @@ def observe(cfg, run):
     cfg = resolve(replace(cfg, sigma=known.sigma, precision=run.precision), (n, C, H, W))
     networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
     learns = learns_from_picture(cfg, known.sigma, H, W)
-    each = max(3100 * learns, 110 * cfg.dip_width * (cfg.mode == "guide" or not learns))
-    need = each * networks * H * W  # bytes, as measured
+    fitted = 110 * cfg.dip_width * H * W * (cfg.mode == "guide" or not learns)
+    need = networks * max(3100 * learns * min(H * W, 2 * SIDE**2), fitted)  # bytes, as measured
     if run.device.type == "cpu" and need > memory():  # where no error would tell
         raise ValueError(f"a fit of {W}x{H} pixels needs about {need / 2**30:.0f} GiB, more than "
                          f"there are here: {LOWER}")

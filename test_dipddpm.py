@@ -2348,8 +2348,8 @@ def test_denoisers_are_turned_in_eight_ways_as_if_their_picture_were(monkeypatch
 def test_denoisers_are_told_the_noise_that_they_see_and_have_iterations_of_their_own(monkeypatch):
     (_, known), told = measured("denoise", 1, 0.2), []
     monkeypatch.setattr(dipddpm, "Denoisers", lambda *_, level: told.append(level))
-    monkeypatch.setattr(dipddpm, "fit_guided", lambda cfg, *given: (
-        told.append((cfg.dip_iters, cfg.window)), given[-1](), (known.y, None))[-1])
+    monkeypatch.setattr(dipddpm, "fit_guided", lambda cfg, *given, make: (
+        told.append((cfg.dip_iters, cfg.window)), make(), (known.y, None))[-1])
     for mode, iters in ("dip", 700), ("guide", 700), ("guide", 70):
         cfg = fit_config(mode=mode, alpha=0.5, dip_iters=iters)
         dipddpm.fit_denoisers(cfg, known, torch.arange(1))
@@ -2399,6 +2399,51 @@ def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
                                          torch.arange(1))[0] for precision in ("bf16", "fp32"))
     assert 1e-4 < (short - long).abs().max() < 0.05  # another arithmetic, the same picture
     assert short.dtype == torch.float32
+
+
+def test_large_pictures_are_learned_by_windows_and_denoised_as_a_whole(monkeypatch):
+    monkeypatch.setattr(dipddpm, "SIDE", 32)
+    x, y = torch.linspace(0, 40, 70), torch.linspace(0, 30, 61)[:, None]
+    truth = 0.5 + 0.3 * torch.sin(x) * torch.cos(y) * torch.ones(1, 3, 1, 1)
+    cfg, seen = fit_config(70, mode="dip", replicas=2, dip_iters=90), []
+    known = dipddpm.corrupt(cfg, "denoise", truth, 0.2, torch.arange(1))
+    learn, windows = dipddpm.Denoisers.learn, []
+
+    def watched(group, x, v, *given):
+        windows.append(v)
+        learn(group, x, v, *given)
+
+    monkeypatch.setattr(dipddpm.Denoisers, "learn", watched)
+    follow = dipddpm.Follow(truth)
+
+    def look(i, x):
+        seen.append(i)
+        follow(i, torch.arange(1), x)
+
+    made, took = dipddpm.fit_denoisers(cfg, known, torch.arange(1), look=look)
+    assert made.shape == truth.shape and took.tolist() == [90] and seen == [70, 80, 90]
+    gain = measures.psnr(made.clamp(0, 1), truth) - measures.psnr(known.y.clamp(0, 1), truth)
+    assert gain > 6 and follow.looks[90] > follow.looks[70]  # the mean of three is better than one
+    assert {v.shape for v in windows} == {(2, 3, 32, 32)}
+    corners = {round(v.mean().item(), 5) for v in windows}
+    assert len(corners) > 80  # nearly each at a place of its own
+    same, _ = dipddpm.fit_denoisers(cfg, known, torch.arange(1))
+    assert torch.equal(same, made)
+    # stopped before the first look: what they make of it by then
+    short, took = dipddpm.fit_denoisers(cfg, known, torch.arange(1),
+                                        lambda steps, *_: itertools.islice(steps, 20))
+    assert took.tolist() == [20] and 0.1 < (short - truth).square().mean().sqrt() < 0.25
+
+
+def test_what_denoisers_make_of_a_whole_does_not_depend_on_its_strips(monkeypatch):
+    x = random_images(2, 3, 50, 20)
+    group = dipddpm.Denoisers(fit_config(), torch.arange(2), 3, 16, 16, x.dtype, 0.1)
+    torch.nn.init.normal_(group.net.layers[-1].weight)
+    whole = group.whole(x, 7)
+    assert not torch.equal(whole, group.whole(x, 8))  # other noise
+    for side in 16, 15, 49:
+        monkeypatch.setattr(dipddpm, "SIDE", side)
+        torch.testing.assert_close(group.whole(x, 7), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_replica_that_forgets_everything_costs_only_what_was_still_to_come():
