@@ -103,7 +103,7 @@ class Config:
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
                           "128)", low=1)
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (studies: 60; dip, "
-                          "guide: 1000, above 64 pixels 3000) or denoiser (500)", low=1)
+                          "guide: 1000, above 64 pixels 3000) or denoiser (500, 1000)", low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
                          "them, and results compared with them. own: yours, nothing is added or "
                          "compared (default for one image in --mode dip)", choices=("test", "own"))
@@ -1324,12 +1324,17 @@ class Denoiser(nn.Module):
 
 DENOISER_ITERS, DENOISER_RATE, DENOISER_WINDOW = 500, 1e-2, 0.97
 INNER = 0.8  # a, below
-SIDE = 256  # of the windows through which they see pictures of more than two such
+PATCH, DRAWS = 256, 16  # side of the patches by which larger pictures are learned, and see there
 
 
-def seen_by_windows(H, W):
-    """Whether a picture is too large for `Denoisers` to see it whole."""
-    return H * W > 2 * SIDE**2
+def by_patches(H, W):
+    """Whether a picture is larger than what `Denoisers` see as a whole."""
+    return H * W > 2 * PATCH**2
+
+
+def denoiser_iters(H, W):
+    """By patches as many as give what the whole gives, but in a time that does not grow."""
+    return DENOISER_ITERS * (1 + by_patches(H, W))
 
 
 def learns_from_picture(cfg, sigma, H, W):
@@ -1354,10 +1359,14 @@ class Denoisers(Fits):
         optimizers = optimizers_of_fits(net, inner, self.rate, len(numbers))
         super().__init__(cfg, numbers, net, optimizers, C, H, W, dtype)
 
+    def noise(self, y, draw):
+        """s e' of y's shape."""
+        return self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, draw,
+                                           kernels.DIP_JITTER, y.device).to(y.dtype)
+
     def iterate(self, y, share, A):
         """One step from u to v, see `learn`."""
-        eps = self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, self.steps,
-                                          kernels.DIP_JITTER, y.device).to(y.dtype)
+        eps = self.noise(y, self.steps)
         coins = kernels.uniform((1, 3), self.cfg.seed, 0, self.steps, kernels.DIP_CODE,
                                 y.device)[0] < 0.5
 
@@ -1372,25 +1381,28 @@ class Denoisers(Fits):
 
     @torch.no_grad()
     def whole(self, y, draw):
-        """What the networks make of y [K, C, H, W] of any size under noise of this draw, strip by
-        strip: a pixel depends on no further ones than its network has layers."""
-        eps = self.level * kernels.normal(y.shape, self.cfg.seed, self.numbers, draw,
-                                          kernels.DIP_JITTER, y.device).to(y.dtype)
-        u, margin = y + INNER * eps, len(self.net.layers)
-        x = torch.empty_like(u)
-        for top in range(0, y.shape[2], SIDE):
-            first = max(0, top - margin)
-            seen = u[:, :, first:top + SIDE + margin]
-            made = seen - self.outputs(seen)
-            x[:, :, top:top + SIDE] = made[:, :, top - first:top - first + SIDE]
+        """What an image's networks make, on average, of y [n, C, H, W] of any size under further
+        noise, patch by patch. A pixel depends on none that are further away than there are 3x3
+        convolutions."""
+        n, _, H, W = y.shape
+        x, margin = torch.empty_like(y), len(self.net.layers)
+        corners = list(itertools.product(range(0, H, PATCH), range(0, W, PATCH)))
+        for k, (top, left) in enumerate(corners, self.cfg.dip_iters + draw * len(corners)):
+            above, before = min(top, margin), min(left, margin)
+            seen = y[..., top - above:top + PATCH + margin, left - before:left + PATCH + margin]
+            seen = seen.repeat_interleave(self.K // n, 0)
+            u = seen + INNER * self.noise(seen, k)
+            made = (u - self.outputs(u)).unflatten(0, (n, -1)).mean(1)[..., above:, before:]
+            x[..., top:top + PATCH, left:left + PATCH] = made[..., :PATCH, :PATCH]
         return x
 
 
 def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
-    """`fit_guided` of `Denoisers`, or `fit_by_windows`, in --mode guide of at most DENOISER_ITERS.
-    Channels of one's own pictures whose noises differ plainly, and are not cut off, are brought to
-    one level first."""
-    iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, DENOISER_ITERS)
+    """`fit_guided` of `Denoisers`, or `fit_by_patches`; in --mode guide of no more iterations than
+    by default. Channels of one's own pictures whose noises differ plainly, and are not cut off, are
+    brought to one level first."""
+    size = known.y.shape[2:]
+    iters = cfg.dip_iters if cfg.mode == "dip" else min(cfg.dip_iters, denoiser_iters(*size))
     cfg = replace(cfg, dip_iters=iters, window=DENOISER_WINDOW)
     scale = known.y.new_ones(known.y.shape[:2])
     if cfg.pictures == "own":
@@ -1401,41 +1413,39 @@ def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
         scale = torch.where(uneven[:, None], whole / levels, scale)
     scale = scale[..., None, None]
     make = functools.partial(Denoisers, level=known.sigma * math.sqrt(1 + cfg.alpha**2))
-    fit = (fit_by_windows if seen_by_windows(*known.y.shape[2:]) else
-           functools.partial(fit_guided, make=make))
+    fit = fit_by_patches if by_patches(*size) else functools.partial(fit_guided, make=make)
     x, took = fit(cfg, known._replace(y=known.y * scale), numbers, track,
                   lambda i, x: look(i, x / scale))
     return x / scale, took
 
 
-def fit_by_windows(cfg, known, numbers, track=untracked, look=unseen):
-    """Large pictures: each iteration of `Denoisers` is about one window, at a place that is drawn
+def fit_by_patches(cfg, known, numbers, track=untracked, look=unseen):
+    """Large pictures: each iteration of `Denoisers` is about one patch, at a place that is drawn
     for it. y is not split: so much of it cannot be learned by heart, and nothing has to judge.
-    Called as `fit_guided`; the result is the mean of what the networks make of the whole at each
-    look in the last third, each time under noise of its own."""
+    Called as `fit_guided`, but there is one look, at the result: the mean of what the networks make
+    of the whole under noise of DRAWS draws."""
     n, M, (H, W) = len(known.y), cfg.replicas, known.y.shape[2:]
-    numbers, y = replicas_of(numbers, M), known.y.repeat_interleave(M, 0)
-    h, w = min(SIDE, H), min(SIDE, W)
-    group = Denoisers(cfg, numbers, y.shape[1], h, w, y.dtype, known.sigma)
-    share = torch.full_like(group.average, 1 / group.average[0].numel())
-    x, looks = torch.zeros_like(known.y), 0
-
-    def look_at_all():
-        nonlocal looks
-        made, looks = group.whole(y, cfg.dip_iters + i), looks + 1
-        x.lerp_(made.unflatten(0, (n, M)).mean(1), 1 / looks)
-        group.require(x.isfinite().all())
-        look(i, x)
-
+    w = min(W, max(PATCH, PATCH**2 // H))
+    h = min(H, PATCH**2 // w)
+    group = Denoisers(cfg, replicas_of(numbers, M), known.y.shape[1], h, w, known.y.dtype,
+                      known.sigma)
+    patch = torch.zeros_like(group.average)
+    share = torch.full_like(patch, 1 / patch[0].numel())
+    advance = Graphed(lambda: group.iterate(patch, share, known.A), patch.device, cfg.dip_iters)
     for i in track(range(1, cfg.dip_iters + 1), "fit", n * M):
-        place = kernels.uniform((1, 2), cfg.seed, 1, i, kernels.DIP_CODE, "cpu")[0].tolist()
-        top, left = int(place[0] * (H - h + 1)), int(place[1] * (W - w + 1))
-        group.iterate(y[..., top:top + h, left:left + w], share, known.A)
-        if i % CHECK == 0 and 3 * i > 2 * cfg.dip_iters:
-            look_at_all()
-    if not looks:  # it was so short
-        look_at_all()
-    return x, torch.full_like(numbers[::M], i)
+        place = kernels.uniform((1, 2), cfg.seed, 1, i, kernels.DIP_CODE, "cpu")  # 0 has the coins
+        down, right = place[0].tolist()
+        top, left = int(down * (H - h + 1)), int(right * (W - w + 1))
+        patch.copy_(known.y[..., top:top + h, left:left + w].repeat_interleave(M, 0))
+        advance()
+        if i % CHECK == 0:
+            group.require(group.losses.isfinite().all())
+    x = torch.zeros_like(known.y)
+    for draw in track(range(1, DRAWS + 1), "denoise", n):
+        x.lerp_(group.whole(known.y, draw), 1 / draw)
+    group.require(x.isfinite().all())
+    look(i, x)
+    return x, torch.full_like(numbers, i)
 
 
 def fit_plain(cfg, known, numbers, track=untracked, look=unseen):
@@ -1540,7 +1550,7 @@ def observe(cfg, run):
     networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
     learns = learns_from_picture(cfg, known.sigma, H, W)
     fitted = 110 * cfg.dip_width * H * W * (cfg.mode == "guide" or not learns)
-    need = networks * max(3100 * learns * min(H * W, 2 * SIDE**2), fitted)  # bytes, as measured
+    need = networks * max(3100 * learns * min(H * W, 2 * PATCH**2), fitted)  # bytes, as measured
     if run.device.type == "cpu" and need > memory():  # where no error would tell
         raise ValueError(f"a fit of {W}x{H} pixels needs about {need / 2**30:.0f} GiB, more than "
                          f"there are here: {LOWER}")
@@ -1828,7 +1838,7 @@ def resolve(cfg, shape=None):
     # a photo's fit ends in minutes on a CPU, where nobody has said how long it is to be
     learns = cfg.mode == "dip" and learns_from_picture(cfg, cfg.sigma, H, W)
     short = fitting and on_cpu and not small and not learns and cfg.dip_iters is None
-    iters = 60 if not fitting else DENOISER_ITERS if learns else 1000 if small else 3000
+    iters = 60 if not fitting else denoiser_iters(H, W) if learns else 1000 if small else 3000
     # a larger rate has the better best moment, but as a prior leaves less smooth errors
     rate = 0.05 if small and fitting else 0.01
     return given(replace(cfg, samples=min(cfg.samples, N)), minutes=10.0 if short else None,

@@ -2401,49 +2401,65 @@ def test_denoisers_denoise_and_do_not_depend_on_who_shares_their_group():
     assert short.dtype == torch.float32
 
 
-def test_large_pictures_are_learned_by_windows_and_denoised_as_a_whole(monkeypatch):
-    monkeypatch.setattr(dipddpm, "SIDE", 32)
+def test_large_pictures_are_learned_by_patches_and_denoised_as_a_whole(monkeypatch):
+    monkeypatch.setattr(dipddpm, "PATCH", 32)
     x, y = torch.linspace(0, 40, 70), torch.linspace(0, 30, 61)[:, None]
     truth = 0.5 + 0.3 * torch.sin(x) * torch.cos(y) * torch.ones(1, 3, 1, 1)
     cfg, seen = fit_config(70, mode="dip", replicas=2, dip_iters=90), []
     known = dipddpm.corrupt(cfg, "denoise", truth, 0.2, torch.arange(1))
-    learn, windows = dipddpm.Denoisers.learn, []
 
-    def watched(group, x, v, *given):
-        windows.append(v)
-        learn(group, x, v, *given)
+    def fit(track=lambda steps, *_: steps):
+        made, took = dipddpm.fit_denoisers(cfg, known, torch.arange(1), track,
+                                           lambda *at: seen.append(at))
+        return made, took.tolist(), (made - truth).square().mean().sqrt().item()
 
-    monkeypatch.setattr(dipddpm.Denoisers, "learn", watched)
-    follow = dipddpm.Follow(truth)
-
-    def look(i, x):
-        seen.append(i)
-        follow(i, torch.arange(1), x)
-
-    made, took = dipddpm.fit_denoisers(cfg, known, torch.arange(1), look=look)
-    assert made.shape == truth.shape and took.tolist() == [90] and seen == [70, 80, 90]
-    gain = measures.psnr(made.clamp(0, 1), truth) - measures.psnr(known.y.clamp(0, 1), truth)
-    assert gain > 6 and follow.looks[90] > follow.looks[70]  # the mean of three is better than one
-    assert {v.shape for v in windows} == {(2, 3, 32, 32)}
-    corners = {round(v.mean().item(), 5) for v in windows}
-    assert len(corners) > 80  # nearly each at a place of its own
-    same, _ = dipddpm.fit_denoisers(cfg, known, torch.arange(1))
-    assert torch.equal(same, made)
-    # stopped before the first look: what they make of it by then
-    short, took = dipddpm.fit_denoisers(cfg, known, torch.arange(1),
-                                        lambda steps, *_: itertools.islice(steps, 20))
-    assert took.tolist() == [20] and 0.1 < (short - truth).square().mean().sqrt() < 0.25
+    made, took, error = fit()
+    assert made.shape == truth.shape and took == [90] and error < 0.1  # of 0.2
+    assert [i for i, _ in seen] == [90] and torch.equal(seen[0][1], made)
+    assert torch.equal(fit()[0], made)
+    once = fit(lambda steps, label, _: steps if label == "fit" else steps[:1])
+    assert error < 0.95 * once[2]  # the mean of many draws is better than one
+    short = fit(lambda steps, *_: steps[:20])  # stopped: what they make of it by then
+    assert short[1] == [20] and 0.05 < short[2] < 0.25
 
 
-def test_what_denoisers_make_of_a_whole_does_not_depend_on_its_strips(monkeypatch):
+@pytest.mark.parametrize("H, W, size", [(61, 70, (32, 32)), (8, 300, (8, 128)),
+                                        (3000, 8, (128, 8)), (20, 200, (20, 51))])
+def test_patches_lie_anywhere_and_are_not_small_in_long_pictures(H, W, size, monkeypatch):
+    monkeypatch.setattr(dipddpm, "PATCH", 32)
+    place = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"))[None]
+    known, seen = dipddpm.exact(place.float()), []
+
+    def iterate(group, y, share, A):
+        seen.append(y.clone())
+        group.losses = torch.zeros(1)
+
+    monkeypatch.setattr(dipddpm.Denoisers, "iterate", iterate)
+    cfg = fit_config(70, mode="dip", replicas=2, dip_iters=200)
+    made, _ = dipddpm.fit_by_patches(cfg, known, torch.arange(1))
+    torch.testing.assert_close(made, known.y)  # no network has learned, and no noise is added
+    assert {y.shape[2:] for y in seen} == {size}
+    for y in seen[:3]:
+        assert torch.equal(y[0], y[1])
+        assert torch.equal(y[0] - y[0, :, :1, :1], known.y[0, :, :size[0], :size[1]])
+    corners = torch.stack([y[0, :, 0, 0] for y in seen])
+    room = torch.tensor([H - size[0], W - size[1]])
+    assert (corners.amax(0) >= 0.95 * room).all() and (corners.amin(0) <= 0.05 * room).all()
+
+
+def test_what_denoisers_make_of_a_whole_does_not_depend_on_its_patches(monkeypatch):
     x = random_images(2, 3, 50, 20)
-    group = dipddpm.Denoisers(fit_config(), torch.arange(2), 3, 16, 16, x.dtype, 0.1)
+    group = dipddpm.Denoisers(fit_config(), torch.arange(4), 3, 16, 16, x.dtype, 0.0)
     torch.nn.init.normal_(group.net.layers[-1].weight)
-    whole = group.whole(x, 7)
-    assert not torch.equal(whole, group.whole(x, 8))  # other noise
+    whole, each = group.whole(x, 1), x.repeat_interleave(2, 0)
+    want = (each - group.outputs(each)).detach().unflatten(0, (2, 2)).mean(1)
+    torch.testing.assert_close(whole, want)
     for side in 16, 15, 49:
-        monkeypatch.setattr(dipddpm, "SIDE", side)
-        torch.testing.assert_close(group.whole(x, 7), whole, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr(dipddpm, "PATCH", side)
+        torch.testing.assert_close(group.whole(x, 1), want, rtol=1e-5, atol=1e-5)
+    group.level = 0.1
+    noisy = [group.whole(x, draw) for draw in (1, 1, 2)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
 
 
 def test_a_replica_that_forgets_everything_costs_only_what_was_still_to_come():

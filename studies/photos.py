@@ -99,11 +99,12 @@ def diagonals(x):
 def es_wmv(cfg, known, numbers, look):
     """A DIP by Adam of which the moment is taken when its outputs vary least (Wang, Li et al. 2023,
     window of 100); the whole of cfg.dip_iters is waited for a lesser one."""
-    cfg, stop = replace(cfg, muon=False), WindowedVariance(100, math.inf)
+    cfg = replace(cfg, muon=False)
+    stop = WindowedVariance(min(100, cfg.dip_iters), math.inf)
 
     def each(i, x, average):
         stop(i, x, average)
-        if i % dipddpm.CHECK == 0:
+        if i % dipddpm.CHECK == 0 or i == cfg.dip_iters:
             look(i, average)
     dipddpm.fit_dips(cfg, known, numbers, cfg.dip_iters, look=each)
     return stop.x, stop.best
@@ -111,20 +112,26 @@ def es_wmv(cfg, known, numbers, look):
 
 def aseq_dip(cfg, known, numbers, look, every=2, weight=1):
     """aSeqDIP (Alkhouri et al. 2024, algorithm 1): a network sees its own last output, first the
-    measurement, is fitted to the measurement and to what it sees, and sees anew every so often."""
+    measurement, is fitted to the measurement and to what it sees, and sees anew every so often.
+    The network, Adam and its rate are those of the other DIPs."""
     C, (H, W), z = known.y.shape[1], known.mask.shape[2:], known.back(known.y)
     net = dipddpm.Skip(dipddpm.Grouped(numbers, cfg.seed), C, C, H, W, cfg.dip_width)
     adam = torch.optim.Adam(net.parameters(), cfg.dip_lr)
-    for i in range(1, cfg.dip_iters + 1):
+
+    def output():
         with torch.autocast("cpu", torch.bfloat16, cfg.precision == "bf16"):
-            x = net(z).float()
+            return net(z).float()
+
+    for i in range(1, cfg.dip_iters + 1):
+        x = output()
         adam.zero_grad()
         ((known.A(x) - known.y).square().sum() + weight * (x - z).square().sum()).backward()
         adam.step()
-        z = x.detach() if i % every == 0 else z
-        if i % dipddpm.CHECK == 0:
-            look(i, x.detach())
-    return x.detach(), torch.full((1,), cfg.dip_iters)
+        if i % every == 0 or i == cfg.dip_iters:
+            z = output().detach()
+        if i % dipddpm.CHECK == 0 or i == cfg.dip_iters:
+            look(i, z)
+    return z, torch.full((1,), cfg.dip_iters)
 
 
 def fitted(fit, **settings):
@@ -136,7 +143,7 @@ def fitted(fit, **settings):
 
 ARMS = {"nlm": (as_people_do(nlm), 1), "cbm3d": (as_people_do(cbm3d), 1),  # and most iterations
         "zs-n2n": (zs_n2n, 2000),
-        "denoiser": (fitted(dipddpm.fit_denoisers), dipddpm.DENOISER_ITERS),
+        "denoiser": (fitted(dipddpm.fit_denoisers), None),  # as many as by default
         "split": (fitted(dipddpm.fit_guided), 1000), "plain": (fitted(dipddpm.fit_plain), 1000),
         "adam": (fitted(dipddpm.fit_plain, muon=False), 1000),
         "es-wmv": (es_wmv, 1000), "aseq-dip": (aseq_dip, 1000),
@@ -148,12 +155,14 @@ def with_holes(holes, cfg, x, sigma, numbers, crop):
     file of a mask, dark where they are."""
     known = dipddpm.corrupt(cfg, "denoise", x, sigma, numbers)
     try:
+        share = float(holes)
+    except ValueError:
+        white = data.load(holes, split="all", limit=1, crop=crop).pixels.float()
+        mask = (white.mean(1, keepdim=True) > 0.95 * 255).float()
+    else:
         u = kernels.uniform(known.mask.shape, cfg.seed, numbers, dipddpm.MASK_DRAW,
                             kernels.CORRUPTION, x.device)
-        mask = (u < 1 - float(holes)).float()
-    except ValueError:  # no number
-        white = data.load(holes, split="all", limit=1, crop=crop).pixels[:, :1] > 0.95 * 255
-        mask = white.float()
+        mask = (u < 1 - share).float()
     if mask.shape != known.mask.shape or mask.mean() in (0, 1):
         raise ValueError(f"--holes {holes}: want a share between 0 and 1, or a mask of the photo's "
                          "size with white and dark")
@@ -169,12 +178,13 @@ def rows_of(args):
             mode="dip", data=str(path), seed=seed, sigma=sigma, task=args.task, pictures="test",
             precision=dipddpm.pick_precision(args.precision, numbers.device), dip_iters=args.iters,
             replicas=args.replicas, dip_width=args.dip_width), x.shape))
-        known = (with_holes(args.holes, cfg, x, sigma, numbers, args.crop) if args.holes
+        known = (with_holes(args.holes, cfg, x, sigma, numbers, args.crop) if args.holes is not None
                  else dipddpm.corrupt(cfg, args.task, x, sigma, numbers))
         for arm in args.arms:
             fit, iters = ARMS[arm]
+            iters = args.iters or iters or cfg.dip_iters
             began, follow = time.process_time(), dipddpm.Follow(x)
-            made, took = fit(replace(cfg, dip_iters=args.iters or iters), known, numbers,
+            made, took = fit(replace(cfg, dip_iters=iters), known, numbers,
                              lambda i, x, follow=follow: follow(i, numbers, x))
             row = {"photo": path.stem, "crop": args.crop, "task": args.task, "holes": args.holes,
                    "sigma": sigma, "seed": seed, "arm": arm, "replicas": args.replicas,
@@ -213,7 +223,7 @@ def main(argv=None):
         p.error(f"--sigma must be more than 0, not {min(args.sigma):g}")
     if args.task != "denoise" and {"denoiser", "zs-n2n"} & set(args.arms):
         p.error(f"--task {args.task}: denoiser and zs-n2n only denoise")
-    if args.holes and args.task != "inpaint":
+    if args.holes is not None and args.task != "inpaint":
         p.error("--holes needs --task inpaint")
     if unknown := set(args.arms) - set(ARMS):
         p.error(f"--arms: {', '.join(sorted(unknown))}: want some of {', '.join(ARMS)}")
