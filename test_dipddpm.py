@@ -1164,14 +1164,18 @@ def test_a_photo_that_memory_cannot_hold_is_refused_before_it_is_begun(tmp_path,
 
 
 @pytest.mark.parametrize("pixel, flags", [
-    (3100 * 2, {}), (3100 * 2, dict(dip_width=99)), (4 * 110 * 2 * 4, dict(dip_width=2, task="sr")),
-    (3100 * 4, dict(mode="guide")), (110 * 99 * 4, dict(mode="guide", dip_width=99))])
+    (3100 * 2, {}), (3100 * 2, dict(patch=32)), (3100 * 2, dict(dip_width=99)),
+    (4 * 110 * 2 * 4, dict(dip_width=2, task="sr")), (3100 * 4, dict(mode="guide")),
+    (110 * 99 * 4, dict(mode="guide", dip_width=99))])
 def test_memory_is_what_the_largest_arm_needs(pixel, flags, tmp_path, monkeypatch, capsys):
     Image.new("L", (65, 65), 9).save(tmp_path / "large.png")
     flags = dict(mode="dip", data=tmp_path / "large.png", sigma=0.1, out=tmp_path / "r") | flags
-    monkeypatch.setattr(dipddpm, "memory", lambda: pixel * 65**2 - 1)
+    patch = flags.pop("patch", 256)  # two of them are the most that is seen as a whole
+    monkeypatch.setattr(dipddpm, "PATCH", patch)
+    need = pixel * min(65**2, 2 * patch**2)
+    monkeypatch.setattr(dipddpm, "memory", lambda: need - 1)
     assert f"lower {SHRINKING}" in refused(capsys, **flags)
-    monkeypatch.setattr(dipddpm, "memory", lambda: pixel * 65**2)
+    monkeypatch.setattr(dipddpm, "memory", lambda: need)
     monkeypatch.setattr(dipddpm.Run, "begin", lambda *_: 1 / 0)  # enough: no further
     with pytest.raises(ZeroDivisionError):
         dipddpm.main(words(**flags))
