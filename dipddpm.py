@@ -227,13 +227,10 @@ def forward_table(cfg, t_start=None):
 
 
 def time_grid(t_start, nfe):
-    """nfe + 1 step counts tau from t_start to 0, uniform, both ends exact and none repeated.
-    1 <= nfe <= t_start."""
+    """nfe + 1 step counts tau from t_start to 0, uniform and rounded: both ends are exact and, as
+    1 <= nfe <= t_start, none is repeated."""
     assert nfe <= t_start, f"{nfe} evaluations in {t_start} steps"
-    taus = [t_start]
-    for i in range(1, nfe):  # rounded, but falling, with a step left for each evaluation left
-        taus.append(max(nfe - i, min(taus[-1] - 1, round(t_start * (nfe - i) / nfe))))
-    return [*taus, 0]
+    return [round(t_start * (nfe - i) / nfe) for i in range(nfe + 1)]
 
 
 def reverse_table(cfg, taus, eta, bridge=False):
@@ -378,11 +375,13 @@ class UNet(nn.Module):
         return out[..., :H, :W]  # [B, C, H, W]
 
 
-def draw_weights(net, seed, network):
-    """Fill a module with initial weights that are a function of seed and `network`, a number of its
-    own, alone: PyTorch's default, U(-r, r) with r = 1 / sqrt(fan_in), layer by layer, but zero
-    where a layer starts at zero. Returns the module."""
-    for number, layer in enumerate(net.modules()):
+def fresh(make, seed, network, device):
+    """The module that `make` makes, with weights that are a function of seed and `network`, a
+    number of its own, alone: PyTorch's default, U(-r, r) with r = 1 / sqrt(fan_in), layer by layer,
+    but zero where a layer starts at zero."""
+    with torch.device("meta"):  # no values yet, so no use of a global random state
+        net = make()
+    for number, layer in enumerate(net.to_empty(device=device).modules()):
         if isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
             layer.reset_parameters()
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -394,13 +393,6 @@ def draw_weights(net, seed, network):
                 layer.weight.copy_((u[:n] * 2 - 1).mul(r).view_as(layer.weight))
                 layer.bias.copy_((u[n:] * 2 - 1).mul(r))
     return net
-
-
-def fresh(make, seed, network, device):
-    """The module that `make` makes, with weights that depend on seed and `network` alone."""
-    with torch.device("meta"):  # no values yet, so no use of a global random state
-        net = make()
-    return draw_weights(net.to_empty(device=device), seed, network)
 
 
 def make_unet(cfg, channels, device, bridge=False):
@@ -580,13 +572,13 @@ def train_network(cfg, pixels, run, name="ddpm", priors=None, each=None):
         if each is not None:
             each(done, ema, clock())
         row_due = done % 50 == 0 or done == steps
-        stop = agreed(run.stop) if row_due or processes()[1] == 1 else 0
+        stop = total(run.stop, run.device) if row_due or processes()[1] == 1 else 0
         if row_due or stop:  # the only place where the host waits for the device
             if not torch.stack(torch._foreach_norm(list(net.parameters()))).isfinite().all():
                 raise RuntimeError(f"the training is not finite after {done} steps with --lr "
                                    f"{cfg.lr:g}; the last good checkpoint is kept")
         if row_due:
-            mean = total(torch.stack(losses).sum()).item() / len(losses)
+            mean = total(torch.stack(losses).sum().item(), run.device) / len(losses)
             rows.append([name, done, done / per_epoch, clock(), mean,
                          learning_rate(cfg, done - 1, steps)])
             losses = []
@@ -730,19 +722,6 @@ class GroupedConv(nn.Module):
         return F.conv2d(x, turned(self.weight), self.bias, self.stride, groups=self.K)
 
 
-class GroupedNorm(nn.Module):
-    """BatchNorm by the batch's own statistics over [1, K C, H, W]: with a batch of one, K C
-    channels are K separate BatchNorms."""
-
-    def __init__(self, channels, device):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels, device=device))
-        self.bias = nn.Parameter(torch.zeros(channels, device=device))
-
-    def forward(self, x):
-        return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
-
-
 class Grouped:
     """What a network is made of, for K fits together, each to its image: every layer K times
     as wide, in K groups. Each layer draws its weights under a number of its own."""
@@ -755,7 +734,9 @@ class Grouped:
         return GroupedConv(self.numbers, next(self.layers), c_in, c_out, size, self.seed, stride)
 
     def norm(self, channels):
-        return GroupedNorm(self.K * channels, self.numbers.device)
+        """By the batch's own statistics: of a batch of one, K C channels are K BatchNorms."""
+        return nn.BatchNorm2d(self.K * channels, track_running_stats=False,
+                              device=self.numbers.device)
 
 
 class Skip(nn.Module):
@@ -800,12 +781,15 @@ ARCHS = {"skip": Skip}
 
 
 class Fits:
-    """K networks as one, each fitted to its image by `optimizers`, and the average of each one's
-    outputs over iterations. With the seed, numbers int64 [K] decide all that is random."""
+    """K networks as one, each fitted to its image, and the average of each one's outputs over
+    iterations. Muon fits the weights `inner`, Adam the rest; rate is a number, or a tensor that
+    both read. With the seed, numbers int64 [K] decide all that is random."""
 
-    def __init__(self, cfg, numbers, net, optimizers, C, H, W, dtype):
+    def __init__(self, cfg, numbers, net, inner, rate, C, H, W, dtype):
         self.cfg, self.numbers, self.K, self.net = cfg, numbers, len(numbers), net
-        self.optimizers = optimizers
+        rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
+        self.optimizers = [torch.optim.Adam(rest, rate, fused=True, capturable=rest[0].is_cuda)]
+        self.optimizers += [Muon(inner, rate, self.K)] if inner else []
         self.average = torch.zeros(self.K, C, H, W, dtype=dtype, device=numbers.device)
         self.age = torch.zeros_like(self.average[:, 0, 0, 0])  # of each average, in iterations
         self.steps = torch.zeros_like(numbers[0])
@@ -838,14 +822,6 @@ class Fits:
             raise RuntimeError(f"a fit is not finite after {self.steps} iterations")
 
 
-def optimizers_of_fits(net, inner, rate, K):
-    """What fits K networks in one: Muon the weights `inner`, Adam the rest; rate is a number, or a
-    tensor that both read."""
-    rest = [p for p in net.parameters() if all(p is not weight for weight in inner)]
-    adam = torch.optim.Adam(rest, rate, fused=True, capturable=rest[0].is_cuda)
-    return [adam, Muon(inner, rate, K)] if inner else [adam]
-
-
 class DIPGroup(Fits):
     """K DIPs: z ~ U(0, 0.1) is fixed; jitter N(0, (1/30)^2) is fresh at every iteration and shared.
     With Adam or, where cfg.muon says so, Muon for the convolutions of more than one pixel."""
@@ -856,10 +832,9 @@ class DIPGroup(Fits):
         net = ARCHS[cfg.arch](make, self.Cz, C, H, W, cfg.dip_width).to(dtype)
         inner = [layer.weight for layer in net.modules()
                  if cfg.muon and isinstance(layer, GroupedConv) and layer.pad]
-        optimizers = optimizers_of_fits(net, inner, cfg.dip_lr, len(numbers))
         self.z = 0.1 * kernels.uniform((len(numbers), self.Cz, H, W), cfg.seed, numbers, 0,
                                        kernels.DIP_CODE, numbers.device)
-        super().__init__(cfg, numbers, net, optimizers, C, H, W, dtype)
+        super().__init__(cfg, numbers, net, inner, cfg.dip_lr, C, H, W, dtype)
 
     def iterate(self, y, share, A):
         """One step to y from z under fresh jitter, see `learn`."""
@@ -1231,8 +1206,7 @@ def halves(cfg, known, numbers):
 def held_out(cfg, known, numbers):
     """y without noise cannot be split: each replica judges by a tenth of the pixels (of M > 10
     replicas, one in M) that it alone is not fitted to."""
-    y, M = known.y, cfg.replicas
-    given = known.given()
+    y, M, given = known.y, cfg.replicas, known.given()
     u = kernels.uniform((len(y), 1, *y.shape[2:]), cfg.seed, numbers[::M] // M, HELD_DRAW,
                         kernels.CORRUPTION, y.device)
     whose = (u.repeat_interleave(M, 0) * max(10, M)).long()
@@ -1356,8 +1330,7 @@ class Denoisers(Fits):
         net = Denoiser(Grouped(numbers, cfg.seed), C).to(dtype)
         self.rate = torch.zeros((), device=numbers.device)
         inner = [layer.weight for layer in net.layers[1:-1]]
-        optimizers = optimizers_of_fits(net, inner, self.rate, len(numbers))
-        super().__init__(cfg, numbers, net, optimizers, C, H, W, dtype)
+        super().__init__(cfg, numbers, net, inner, self.rate, C, H, W, dtype)
 
     def noise(self, y, draw):
         """s e' of y's shape."""
@@ -2118,19 +2091,12 @@ def of_the_first(value):
     return box[0]
 
 
-def total(x):
-    """The sum over the processes of a tensor x, in each; x may be overwritten."""
+def total(number, device):
+    """The sum of the processes' numbers, in each."""
     if processes()[1] > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def agreed(stop):
-    """The largest `run.stop` of the processes: a signal's number, 0 for none."""
-    if processes()[1] > 1:
-        stop = torch.tensor(stop, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-    return int(stop)
+        number = torch.tensor(number, device=device)
+        dist.all_reduce(number)
+    return float(number)
 
 
 def say(line):
