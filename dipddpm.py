@@ -79,7 +79,7 @@ class Config:
     seed: int = flag(0, "run", "seed of every random number", low=0)
     device: str = flag("auto", "run", "cpu, cuda, cuda:1, ...")
     precision: str = flag("auto", "run", "networks' arithmetic; auto: bf16 where the hardware has "
-                          "matrix units for it", choices=("auto", "fp32", "bf16"))
+                          "matrix units (photos: any) for it", choices=("auto", "fp32", "bf16"))
     out: str = flag(None, "run", "folder for results (a new one in runs/, or --resume's)")
     resume: str = flag(None, "run", "run to continue; with --out, its network is used and it stays")
     epochs: int = flag(30, "training", "passes over the training images", low=1)
@@ -1519,6 +1519,7 @@ def observe(cfg, run):
     estimated = cfg.sigma is None and cfg.task == "denoise"
     about = {"seed": cfg.seed, "task": cfg.task, "sigma" + "_estimate" * estimated: known.sigma}
     n, C, (H, W) = len(x), x.shape[1], known.mask.shape[2:]
+    run.precision = pick_precision(cfg.precision, run.device, photos=max(H, W) > 64)
     cfg = resolve(replace(cfg, sigma=known.sigma, precision=run.precision), (n, C, H, W))
     networks = cfg.replicas * min(n, max(1, cfg.dip_group // cfg.replicas))  # fitted together
     learns = learns_from_picture(cfg, known.sigma, H, W)
@@ -2159,13 +2160,15 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
-def pick_precision(name, device):
-    """--precision, or bf16 where there are matrix units for it: elsewhere it is slowly emulated."""
+def pick_precision(name, device, photos=False):
+    """--precision, or bf16 where there are matrix units for it, for photos' fits any units:
+    elsewhere it is slowly emulated."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if "amx_bf16" in about_cpu("flags") else "fp32"
+    units = ("amx_bf16", "avx512_bf16")[:1 + photos]
+    return "bf16" if any(unit in about_cpu("flags") for unit in units) else "fp32"
 
 
 class Graphed:

@@ -1033,6 +1033,11 @@ def test_auto_is_bf16_where_the_runs_own_gpu_has_it_and_float32_is_not_tf32(monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", asked.get)
     assert [dipddpm.pick_precision("auto", device) for device in asked] == ["bf16", "fp32"]
     assert {dipddpm.pick_precision("fp32", device) for device in asked} == {"fp32"}
+    for flags, fits in (("avx2", ["fp32", "fp32"]), ("avx512_bf16", ["fp32", "bf16"]),
+                        ("avx512_bf16 amx_bf16", ["bf16", "bf16"])):
+        monkeypatch.setattr(dipddpm, "about_cpu", lambda key, flags=flags: flags)
+        assert fits == [dipddpm.pick_precision("auto", torch.device("cpu"), photos)
+                        for photos in (False, True)]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     bare_run(tmp_path / "r")
     assert not torch.backends.cudnn.allow_tf32

@@ -176,8 +176,8 @@ def rows_of(args):
         x = data.load(str(path), split="all", limit=1, crop=args.crop).pixels.float() / 255
         cfg = dipddpm.check(dipddpm.resolve(dipddpm.Config(
             mode="dip", data=str(path), seed=seed, sigma=sigma, task=args.task, pictures="test",
-            precision=dipddpm.pick_precision(args.precision, numbers.device), dip_iters=args.iters,
-            replicas=args.replicas, dip_width=args.dip_width), x.shape))
+            precision=dipddpm.pick_precision(args.precision, numbers.device, photos=True),
+            dip_iters=args.iters, replicas=args.replicas, dip_width=args.dip_width), x.shape))
         known = (with_holes(args.holes, cfg, x, sigma, numbers, args.crop) if args.holes is not None
                  else dipddpm.corrupt(cfg, args.task, x, sigma, numbers))
         for arm in args.arms:
