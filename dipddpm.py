@@ -103,7 +103,8 @@ class Config:
     dip_width: int = flag(None, "DIP", "channels of an image's DIP (16; above 64 pixels on a GPU: "
                           "128)", low=1)
     dip_iters: int = flag(None, "DIP", "most iterations of an image's DIP (studies: 60; dip, "
-                          "guide: 1000, above 64 pixels 3000) or denoiser (500, 1000)", low=1)
+                          "guide: 1000, above 64 pixels 3000) or denoiser (500; large ones 1000)",
+                          low=1)
     pictures: str = flag(None, "dip, guide", "test: clean ones; --task and --sigma are done to "
                          "them, and results compared with them. own: yours, nothing is added or "
                          "compared (default for one image in --mode dip)", choices=("test", "own"))
@@ -1298,7 +1299,7 @@ class Denoiser(nn.Module):
 
 DENOISER_ITERS, DENOISER_RATE, DENOISER_WINDOW = 500, 1e-2, 0.97
 INNER = 0.8  # a, below
-PATCH, DRAWS = 256, 16  # side of the patches by which larger pictures are learned, and see there
+PATCH, DRAWS = 256, 16  # side of the patches by which larger pictures are learned; passes then
 
 
 def by_patches(H, W):
@@ -1307,7 +1308,7 @@ def by_patches(H, W):
 
 
 def denoiser_iters(H, W):
-    """By patches as many as give what the whole gives, but in a time that does not grow."""
+    """By patches twice as many: so a photo of four patches had what it has when seen whole."""
     return DENOISER_ITERS * (1 + by_patches(H, W))
 
 
@@ -1394,7 +1395,7 @@ def fit_denoisers(cfg, known, numbers, track=untracked, look=unseen):
 
 def fit_by_patches(cfg, known, numbers, track=untracked, look=unseen):
     """Large pictures: each iteration of `Denoisers` is about one patch, at a place that is drawn
-    for it. y is not split: so much of it cannot be learned by heart, and nothing has to judge.
+    for it. Nothing judges, as no judge has ended such a fit early, and so y itself is y_plus.
     Called as `fit_guided`, but there is one look, at the result: the mean of what the networks make
     of the whole under noise of DRAWS draws."""
     n, M, (H, W) = len(known.y), cfg.replicas, known.y.shape[2:]

@@ -2445,8 +2445,9 @@ def test_patches_lie_anywhere_and_are_not_small_in_long_pictures(H, W, size, mon
 
     monkeypatch.setattr(dipddpm.Denoisers, "iterate", iterate)
     cfg = fit_config(70, mode="dip", replicas=2, dip_iters=200)
-    made, _ = dipddpm.fit_by_patches(cfg, known, torch.arange(1))
-    torch.testing.assert_close(made, known.y)  # no network has learned, and no noise is added
+    made, _ = dipddpm.fit_by_patches(cfg, known._replace(sigma=0.3), torch.arange(1))
+    added = made - known.y  # no network has learned: the mean of two networks' noise, 16 times
+    assert added.std().item() == pytest.approx(dipddpm.INNER * 0.3 / 32**0.5, rel=0.05)
     assert {y.shape[2:] for y in seen} == {size}
     for y in seen[:3]:
         assert torch.equal(y[0], y[1])
@@ -2454,6 +2455,12 @@ def test_patches_lie_anywhere_and_are_not_small_in_long_pictures(H, W, size, mon
     corners = torch.stack([y[0, :, 0, 0] for y in seen])
     room = torch.tensor([H - size[0], W - size[1]])
     assert (corners.amax(0) >= 0.95 * room).all() and (corners.amin(0) <= 0.05 * room).all()
+
+
+def test_more_than_two_patches_have_twice_the_iterations():
+    cfg = config(mode="dip", sigma=0.1)
+    for H, W, iters in (65, 65, 500), (256, 512, 500), (257, 512, 1000), (9000, 4000, 1000):
+        assert dipddpm.resolve(cfg, (1, 3, H, W)).dip_iters == iters
 
 
 def test_what_denoisers_make_of_a_whole_does_not_depend_on_its_patches(monkeypatch):

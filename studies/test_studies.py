@@ -953,3 +953,8 @@ def test_a_photo_at_its_least_variance_and_from_its_own_last_output():
     for (x_hat, took), least in zip(made.values(), (100, 120)):
         assert least <= took <= 120 and (x_hat - x).square().mean() < 0.04 / 4
     assert torch.equal(made[photos.aseq_dip][0], looks[photos.aseq_dip, 120])
+    # in holes it is held to what it sees, which is nothing at first and then what it made
+    holes = dipddpm.corrupt(cfg, "inpaint", x, 0.0, numbers)
+    filled = [photos.aseq_dip(cfg, holes, numbers, lambda *_: None, *how)[0][
+        (1 - holes.mask).bool().expand_as(x)].mean() for how in ((999, 100), (2, 1), (999, 0))]
+    assert filled[0] < 0.1 and 0.4 < filled[1] and 0.35 < filled[2]
